@@ -1,0 +1,32 @@
+"""Every error that a user can meet, in one tree, each with the exit code it ends the command with.
+
+Raise `UsageError` for what the user can mend (exit 2), `Fault` for what went wrong around them (exit 1).
+"""
+
+
+class MixlaunchError(Exception):
+    """Base of all; `exit_code` is what the shell sees."""
+
+    exit_code = 1
+
+
+class UsageError(MixlaunchError):
+    """Bad input: the message names the thing and the valid values, or the equation with its numbers."""
+
+    exit_code = 2
+
+
+class ProfileError(UsageError):
+    """A cluster profile that can't be read or doesn't validate."""
+
+
+class LayoutError(UsageError):
+    """A parallel layout that can't exist on these ranks with this model."""
+
+
+class Fault(MixlaunchError):
+    """Something outside the user's words failed: Slurm, the network, the file system."""
+
+
+class SubmitError(Fault):
+    """The scheduler refused a job or didn't answer."""

@@ -1,0 +1,40 @@
+"""`python -m megatron_mixtral JOB --config FILE`: what a rendered script runs on every rank.
+
+The run directory is the folder of FILE; the exit code is the job's answer to the batch script.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from megatron_mixtral import config
+from megatron_mixtral.errors import JobError
+
+# job -> module with `run(config, run_dir)`; imported late so that `download` needs no torch.
+MODULES = {
+    "tiny": "megatron_mixtral.tiny",
+    "download": "megatron_mixtral.download",
+    "prepare": "megatron_mixtral.data",
+    "convert": "megatron_mixtral.convert",
+    "finetune": "megatron_mixtral.train",
+    "serve": "megatron_mixtral.serve.job",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_mixtral", description=__doc__)
+    parser.add_argument("job", choices=sorted(MODULES))
+    parser.add_argument("--config", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    try:
+        job_config = config.load(arguments.job, arguments.config)
+        importlib.import_module(MODULES[arguments.job]).run(job_config, arguments.config.resolve().parent)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What a job is told: the model's shape from the hub's `config.json`, and one frozen dataclass per job.
+
+The launcher writes `config.yaml` with exactly these names; an unknown or missing key is an error that lists them.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_mixtral.errors import InputError, LayoutError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralShape:
+    """Sizes of one Mixtral; the names and defaults are those of the hub's `config.json`."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    vocab_size: int
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "MixtralShape":
+        """From the parsed `config.json`; `InputError` for another model type or a missing size."""
+        if config.get("model_type") != "mixtral":
+            raise InputError(f"config.json: model_type is {config.get('model_type')!r}; mixtral is supported")
+        known = dict(config)
+        rope = known.get("rope_parameters") or {}  # transformers 5 nests it
+        known.setdefault("rope_theta", rope.get("rope_theta", 1e6))
+        if not known.get("head_dim") and known.get("num_attention_heads"):
+            known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
+        if known.get("num_key_value_heads") is None:
+            known["num_key_value_heads"] = known.get("num_attention_heads")
+        names = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(n for n in required if known.get(n) is None):
+            raise InputError(f"config.json: {', '.join(missing)} missing")
+        return cls(**{k: v for k, v in known.items() if k in names})
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "MixtralShape":
+        """From `folder/config.json`; `InputError` names the file that is missing or isn't JSON."""
+        path = folder / "config.json"
+        try:
+            return cls.from_hf(json.loads(path.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one model lies over the ranks: world = tensor x pipeline x context x data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    context: int = 1
+
+    def data_parallel(self, world: int) -> int:
+        """Data-parallel size on `world` ranks; `LayoutError` carries the equation when it isn't whole."""
+        model = self.tensor * self.pipeline * self.context
+        equation = (
+            f"world {world} = tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} x data, "
+            f"expert-tensor {self.expert_tensor} x expert {self.expert} divides world / pipeline"
+        )
+        if world % model or (world // self.pipeline) % (self.expert_tensor * self.expert):
+            raise LayoutError(f"this layout doesn't fit: {equation}")
+        return world // model
+
+    def check(self, shape: MixtralShape) -> None:
+        """`LayoutError` naming the two numbers when the model can't be cut this way."""
+        for name, whole, parts in (
+            ("experts / expert parallel", shape.num_local_experts, self.expert),
+            ("query groups / tensor parallel", shape.num_key_value_heads, self.tensor),
+            ("expert width / expert-tensor parallel", shape.intermediate_size, self.expert_tensor),
+        ):
+            if whole % parts:
+                raise LayoutError(f"{name}: {whole} / {parts} isn't whole")
+        if self.pipeline > shape.num_hidden_layers:
+            raise LayoutError(f"pipeline {self.pipeline} has more stages than the {shape.num_hidden_layers} layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """Make a small Mixtral with random weights in the hub's own layout."""
+
+    output: str
+    layers: int = 4
+    hidden: int = 256
+    intermediate: int = 512
+    heads: int = 8
+    kv_heads: int = 2
+    experts: int = 8
+    top_k: int = 2
+    max_positions: int = 4096
+    dtype: str = "bfloat16"
+    shards: int = 2
+    seed: int = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """Fetch a repository from the hub."""
+
+    repo: str
+    output: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn text into Megatron's `.bin`/`.idx`."""
+
+    inputs: list[str]
+    output: str  # prefix: OUTPUT.bin, OUTPUT.idx
+    tokenizer: str  # a hub folder or a tokenizer.model
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn weights between the hub's layout and Megatron's `torch_dist`."""
+
+    source: str
+    output: str
+    to: str = "megatron"  # or "hf"
+    layout: Layout = field(default_factory=Layout)
+    dtype: str | None = None  # None keeps the source's
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Train; values unless given are those of upstream's Mixtral example."""
+
+    model: str  # a converted folder, or a run whose newest checkpoint to start from
+    data: str  # the prefix that `prepare` wrote
+    layout: Layout = field(default_factory=Layout)
+    steps: int = 500
+    sequence_length: int = 4096
+    micro_batch: int = 1
+    global_batch: int = 256
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    precision: str = "bf16"  # or "fp32"
+    aux_loss: float = 1e-2
+    validation: float = 0.01  # share of the documents
+    eval_interval: int = 100
+    eval_steps: int = 10
+    save_interval: int = 100
+    log_interval: int = 1
+    seed: int = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Answer prompts over HTTP."""
+
+    model: str  # a converted folder, or a run whose newest checkpoint to serve
+    layout: Layout = field(default_factory=Layout)
+    host: str = "127.0.0.1"
+    port: int = 5000
+    precision: str = "bf16"
+    max_batch: int = 64
+    max_tokens: int = 4096  # prompt and answer together
+
+
+JOBS: dict[str, type] = {
+    "tiny": TinyConfig,
+    "download": DownloadConfig,
+    "prepare": PrepareConfig,
+    "convert": ConvertConfig,
+    "finetune": FinetuneConfig,
+    "serve": ServeConfig,
+}
+
+
+def load(job: str, path: Path) -> Any:
+    """Read `path` as the configuration of `job`; `InputError` names the key and lists the valid ones."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: {error}") from error
+    return parse(JOBS[job], raw or {}, where=str(path))
+
+
+def parse(cls: type[T], raw: Any, *, where: str) -> T:
+    """Strict mapping -> dataclass: every key known, every required one there, every value of its type."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: expected a mapping, got {type(raw).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(raw) - set(fields)):
+        raise InputError(f"{where}: unknown {', '.join(map(str, unknown))}; valid: {', '.join(fields)}")
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"{where}: {', '.join(missing)} missing")
+    hints = get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value, where=f"{where}: {name}") for name, value in raw.items()})
+
+
+def _value(hint: Any, value: Any, *, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, where=where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    allowed = get_args(hint) if get_origin(hint) is not list else (list,)
+    kinds = tuple(allowed) or (hint,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
+        raise InputError(f"{where}: {value!r} isn't {names}")
+    return value

@@ -1,0 +1,30 @@
+"""Every error that a job raises on purpose, in one tree, each with the exit code the batch script reads.
+
+0 is done, 2 the user's mistake (never retried), 85 saved and asks to be requeued, anything else a fault.
+"""
+
+
+class JobError(Exception):
+    """Base of all: a fault, retried by the batch script where the job can resume."""
+
+    exit_code = 1
+
+
+class InputError(JobError):
+    """The user's mistake: names the file, tensor or option, and the valid values."""
+
+    exit_code = 2
+
+
+class LayoutError(InputError):
+    """A parallel layout that can't exist with this model on these ranks: carries the equation."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint or weights folder that is incomplete, damaged or foreign: names the file and tensor."""
+
+
+class Requeue(JobError):
+    """Everything is saved; the job wants its place in the queue back."""
+
+    exit_code = 85
