@@ -1,0 +1,54 @@
+# make demo · make test · make lint · make bench. Each sets up what it needs; nothing is installed outside VENV
+# but Debian's Slurm packages, by `make test`, and those only as root.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEXT ?=
+TESTS ?= tests
+
+# Without a GPU the CPU build of torch is enough; with one, pip's default build is the right one.
+CPU_ONLY := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server
+
+.PHONY: setup demo test lint format bench soak debian clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg constraints.txt constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: python3 -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing mixlaunch into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(CPU_ONLY) -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/mixlaunch demo $(if $(TEXT),--text $(TEXT))
+
+test: setup debian
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+# The tests on a real Slurm need its daemons. Without the right to install them those tests are skipped, visibly.
+debian:
+	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Debian packages: $(DEBIAN)"; \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+	    apt-get -qq install -y --no-install-recommends $(DEBIAN) >/dev/null; \
+	else \
+	  echo "Slurm isn't installed and this user can't: its tests are skipped."; \
+	  echo "To run them: sudo apt-get install --no-install-recommends $(DEBIAN)"; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
