@@ -134,7 +134,13 @@ class PrepareConfig:
     inputs: list[str]
     output: str  # prefix: OUTPUT.bin, OUTPUT.idx
     tokenizer: str  # a hub folder or a tokenizer.model
-    workers: int = 1
+    workers: int = 0  # 0: every core that this job may use
+    text_key: str = "text"
+    messages_key: str = "messages"
+    prompt_key: str = "prompt"
+    completion_key: str = "completion"
+    max_bad: int = 0  # bad lines tolerated
+    show: int = 0  # documents to print with their mask
 
 
 @dataclass(frozen=True, kw_only=True)

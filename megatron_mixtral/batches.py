@@ -1,0 +1,127 @@
+"""Which tokens a step trains on: a pure function of data, seed and sample number, so of no layout and no history.
+
+Sample i of an epoch is `sequence_length + 1` tokens of the epoch's shuffled documents laid end to end; resuming
+at sample n reads nothing of the n before it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mixtral.errors import InputError
+
+
+class Documents:
+    """The documents at a `.bin/.idx` prefix with their loss mask (all ones when there is no mask file)."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self._tokens, self.lengths, self._starts = _mapped(prefix)
+        self._masks: np.ndarray | None = None
+        mask = Path(f"{prefix}_mask")
+        if mask.with_name(mask.name + ".idx").exists():
+            self._masks, lengths, _ = _mapped(mask)
+            if not np.array_equal(lengths, self.lengths):
+                raise InputError(f"{mask}.idx: its documents aren't those of {prefix}.idx")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, index: int, begin: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (int64) and mask (0/1, int64) of tokens begin <= t < end of one document."""
+        start = int(self._starts[index])
+        span = slice(start + begin, start + (int(self.lengths[index]) if end is None else end))
+        ids = self._tokens[span].astype(np.int64)
+        return ids, np.ones_like(ids) if self._masks is None else self._masks[span].astype(np.int64)
+
+
+def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens (memory-mapped), lengths and starts in tokens; `InputError` names the file that isn't whole."""
+    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for file in (idx, data):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; `prepare` writes it")
+    raw = idx.read_bytes()[:34]
+    kinds = {1: np.uint8, 4: np.int32, 5: np.int64, 8: np.uint16}
+    kind = kinds.get(raw[17]) if len(raw) == 34 and raw[:9] == b"MMIDIDX\x00\x00" else None
+    if kind is None:
+        raise InputError(f"{idx}: not an index of tokens")
+    count = int.from_bytes(raw[18:26], "little")
+    lengths = (
+        np.memmap(idx, dtype=np.int32, mode="r", offset=34, shape=(count,)) if count else np.zeros(0, np.int32)
+    )
+    size = np.dtype(kind).itemsize
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    if int(lengths.sum(dtype=np.int64)) * size != data.stat().st_size:
+        raise InputError(f"{data}: {data.stat().st_size} bytes, but {idx} counts {int(lengths.sum()) * size}")
+    if not count or not lengths.any():
+        raise InputError(f"{data}: no tokens in it")
+    return np.memmap(data, dtype=kind, mode="r"), np.asarray(lengths), starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Document numbers of one side of the split."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def split(count: int, validation: float, seed: int) -> Split:
+    """Whole documents to validation: a share of them, at least one when the share isn't 0, never all."""
+    order = np.random.default_rng([seed, 0]).permutation(count)
+    held = min(max(round(count * validation), 1), count - 1) if validation else 0
+    return Split(train=np.sort(order[held:]), validation=np.sort(order[:held]))
+
+
+class Samples:
+    """An endless sequence of samples over `chosen` documents; `samples[i]` depends on nothing but its arguments."""
+
+    def __init__(self, documents: Documents, chosen: np.ndarray, sequence_length: int, seed: int) -> None:
+        self._documents, self._chosen, self._seed = documents, chosen, seed
+        self._length = sequence_length
+        self.tokens = int(documents.lengths[chosen].sum(dtype=np.int64))
+        self.per_epoch = (self.tokens - 1) // sequence_length
+        if self.per_epoch < 1:
+            raise InputError(
+                f"{documents.prefix}: {self.tokens} tokens in {len(chosen)} documents are less than one sequence "
+                f"of {sequence_length}; give more data or a shorter --sequence-length"
+            )
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of one epoch: documents in order, where each begins in the stream, samples in order."""
+        random = np.random.default_rng([self._seed, 1, epoch])
+        order = self._chosen[random.permutation(len(self._chosen))]
+        lengths = self._documents.lengths[order].astype(np.int64)
+        return order, np.cumsum(lengths) - lengths, random.permutation(self.per_epoch)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask, each of sequence_length + 1; the mask tells which ids are to be predicted."""
+        epoch, within = divmod(number, self.per_epoch)
+        order, starts, shuffled = self._order(epoch)
+        begin = int(shuffled[within]) * self._length
+        end = begin + self._length + 1
+        first = int(np.searchsorted(starts, begin, side="right")) - 1
+        ids, masks = [], []
+        for place in range(first, len(order)):
+            start = int(starts[place])
+            if start >= end:
+                break
+            length = int(self._documents.lengths[order[place]])
+            part = self._documents.read(order[place], max(begin - start, 0), min(end - start, length))
+            ids.append(part[0])
+            masks.append(part[1])
+        return np.concatenate(ids), np.concatenate(masks)
+
+
+def numbers(step: int, *, global_batch: int, micro_batch: int, rank: int, replicas: int) -> list[list[int]]:
+    """Sample numbers of step `step` (from 0) for data-parallel rank `rank`: one list a micro batch.
+
+    A micro batch holds the same samples whatever the number of replicas is: only who computes it changes.
+    """
+    first = step * global_batch
+    rounds = global_batch // (micro_batch * replicas)
+    return [[first + (m * replicas + rank) * micro_batch + j for j in range(micro_batch)] for m in range(rounds)]

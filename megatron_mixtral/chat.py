@@ -1,0 +1,64 @@
+"""Conversations to token ids with a loss mask: exactly the assistant's words and its end token are learnt.
+
+The `[INST]` form is token for token that of mistral-common's v1, the one Mixtral 8x7B Instruct was trained with.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_mixtral.tokenizer import Tokenizer
+
+Turn = tuple[str, str]  # role, content
+ROLES = ("system", "user", "assistant")
+
+
+def from_messages(messages: Any) -> list[Turn]:
+    """Check and normalise a `messages` list; `ValueError` says what is wrong with it.
+
+    As in mistral-common: neighbours of one role are joined, and the system's words open the first user turn.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages isn't a non-empty list")
+    turns = _joined(_turn(message, index) for index, message in enumerate(messages))
+    system = "\n\n".join(content for role, content in turns if role == "system")
+    turns = _joined(turn for turn in turns if turn[0] != "system")
+    if not turns or turns[0][0] != "user":
+        raise ValueError("the first turn after the system's must be the user's")
+    if turns[-1][0] != "assistant":
+        raise ValueError("the last turn must be the assistant's: there is nothing to learn after a question")
+    if system:
+        turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
+    return turns
+
+
+def encode(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[int]]:
+    """Ids and mask (1 = learn) of `<s> [INST] question [/INST] answer</s> [INST] ...`."""
+    ids, mask = [tokenizer.bos], [0]
+    for role, content in turns:
+        learnt = role == "assistant"
+        new = tokenizer.encode(content if learnt else f"[INST] {content} [/INST]")
+        new = [*new, tokenizer.eos] if learnt else new
+        ids += new
+        mask += [int(learnt)] * len(new)
+    return ids, mask
+
+
+def _turn(message: Any, index: int) -> Turn:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError(f"messages[{index}] isn't an object with a text `content`")
+    role, content = message.get("role"), message["content"]
+    if role not in ROLES:
+        raise ValueError(f"messages[{index}]: role {role!r} isn't one of {', '.join(ROLES)}")
+    if not content.strip():
+        raise ValueError(f"messages[{index}]: the {role}'s content is empty")
+    return role, content
+
+
+def _joined(turns: Iterable[Turn]) -> list[Turn]:
+    joined: list[Turn] = []
+    for role, content in turns:
+        if joined and joined[-1][0] == role:
+            joined[-1] = (role, f"{joined[-1][1]}\n\n{content}")
+        else:
+            joined.append((role, content))
+    return joined

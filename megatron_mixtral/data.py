@@ -1,0 +1,266 @@
+"""The job `prepare`: text and conversations -> `PREFIX.bin/.idx`, plus `PREFIX_mask.bin/.idx` when there are any.
+
+Parallel over byte ranges of the inputs, in bounded memory; killed and started again it goes on with the ranges
+that aren't done. Output is the same for any number of workers, and `PREFIX.json`, written last, says it is whole.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_mixtral import chat, documents, indexed, tokenizer
+from megatron_mixtral.config import PrepareConfig
+from megatron_mixtral.documents import Bad, Document, Fields, Piece
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.events import EventLog
+
+FORMAT = 1
+NAMED_BAD = 10  # bad lines named in an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one piece came to; its bytes lie beside it in the work folder."""
+
+    documents: int
+    tokens: int
+    learnt: int  # tokens whose loss counts
+    masked: int  # documents that are conversations
+    bad: list[Bad]
+
+
+def run(config: PrepareConfig, run_dir: Path) -> None:
+    """Prepare; `InputError` names an input that is missing, empty, or a line that isn't a document."""
+    words = tokenizer.load(Path(config.tokenizer).expanduser())
+    files = documents.find(config.inputs)
+    prefix = Path(config.output).expanduser()
+    fields = Fields(
+        text=config.text_key,
+        messages=config.messages_key,
+        prompt=config.prompt_key,
+        completion=config.completion_key,
+    )
+    key = _key(files, fields, tokenizer.digest(words))
+    if (done := meta(prefix)) and done.get("key") == key:
+        print(f"{prefix} is there already: {done['documents']} documents, {done['tokens']} tokens", flush=True)
+    else:
+        work = _work_folder(prefix, key)
+        cut = documents.pieces(files)
+        parts = _convert(config, cut, fields, work, EventLog(run_dir / "events.jsonl"))
+        _assemble(prefix, work, parts, key, words, files)
+        shutil.rmtree(work)
+    for sample in _samples(prefix, words, config.show):
+        print(sample, flush=True)
+
+
+def meta(prefix: Path) -> dict | None:
+    """The description `prepare` writes last, or None for data that isn't there or that another program made."""
+    file = Path(f"{prefix}.json")
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _key(files: list[Path], fields: Fields, words: str) -> str:
+    """Changes whenever the output would: inputs by path, size and time; fields; vocabulary; format."""
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    text = json.dumps([FORMAT, stats, asdict(fields), words])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _work_folder(prefix: Path, key: str) -> Path:
+    """The folder of finished pieces beside the output; one of other inputs is emptied."""
+    work = Path(f"{prefix}.parts")
+    marker = work / "key"
+    if work.exists() and (not marker.is_file() or marker.read_text() != key):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    marker.write_text(key)
+    return work
+
+
+def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path, events: EventLog) -> list[Part]:
+    """Every piece's part, in order, made or found; stops at the first bad line over the allowed number."""
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(cut))
+    task = partial(convert_piece, fields=fields, tokenizer_path=config.tokenizer, work=work)
+    parts: list[Part] = []
+    bad: list[tuple[Piece, Bad]] = []
+    progress = _Progress(sum(p.end - p.start for p in cut), events)
+    with _mapper(workers) as run_all:
+        for piece, part in zip(cut, run_all(task, enumerate(cut)), strict=True):
+            parts.append(part)
+            bad += [(piece, b) for b in part.bad]
+            progress.add(piece.end - piece.start)
+            if len(bad) > config.max_bad:
+                raise InputError(_explain(bad, config.max_bad))
+    progress.finish()
+    if bad:
+        print(f"warning: {_explain(bad, config.max_bad)}", file=sys.stderr, flush=True)
+    return parts
+
+
+class _mapper:
+    """`map` over one process or many; leaving early cancels what hasn't begun."""
+
+    def __init__(self, workers: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else None
+
+    def __enter__(self):  # noqa: ANN204
+        return self._pool.map if self._pool else map
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def convert_piece(numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path: str, work: Path) -> Part:
+    """Encode one piece into `work/NUMBER.{bin,mask,len}`; `NUMBER.json`, last and by rename, says it's done."""
+    number, piece = numbered
+    base = work / f"{number:08d}"
+    done = base.with_suffix(".json")
+    if done.is_file():
+        raw = json.loads(done.read_text())
+        return Part(**{**raw, "bad": [Bad(**b) for b in raw["bad"]]})
+    words = _tokenizer(tokenizer_path)
+    with (
+        base.with_suffix(".bin").open("wb") as tokens,
+        base.with_suffix(".mask").open("wb") as masks,
+        base.with_suffix(".len").open("wb") as lengths,
+    ):
+        part = _encode(documents.read(piece, fields), words, tokens, masks, lengths)
+    half = done.with_suffix(".half")
+    half.write_text(json.dumps(asdict(part)))
+    half.replace(done)
+    return part
+
+
+_loaded: dict[str, tokenizer.Tokenizer] = {}
+
+
+def _tokenizer(path: str) -> tokenizer.Tokenizer:
+    if path not in _loaded:
+        _loaded[path] = tokenizer.load(Path(path).expanduser())
+    return _loaded[path]
+
+
+def _encode(
+    read: Iterator[Document | Bad], words: tokenizer.Tokenizer, tokens: BinaryIO, masks: BinaryIO, lengths: BinaryIO
+) -> Part:
+    """Stream documents into the three files: ids, a byte of mask a token, an int32 length a document."""
+    dtype = indexed.token_dtype(words.vocab_size)
+    count, total, learnt, masked, bad = 0, 0, 0, 0, []
+    for item in read:
+        if isinstance(item, Bad):
+            bad.append(item)
+            continue
+        ids, mask = _ids(item, words)
+        tokens.write(np.asarray(ids, dtype=dtype).tobytes())
+        masks.write(mask)
+        lengths.write(np.int32(len(ids)).tobytes())
+        count, total, learnt = count + 1, total + len(ids), learnt + mask.count(1)
+        masked += bool(item.turns)
+    return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad)
+
+
+def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:
+    if item.turns:
+        ids, mask = chat.encode(words, list(item.turns))
+        return ids, bytes(mask)
+    ids = words.encode(item.text)
+    ids = ([words.bos] if item.opens else []) + ids + ([words.eos] if item.closes else [])
+    return ids, b"\x01" * len(ids)
+
+
+def _assemble(
+    prefix: Path, work: Path, parts: list[Part], key: str, words: tokenizer.Tokenizer, files: list[Path]
+) -> None:
+    """Join the parts, then put all files in place; a reader that comes in between finds no description."""
+    totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked")}
+    if not totals["documents"]:
+        raise InputError(f"no document in {', '.join(map(str, files[:5]))}: every input is empty")
+    bases = [work / f"{n:08d}" for n in range(len(parts))]
+    lengths = np.concatenate([np.fromfile(b.with_suffix(".len"), dtype=np.int32) for b in bases])
+    description = {"format": FORMAT, "key": key, **totals, "vocab_size": words.vocab_size}
+    description |= {"tokenizer": tokenizer.digest(words), "inputs": [str(f) for f in files]}
+    kinds = [("", ".bin", indexed.token_dtype(words.vocab_size))]
+    if totals["masked"]:
+        kinds.append(("_mask", ".mask", np.dtype(np.uint8)))
+    for name, suffix, dtype in kinds:
+        indexed.join([b.with_suffix(suffix) for b in bases], work / f"out{name}.bin")
+        indexed.write_index(work / f"out{name}.idx", lengths, dtype)
+    (work / "out.json").write_text(json.dumps(description, indent=1))
+    for stale in (".json", "_mask.bin", "_mask.idx"):
+        Path(f"{prefix}{stale}").unlink(missing_ok=True)
+    for name in [f"{n}{s}" for n, _, _ in kinds for s in (".bin", ".idx")] + [".json"]:
+        (work / f"out{name}").replace(f"{prefix}{name}")
+    print(
+        f"{prefix}: {totals['documents']} documents, {totals['tokens']} tokens, "
+        f"{totals['learnt'] / totals['tokens']:.0%} of them learnt",
+        flush=True,
+    )
+
+
+def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[str]:
+    """The first `count` documents as text, with what is learnt between guillemets."""
+    from megatron_mixtral.batches import Documents
+
+    stored = Documents(prefix) if count else None
+    for index in range(min(count, len(stored) if stored else 0)):
+        ids, mask = stored.read(index, 0, None)
+        shown, edges = "", np.flatnonzero(np.diff(mask, prepend=0, append=0))
+        for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+            text = " ".join(words.piece(int(i)) for i in ids[begin:end])
+            shown += f"«{text}»" if end > begin and mask[begin] else text
+        yield f"document {index} ({len(ids)} tokens, {int(mask.sum())} learnt): {shown}"
+
+
+def _explain(bad: list[tuple[Piece, Bad]], allowed: int) -> str:
+    named = "\n".join(f"  {p.file}:{_line(p, b)}: {b.reason}" for p, b in bad[:NAMED_BAD])
+    return f"{len(bad)} bad line{'s' * (len(bad) != 1)} (at most {allowed} allowed, --max-bad):\n{named}"
+
+
+def _line(piece: Piece, bad: Bad) -> int:
+    """Line number within the file: counts what lies before the piece, which only errors pay for."""
+    before = documents.lines(Piece(file=piece.file, start=0, end=piece.start, size=piece.size))
+    return bad.line + (sum(1 for _ in before) if piece.start else 0)
+
+
+class _Progress:
+    """One line that rewrites itself on a terminal, a line every ten seconds in a log, events in both."""
+
+    def __init__(self, total: int, events: EventLog) -> None:
+        self._total, self._done, self._events = max(total, 1), 0, events
+        self._begun = self._said = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def add(self, size: int) -> None:
+        self._done += size
+        if time.monotonic() - self._said > (0.2 if self._terminal else 10):
+            self._said = time.monotonic()
+            self._events.write("progress", done=self._done, total=self._total, unit="bytes")
+            self._say("\r" if self._terminal else "\n")
+
+    def finish(self) -> None:
+        self._events.write("progress", done=self._total, total=self._total, unit="bytes")
+        self._say("\n")
+
+    def _say(self, end: str) -> None:
+        seconds = max(time.monotonic() - self._begun, 1e-6)
+        rate, part = self._done / seconds / 1e6, self._done / self._total
+        print(
+            f"prepare {part:4.0%} of {self._total / 1e6:.1f} MB, {rate:.1f} MB/s",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,42 @@
+"""`events.jsonl`: what a job tells the people and programs that watch its run directory.
+
+One JSON object a line, appended with a single write so that readers never see half of one; one rank writes.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends to `path`; with no path it swallows everything, which is what the other ranks want."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **_finite(fields)})
+        with self._path.open("a") as stream:
+            stream.write(line + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every whole event in `path`, oldest first; a torn last line (a job killed as it wrote) is left out."""
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: such a number becomes its name, so that strict readers can parse the line."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
