@@ -49,16 +49,14 @@ def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if kind is None:
         raise InputError(f"{idx}: not an index of tokens")
     count = int.from_bytes(raw[18:26], "little")
-    lengths = (
-        np.memmap(idx, dtype=np.int32, mode="r", offset=34, shape=(count,)) if count else np.zeros(0, np.int32)
-    )
+    lengths = np.fromfile(idx, dtype=np.int32, offset=34, count=count)
     size = np.dtype(kind).itemsize
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if int(lengths.sum(dtype=np.int64)) * size != data.stat().st_size:
         raise InputError(f"{data}: {data.stat().st_size} bytes, but {idx} counts {int(lengths.sum()) * size}")
     if not count or not lengths.any():
         raise InputError(f"{data}: no tokens in it")
-    return np.memmap(data, dtype=kind, mode="r"), np.asarray(lengths), starts
+    return np.memmap(data, dtype=kind, mode="r"), lengths, starts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,8 +145,8 @@ def document(value: Any, fields: Fields) -> Document:
     text = value.get(fields.text)
     if not isinstance(text, str):
         raise ValueError(
-            f"has none of: {fields.text!r} (text), {fields.messages!r}, {fields.prompt!r} with {fields.completion!r}; "
-            f"it has {', '.join(map(repr, list(value)[:8])) or 'nothing'}"
+            f"has none of: {fields.text!r} (text), {fields.messages!r}, {fields.prompt!r} with "
+            f"{fields.completion!r}; it has {', '.join(map(repr, list(value)[:8])) or 'nothing'}"
         )
     if not text.strip():
         raise ValueError(f"{fields.text!r} is empty")
