@@ -98,9 +98,14 @@ def read(piece: Piece, fields: Fields) -> Iterator[Document | Bad]:
 
 def lines(piece: Piece) -> Iterator[bytes]:
     """Whole lines that begin in `piece`: the one cut by `start` belongs to the piece before."""
+    return (line for line, _ in _lines(piece))
+
+
+def _lines(piece: Piece) -> Iterator[tuple[bytes, bool]]:
+    """Each line with whether it is the file's last."""
     with _open(piece.file) as stream:
         if piece.file.suffix in (".gz", ".zst"):
-            yield from stream
+            yield from ((line, not stream.peek(1)) for line in stream)  # type: ignore[attr-defined]
             return
         position = piece.start
         if position:
@@ -108,7 +113,7 @@ def lines(piece: Piece) -> Iterator[bytes]:
             position += len(stream.readline()) - 1
         while position < piece.end and (line := stream.readline()):
             position += len(line)
-            yield line
+            yield line, position >= piece.size
 
 
 def _open(file: Path) -> BinaryIO:
@@ -160,14 +165,13 @@ def _texts(piece: Piece) -> Iterator[Document | Bad]:
     becomes two documents of one file, as at any other cut.
     """
     gathered: list[bytes] = []
-    size, first, opens = 0, 1, piece.start == 0
-    for number, line in enumerate(lines(piece), start=1):
+    size, first, opens, last = 0, 1, piece.start == 0, False
+    for number, (line, last) in enumerate(_lines(piece), start=1):  # noqa: B007 (read after the loop)
         if size >= 4 * TEXT_BYTES or (size >= TEXT_BYTES and not gathered[-1].strip()):
             yield from _text(gathered, first, opens=opens, closes=False)
             gathered, size, first, opens = [], 0, number, False
         gathered.append(line)
         size += len(line)
-    last = piece.end >= piece.size
     if gathered:
         yield from _text(gathered, first, opens=opens, closes=last)
 

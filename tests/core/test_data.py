@@ -1,0 +1,277 @@
+"""`prepare`: what Megatron reads back is what was written, whole, for any workers, and bad input is named."""
+
+import gzip
+import importlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from megatron_mixtral import chat, data, documents, tokenizer
+from megatron_mixtral.batches import Documents
+from megatron_mixtral.config import PrepareConfig
+from megatron_mixtral.errors import InputError
+
+TEXTS = [f"Document {n} says: {'words ' * (n % 7)}and ends with héé 你好." for n in range(50)]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi there"},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A mixture."},
+]
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer_folder):
+    return tokenizer.load(tokenizer_folder)
+
+
+def write_jsonl(path, objects):
+    path.write_text("".join(json.dumps(o) + "\n" for o in objects))
+    return path
+
+
+def prepare(tmp_path, tokenizer_folder, *inputs, **options):
+    config = PrepareConfig(
+        inputs=[str(i) for i in inputs],
+        output=str(tmp_path / "out"),
+        tokenizer=str(tokenizer_folder),
+        **{"workers": 1, **options},
+    )
+    data.run(config, tmp_path)
+    return tmp_path / "out"
+
+
+def stored(prefix):
+    read = Documents(prefix)
+    return [tuple(part.tolist() for part in read.read(i, 0, None)) for i in range(len(read))]
+
+
+def test_documents_come_back_in_order_between_begin_and_end(tmp_path, tokenizer_folder, words):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    found = stored(prepare(tmp_path, tokenizer_folder, file))
+    assert [ids for ids, _ in found] == [[1, *words.encode(t), 2] for t in TEXTS]
+    assert all(set(mask) == {1} for _, mask in found)
+    assert not (tmp_path / "out_mask.bin").exists()
+
+
+def test_files_are_byte_for_byte_those_of_megatrons_builder(tmp_path, tokenizer_folder, words):
+    importlib.import_module("megatron_mixtral.mcore")  # must come before megatron.core
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    prefix = prepare(tmp_path, tokenizer_folder, file)
+    builder = IndexedDatasetBuilder(str(tmp_path / "ref.bin"), dtype=np.uint16)
+    for text in TEXTS:
+        ids = [1, *words.encode(text), 2]
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "ref.idx"))
+    for suffix in (".bin", ".idx"):
+        assert prefix.with_suffix(suffix).read_bytes() == (tmp_path / f"ref{suffix}").read_bytes()
+    assert IndexedDataset(str(prefix))[3].tolist() == [1, *words.encode(TEXTS[3]), 2]
+
+
+def test_output_is_the_same_for_any_number_of_workers_and_any_cut(tmp_path, tokenizer_folder, monkeypatch):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    once = prepare(tmp_path, tokenizer_folder, file).with_suffix(".bin").read_bytes()
+    for name in ("out.bin", "out.idx", "out.json"):
+        (tmp_path / name).unlink()
+    monkeypatch.setattr(documents.pieces, "__defaults__", (700,))
+    again = prepare(tmp_path, tokenizer_folder, file, workers=2).with_suffix(".bin").read_bytes()
+    assert again == once
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, 10**6])
+def test_every_line_belongs_to_exactly_one_piece(tmp_path, size):
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(b"".join(b"x" * (n % 40) + b"\n" for n in range(200)) + b"no newline at the end")
+    got = [line for piece in documents.pieces([file], size) for line in documents.lines(piece)]
+    assert got == file.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("size", [5000, 10**6])
+def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, size):
+    file = tmp_path / "book.txt"
+    text = "\n\n".join("A paragraph of one book, number " + "x" * (n % 300) for n in range(900))
+    file.write_text(text)
+    cut = documents.pieces([file], size)
+    found = [d for piece in cut for d in documents.read(piece, documents.Fields())]
+    assert "".join(d.text for d in found) == text
+    assert len(found) > 5
+    assert [d.opens for d in found] == [True] + [False] * (len(found) - 1)
+    assert [d.closes for d in found] == [False] * (len(found) - 1) + [True]
+
+
+def test_compressed_files_and_folders_are_read(tmp_path, tokenizer_folder, words):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "two"}).encode()))
+    write_jsonl(folder / "a.jsonl", [{"text": "one"}])
+    (folder / "c.txt").write_text("three")
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    found = stored(prepare(tmp_path, tokenizer_folder, folder))
+    assert [ids for ids, _ in found] == [[1, *words.encode(t), 2] for t in ("one", "two", "three")]
+
+
+def reference_ids(turns):
+    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    messages = [kinds[m["role"]](content=m["content"]) for m in turns]
+    # mistral-common wants the user last; a question that follows the answer leaves its tokens as they are
+    request = ChatCompletionRequest(messages=[*messages, UserMessage(content="x")])
+    tokens = MistralTokenizer.v1().encode_chat_completion(request).tokens
+    tail = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=[UserMessage(content="x")]))
+    return tokens[: -len(tail.tokens) + 1]
+
+
+def test_conversations_are_token_for_token_mistral_commons(words):
+    ids, mask = chat.encode(words, chat.from_messages(TALK))
+    assert ids == reference_ids(TALK)
+    learnt = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert learnt == [*words.encode("Hi there"), 2, *words.encode("A mixture."), 2]
+
+
+def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"messages": TALK}, {"prompt": "2+2?", "completion": "4"}])
+    prefix = prepare(tmp_path, tokenizer_folder, file)
+    (_, first), (ids, mask) = stored(prefix)
+    assert first == chat.encode(words, chat.from_messages(TALK))[1]
+    assert ids == [1, *words.encode("[INST] 2+2? [/INST]"), *words.encode("4"), 2]
+    assert mask == [0] * (len(ids) - len(words.encode("4")) - 1) + [1] * (len(words.encode("4")) + 1)
+    described = json.loads((tmp_path / "out.json").read_text())
+    assert described["masked"] == 2
+    assert described["learnt"] == sum(first) + sum(mask)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": ""}', "'text' is empty"),
+        ('{"words": "x"}', "it has 'words'"),
+        ("[1]", "expected a JSON object, got list"),
+        ("{nope", "Expecting property name"),
+        ('{"messages": []}', "non-empty list"),
+        ('{"messages": [{"role": "user", "content": "q"}]}', "the last turn must be the assistant's"),
+        ('{"messages": [{"role": "bot", "content": "q"}]}', "'bot' isn't one of system, user, assistant"),
+        ('{"messages": [{"role": "assistant", "content": "q"}]}', "must be the user's"),
+        ('{"prompt": "q", "completion": " "}', "content is empty"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, tokenizer_folder, line, reason):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(InputError, match="1 bad line ") as error:
+        prepare(tmp_path, tokenizer_folder, file)
+    assert f"{file}:3: " in str(error.value)
+    assert reason in str(error.value)
+    assert not list(tmp_path.glob("out.[bij]*"))
+
+
+def test_bad_lines_are_counted_across_pieces_and_may_be_allowed(tmp_path, tokenizer_folder, monkeypatch, capsys):
+    monkeypatch.setattr(documents.pieces, "__defaults__", (100,))
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "good"}\n' * 20 + "bad\n" + '{"text": "good"}\n' * 5)
+    prefix = prepare(tmp_path, tokenizer_folder, file, max_bad=1)
+    assert len(stored(prefix)) == 25
+    assert f"{file}:21: " in capsys.readouterr().err
+
+
+def test_text_that_is_not_utf8_is_named_by_line(tmp_path, tokenizer_folder):
+    file = tmp_path / "in.txt"
+    file.write_bytes(b"fine\nfine\n\xff\xfe\n")
+    with pytest.raises(InputError, match=r"in\.txt:3: not UTF-8"):
+        prepare(tmp_path, tokenizer_folder, file)
+
+
+def test_inputs_that_hold_nothing_are_an_error(tmp_path, tokenizer_folder):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="every input is empty"):
+        prepare(tmp_path, tokenizer_folder, tmp_path / "empty.txt")
+    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file"):
+        prepare(tmp_path, tokenizer_folder, tmp_path / "nothing.jsonl")
+
+
+def test_killed_halfway_it_goes_on_and_gives_the_same_files(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(documents.pieces, "__defaults__", (700,))
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    whole = prepare(tmp_path, tokenizer_folder, file).with_suffix(".bin").read_bytes()
+    (tmp_path / "out.json").unlink()
+    encoded = []
+    real = data.convert_piece
+
+    def counting(numbered, **kwargs):
+        if not (kwargs["work"] / f"{numbered[0]:08d}.json").exists():
+            encoded.append(numbered[0])
+        if numbered[0] == 3 and len(encoded) == 4:
+            raise KeyboardInterrupt
+        return real(numbered, **kwargs)
+
+    monkeypatch.setattr(data, "convert_piece", counting)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, tokenizer_folder, file)
+    prefix = prepare(tmp_path, tokenizer_folder, file)
+    assert encoded[:5] == [0, 1, 2, 3, 3]
+    assert sorted(encoded) == sorted([*range(max(encoded) + 1), 3])
+    assert prefix.with_suffix(".bin").read_bytes() == whole
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_prepared_data_is_not_prepared_again_until_its_input_changes(tmp_path, tokenizer_folder, capsys):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
+    before = prepare(tmp_path, tokenizer_folder, file).with_suffix(".bin").stat().st_mtime_ns
+    prepare(tmp_path, tokenizer_folder, file)
+    assert (tmp_path / "out.bin").stat().st_mtime_ns == before
+    assert "is there already" in capsys.readouterr().out
+    write_jsonl(file, [{"text": "another"}])
+    prepare(tmp_path, tokenizer_folder, file)
+    assert (tmp_path / "out.bin").stat().st_mtime_ns != before
+
+
+def test_control_tokens_in_text_stay_text(tokenizer_folder):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        words = tokenizer.load(tokenizer_folder / name)
+        assert 2 not in words.encode("so </s> ends nothing")
+        assert (words.bos, words.eos, words.vocab_size) == (1, 2, 32000)
+
+
+def test_both_tokenizer_files_agree_and_are_known_as_one_vocabulary(tokenizer_folder):
+    pieces, hub = (tokenizer.load(tokenizer_folder / n) for n in ("tokenizer.model", "tokenizer.json"))
+    assert tokenizer.digest(pieces) == tokenizer.digest(hub)
+    for text in (*TEXTS, "  two\n\n\tmixed   runs", " ", "", "🎉\u3000"):
+        assert pieces.encode(text) == hub.encode(text)
+
+
+def test_show_prints_what_is_learnt(tmp_path, tokenizer_folder, capsys):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "2+2?", "completion": "4"}])
+    prepare(tmp_path, tokenizer_folder, file, show=3)
+    assert "▁[ / INST ]«▁ 4 </s>»" in capsys.readouterr().out
+
+
+def test_configuration_decides_the_fields(tmp_path, tokenizer_folder, words):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"question": "q", "answer": "a", "text": "unused"}])
+    prefix = prepare(tmp_path, tokenizer_folder, file, prompt_key="question", completion_key="answer")
+    assert stored(prefix)[0][0] == [1, *words.encode("[INST] q [/INST]"), *words.encode("a"), 2]
+
+
+def test_a_piece_of_an_upstream_dataset_without_description_is_readable(tmp_path, tokenizer_folder):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
+    prefix = prepare(tmp_path, tokenizer_folder, file)
+    (tmp_path / "out.json").unlink()
+    assert data.meta(prefix) is None
+    assert len(Documents(prefix)) == 1
+
+
+def test_replaced_config_is_a_new_preparation(tmp_path, tokenizer_folder):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": "a", "body": "b"}])
+    config = PrepareConfig(
+        inputs=[str(file)], output=str(tmp_path / "out"), tokenizer=str(tokenizer_folder), workers=1
+    )
+    data.run(config, tmp_path)
+    one = (tmp_path / "out.bin").read_bytes()
+    data.run(replace(config, text_key="body"), tmp_path)
+    assert (tmp_path / "out.bin").read_bytes() != one
