@@ -74,7 +74,8 @@ def test_files_are_byte_for_byte_those_of_megatrons_builder(tmp_path, tokenizer_
     builder.finalize(str(tmp_path / "ref.idx"))
     for suffix in (".bin", ".idx"):
         assert prefix.with_suffix(suffix).read_bytes() == (tmp_path / f"ref{suffix}").read_bytes()
-    assert IndexedDataset(str(prefix))[3].tolist() == [1, *words.encode(TEXTS[3]), 2]
+    dataset = IndexedDataset(str(prefix))  # its arrays live no longer than it does
+    assert dataset[3].tolist() == [1, *words.encode(TEXTS[3]), 2]
 
 
 def test_output_is_the_same_for_any_number_of_workers_and_any_cut(tmp_path, tokenizer_folder, monkeypatch):
