@@ -1,0 +1,239 @@
+"""The decoder layer's parts in plain torch, and the specification that puts them together for megatron-core.
+
+Where Transformer Engine is installed its own specification is used; ours writes the same sharded tensor names, so
+checkpoints move freely between the two.
+
+Shapes: S sequence, B batch, N query heads and K key/value heads of this rank, D head size, T tokens routed to this
+rank, E experts of this rank, H hidden, F expert width of this rank.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_mixtral import mcore
+
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square normalisation over H, replicated on tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, device=mcore.device(), dtype=config.params_dtype)
+        # Under sequence parallelism each rank sees its share of the tokens: gradients are then summed over ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class Attention(MegatronModule):
+    """softmax(Q K^T / sqrt D) V by torch's scaled_dot_product_attention: causal, grouped, with an optional window."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,  # [S, B, N, D]
+        key: Tensor,  # [S', B, K, D]; S' > S while decoding
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:  # [S, B, N * D]
+        """Causal whatever the mask says: query i is the one at position S' - S + i."""
+        assert attention_bias is None, "Mixtral has no attention bias"
+        assert packed_seq_params is None, "packed sequences need variable-length attention"
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = causal_mask(q.shape[2], k.shape[2], self.window, q.device)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and q.shape[2] > 1,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where a query may look, [S, S']; None where the plain causal kernel (or no mask at all) says the same."""
+    if (window is None or window >= keys) and queries in (1, keys):
+        return None
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    other = torch.arange(keys, device=device)[None, :]
+    seen = other <= position
+    return seen if window is None else seen & (other > position - window)
+
+
+class Experts(MegatronModule):
+    """All experts of this rank as two stacked matrices: w2(silu(w1 x) * (w3 x)) for the tokens sent to each."""
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.count = num_local_experts
+        self.expert_group, self.tensor_group, self.data_group = (
+            pg_collection.ep,
+            pg_collection.expt_tp,
+            pg_collection.expt_dp,
+        )
+        parts = self.tensor_group.size()
+        assert config.moe_ffn_hidden_size % parts == 0, "Layout.check lets whole parts through only"
+        width = config.moe_ffn_hidden_size // parts
+        # [gate; up] on top of each other, as in every Megatron checkpoint: linear_fc1 [E, 2F, H], linear_fc2 [E, H, F].
+        self.linear_fc1 = self._stacked(2 * width, config.hidden_size, dim=1)
+        self.linear_fc2 = self._stacked(config.hidden_size, width, dim=2)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                config.init_method(self.linear_fc1)
+                config.output_layer_init_method(self.linear_fc2)
+        self.grouped = grouped_mm_serves(self.linear_fc1, self.linear_fc2)
+
+    def _stacked(self, rows: int, columns: int, *, dim: int) -> torch.nn.Parameter:
+        config = self.config
+        weight = torch.nn.Parameter(
+            torch.empty(self.count, rows, columns, dtype=config.params_dtype, device=mcore.device())
+        )
+        # Gradients are averaged over the ranks that hold these experts, not over all data-parallel ones, and every
+        # rank counts its own part of the norm.
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)
+        weight.allreduce = not (  # type: ignore[attr-defined]
+            config.expert_model_parallel_size > 1 or self.tensor_group.size() != config.tensor_model_parallel_size
+        )
+        return weight
+
+    def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """hidden [T, H] sorted by expert, tokens_per_expert [E], probs [T] -> [T, H], partial over expert-tensor."""
+        both = self._product(hidden, self.linear_fc1, tokens_per_expert)
+        gate, up = both.chunk(2, dim=-1)
+        inner = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
+        return self._product(inner, self.linear_fc2, tokens_per_expert), None
+
+    def _product(self, x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        if self.grouped:
+            ends = tokens_per_expert.to(x.device, torch.int32).cumsum(0, dtype=torch.int32)
+            return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        parts = x.split(tokens_per_expert.tolist())
+        return torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])
+
+    def backward_dw(self) -> None:
+        """Weight gradients are made in the backward pass itself."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Iterable[tuple[int, int, int]] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """`experts.linear_fcN.weight` with an expert axis behind the layer's, as Transformer Engine's spec has it."""
+        offsets = tuple(sharded_offsets)
+        replica = (0, 0, self.data_group.rank())
+        shard = partial(self._sharded, offsets=offsets)
+        fc1 = ShardedTensorFactory(
+            f"{prefix}experts.linear_fc1.weight",
+            self.linear_fc1,
+            partial(_split_gate_up, shard),
+            _join_gate_up,
+            replica,
+        )
+        fc2 = shard(f"{prefix}experts.linear_fc2.weight", self.linear_fc2, replica, axis=2)
+        tensors = {f"{prefix}linear_fc1": fc1, f"{prefix}linear_fc2": fc2}
+        return tensors | self._extra_states(prefix, offsets)
+
+    def _sharded(
+        self, key: str, tensor: Tensor, replica: Any, *, axis: int, offsets: Any, part: int = 0, of: int = 1
+    ) -> ShardedTensor:
+        """One [E, ., .] block of the global tensor, cut over expert-parallel ranks and, on `axis`, tensor-parallel ones."""
+        front, group = len(offsets), self.tensor_group
+        return ShardedTensor.from_rank_offsets(
+            key,
+            tensor,
+            *offsets,
+            (front, self.expert_group.rank(), self.expert_group.size()),
+            (front + axis, part * group.size() + group.rank(), of * group.size()),
+            replica_id=replica,
+            prepend_axis_num=front,
+        )
+
+    def _extra_states(self, prefix: str, offsets: Any) -> dict[str, Any]:
+        """Empty objects that a Transformer Engine model asks its checkpoint for, one an expert and product."""
+        first, total = self.expert_group.rank() * self.count, self.expert_group.size() * self.count
+        replica = (0, self.tensor_group.rank(), self.data_group.rank())
+        return {
+            f"{prefix}{fc}._extra_state{i}": make_sharded_object_for_checkpoint(
+                None,
+                f"{prefix}experts.{fc}._extra_state",
+                (*offsets, (len(offsets), first + i, total)),
+                replica,
+            )
+            for fc in ("linear_fc1", "linear_fc2")
+            for i in range(self.count)
+        }
+
+
+@torch.no_grad()
+def _split_gate_up(shard: Any, key: str, tensor: Tensor, replica: Any, _: Any) -> list[ShardedTensor]:
+    """Each half has its own place in the global [E, 2F, H], or tensor-parallel shards of both would interleave."""
+    gate, up = tensor.chunk(2, dim=1)
+    return [shard(key, half, replica, axis=1, part=i, of=2) for i, half in enumerate((gate, up))]
+
+
+@torch.no_grad()
+def _join_gate_up(halves: list[Tensor]) -> Tensor:
+    return torch.cat(halves, dim=1)
+
+
+def grouped_mm_serves(*weights: Tensor) -> bool:
+    """Whether one grouped product can do all experts: bf16 on a GPU with rows of whole 16 bytes."""
+    return hasattr(F, "grouped_mm") and all(
+        w.is_cuda and w.dtype == torch.bfloat16 and w.shape[-1] % 8 == 0 and w.shape[-2] % 8 == 0 for w in weights
+    )
+
+
+def decoder_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the norm after the last one."""
+    if mcore.have_transformer_engine():
+        return mcore.transformer_engine_block(config, vp_stage=vp_stage)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mcore.moe_spec(Experts),
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine fuses this norm into the projection and names it so in checkpoints.
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        ),
+    )
+    count = mcore.layers_of_stage(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

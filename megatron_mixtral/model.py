@@ -1,0 +1,137 @@
+"""Build megatron-core's GPTModel for a Mixtral's shape: this rank's stage and shard of it, on its device.
+
+`tensors.shapes` lists the tensors it has in a checkpoint, the same for every layout.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from megatron_mixtral import layers, mcore
+from megatron_mixtral.config import Layout, MixtralShape
+from megatron_mixtral.errors import LayoutError
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+Precision = Literal["bf16", "fp32"]
+
+
+def build(
+    shape: MixtralShape,
+    layout: Layout,
+    *,
+    precision: Precision,
+    aux_loss: float = 0.0,
+    max_sequence_length: int | None = None,
+    random_weights: bool = True,
+    parallel_output: bool = True,
+    **config: Any,
+) -> GPTModel:
+    """This rank's part of the model, after `mcore.initialize(layout)`.
+
+    `random_weights=False` leaves parameters as the memory was: for models loaded from a checkpoint next.
+    `parallel_output=False` gathers the vocabulary of the logits over tensor-parallel ranks.
+    Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
+    """
+    layout.check(shape)
+    if layout.context > 1:
+        raise LayoutError(f"context parallel {layout.context}: attention isn't split over the sequence yet; use 1")
+    with mcore.quiet():
+        settings = transformer_config(
+            shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
+        )
+    model = GPTModel(
+        config=settings,
+        transformer_layer_spec=layers.decoder_spec(settings),
+        vocab_size=padded_vocabulary(shape, layout),
+        max_sequence_length=max_sequence_length or shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+    ).to(mcore.device())
+    model.shape = shape
+    _hide_padding(model, shape)
+    return model
+
+
+def transformer_config(
+    shape: MixtralShape, layout: Layout, *, precision: Precision, aux_loss: float, **overrides: Any
+) -> TransformerConfig:
+    """megatron-core's settings for this shape and layout."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    settings: dict[str, Any] = {
+        "num_layers": shape.num_hidden_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.intermediate_size,
+        "moe_ffn_hidden_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_key_value_heads,
+        "kv_channels": shape.head_dim,
+        "window_size": (shape.sliding_window - 1, 0) if shape.sliding_window else None,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.rms_norm_eps,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": shape.initializer_range,
+        "num_moe_experts": shape.num_local_experts,
+        "moe_router_topk": shape.num_experts_per_tok,
+        "moe_router_pre_softmax": False,  # Mixtral's weights are a softmax over the chosen experts alone
+        "moe_router_load_balancing_type": "aux_loss" if aux_loss else "none",
+        "moe_aux_loss_coeff": aux_loss,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.tensor > 1,  # megatron-core trains experts under tensor parallelism only so
+        "pipeline_model_parallel_layout": uneven_stages(shape, layout),
+        "bf16": precision == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**settings | overrides)
+
+
+def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None:
+    """Which layers each stage holds where they don't divide evenly: the earlier stages take one more.
+
+    None where they do, which is megatron-core's own way.
+    """
+    whole, rest = divmod(shape.num_hidden_layers, layout.pipeline)
+    if not rest:
+        return None
+    stages = [["decoder"] * (whole + (stage < rest)) for stage in range(layout.pipeline)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def padded_vocabulary(shape: MixtralShape, layout: Layout) -> int:
+    """Rows of the embedding: the vocabulary, and as few more as make it divide over tensor-parallel ranks."""
+    return -(-shape.vocab_size // layout.tensor) * layout.tensor
+
+
+def _hide_padding(model: GPTModel, shape: MixtralShape) -> None:
+    """Logits of rows that are no tokens become the smallest number, so that no loss or sample counts them."""
+    if not model.post_process or model.vocab_size == shape.vocab_size:
+        return
+    ranks = 1 if not model.parallel_output else parallel_state.get_tensor_model_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() * model.vocab_size // ranks if ranks > 1 else 0
+    keep = shape.vocab_size - first
+
+    def hide(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        columns = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.masked_fill(columns >= keep, torch.finfo(logits.dtype).min), bias
+
+    model.output_layer.register_forward_hook(hide)
