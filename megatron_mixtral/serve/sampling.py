@@ -1,0 +1,142 @@
+"""From logits to the next token of each request in a batch, the same on every rank and in every batch.
+
+A request draws from its own seeded stream and by inverting the cumulative distribution, so neither the company it
+keeps in a batch nor the number of ranks changes its tokens.  Shapes: n = requests, v = vocabulary.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_mixtral.serve.wire import Request, Top
+
+COLDEST = 1e-4  # below it a temperature is greedy: dividing by it would overflow
+
+
+@dataclass(slots=True)
+class Draws:
+    """What one request's tokens hang on, and how much of its prompt has been scored."""
+
+    request: Request
+    random: random.Random
+    counts: Counter[int] = field(default_factory=Counter)
+    scored: int = 0  # prompt tokens whose log probability was given out
+
+    @property
+    def shifts_logits(self) -> bool:
+        r = self.request
+        return bool(r.logit_bias or r.presence_penalty or r.frequency_penalty)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A drawn token and, when asked for, the model's own log probabilities: before temperature and bias."""
+
+    token: int
+    logprob: float | None = None
+    top: Top | None = None
+
+
+class Sampler:
+    """Draws tokens for the requests it was told of; greedy where the temperature is 0 or top_k is 1."""
+
+    def __init__(self) -> None:
+        self._draws: dict[int, Draws] = {}
+
+    def add(self, request: Request) -> None:
+        self._draws[request.id] = Draws(request, random.Random(request.seed))
+
+    def drop(self, request: int) -> None:
+        self._draws.pop(request, None)
+
+    def __contains__(self, request: int) -> bool:
+        return request in self._draws
+
+    def __getitem__(self, request: int) -> Draws:
+        return self._draws[request]
+
+    def choose(self, logits_nv: Tensor, requests: list[int]) -> list[Choice]:
+        """One token for each request, whose logits are the rows in order."""
+        draws = [self._draws[request] for request in requests]
+        tokens = self._draw(self._shifted(logits_nv.float(), draws), draws)
+        for one, token in zip(draws, tokens, strict=True):
+            one.counts[token] += 1
+        wanted = [i for i, s in enumerate(draws) if s.request.logprobs is not None]
+        choices = [Choice(token) for token in tokens]
+        if wanted:
+            most = max(draws[i].request.logprobs or 0 for i in wanted)
+            chosen = torch.tensor([tokens[i] for i in wanted], device=logits_nv.device)
+            own, tops = score(logits_nv[wanted], chosen, most)
+            for row, i in enumerate(wanted):
+                choices[i] = Choice(tokens[i], own[row], tops[row][: draws[i].request.logprobs or 0])
+        return choices
+
+    def _shifted(self, logits_nv: Tensor, draws: list[Draws]) -> Tensor:
+        """Penalties for what was said already, and the caller's own bias."""
+        rows = [(i, s) for i, s in enumerate(draws) if s.shifts_logits]
+        if not rows:
+            return logits_nv
+        shifted = logits_nv.clone()
+        for i, one in rows:
+            r = one.request
+            shift = {t: -r.presence_penalty - n * r.frequency_penalty for t, n in one.counts.items()}
+            for token, bias in r.logit_bias.items():
+                shift[token] = shift.get(token, 0.0) + bias
+            if shift:
+                at = torch.tensor(list(shift), device=logits_nv.device)
+                shifted[i, at] += torch.tensor(list(shift.values()), device=logits_nv.device)
+        return shifted
+
+    def _draw(self, logits_nv: Tensor, draws: list[Draws]) -> list[int]:
+        tokens = logits_nv.argmax(dim=-1).tolist()
+        rows = [i for i, s in enumerate(draws) if s.request.temperature >= COLDEST and s.request.top_k != 1]
+        if not rows:
+            return tokens
+        requests = [draws[i].request for i in rows]
+        drawn = inverse_draw(
+            logits_nv[rows],
+            temperature=[r.temperature for r in requests],
+            top_k=[r.top_k for r in requests],
+            top_p=[r.top_p for r in requests],
+            uniform=[draws[i].random.random() for i in rows],
+        )
+        for i, token in zip(rows, drawn, strict=True):
+            tokens[i] = token
+        return tokens
+
+
+def inverse_draw(
+    logits_nv: Tensor, *, temperature: list[float], top_k: list[int], top_p: list[float], uniform: list[float]
+) -> list[int]:
+    """The token where the filtered distribution's cumulative sum, most likely first, passes `uniform` (0 <= u < 1).
+
+    top_k keeps the k most likely; top_p then keeps the fewest whose sum reaches p of those; one always stays.
+    """
+    device, v = logits_nv.device, logits_nv.shape[-1]
+    column = lambda values: torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)  # noqa: E731
+    sorted_nv, order_nv = torch.sort(logits_nv / column(temperature), dim=-1, descending=True, stable=True)
+    keep_k = column([k if k > 0 else v for k in top_k])
+    rank = torch.arange(v, device=device)
+    kept = torch.where(rank < keep_k, sorted_nv.softmax(-1), 0.0)
+    kept = kept / kept.sum(-1, keepdim=True)
+    before = kept.cumsum(-1) - kept
+    kept = torch.where((before < column(top_p)) | (rank == 0), kept, 0.0)
+    cumulative = kept.cumsum(-1)
+    threshold = column(uniform) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, threshold, right=True)
+    last = (kept > 0).sum(-1, keepdim=True) - 1  # rounding may carry the threshold past the end
+    return order_nv.gather(1, place.minimum(last)).squeeze(1).tolist()
+
+
+def score(logits_nv: Tensor, tokens_n: Tensor, top: int) -> tuple[list[float], list[Top]]:
+    """Log probability of `tokens_n` and the `top` best alternatives, row by row."""
+    logprobs = logits_nv.float().log_softmax(-1)
+    own = logprobs.gather(1, tokens_n.long().unsqueeze(1)).squeeze(1).tolist()
+    if not top:
+        return own, [[] for _ in own]
+    values, ids = logprobs.topk(top, dim=-1)
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return own, [list(zip(row_ids, row_values, strict=True)) for row_ids, row_values in pairs]
