@@ -42,8 +42,17 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class BlockNorm(RMSNorm):
+    """A norm that is a module of its own in Transformer Engine, too, with the empty object it leaves in checkpoints."""
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, _: Any) -> None: ...
+
+
 class Attention(MegatronModule):
-    """softmax(Q K^T / sqrt D) V by torch's scaled_dot_product_attention: causal, grouped, with an optional window."""
+    """softmax(Q K^T / sqrt D) V by torch's scaled_dot_product_attention: causal, grouped, windowed if asked."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -80,7 +89,7 @@ class Attention(MegatronModule):
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query may look, [S, S']; None where the plain causal kernel (or no mask at all) says the same."""
+    """True where a query may look, [S, S']; None where the causal kernel (or no mask at all) says the same."""
     if (window is None or window >= keys) and queries in (1, keys):
         return None
     position = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -105,7 +114,7 @@ class Experts(MegatronModule):
         parts = self.tensor_group.size()
         assert config.moe_ffn_hidden_size % parts == 0, "Layout.check lets whole parts through only"
         width = config.moe_ffn_hidden_size // parts
-        # [gate; up] on top of each other, as in every Megatron checkpoint: linear_fc1 [E, 2F, H], linear_fc2 [E, H, F].
+        # linear_fc1 [E, 2F, H] holds gate above up, as every Megatron checkpoint does; linear_fc2 [E, H, F].
         self.linear_fc1 = self._stacked(2 * width, config.hidden_size, dim=1)
         self.linear_fc2 = self._stacked(config.hidden_size, width, dim=2)
         if config.perform_initialization:
@@ -128,7 +137,10 @@ class Experts(MegatronModule):
         return weight
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """hidden [T, H] sorted by expert, tokens_per_expert [E], probs [T] -> [T, H], partial over expert-tensor."""
+        """hidden [T, H] sorted by expert, tokens_per_expert [E], probs [T] -> [T, H], partial over expert-tensor.
+
+        Where one expert's tokens end the next one's begin; there may be none.
+        """
         both = self._product(hidden, self.linear_fc1, tokens_per_expert)
         gate, up = both.chunk(2, dim=-1)
         inner = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
@@ -147,17 +159,16 @@ class Experts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Iterable[tuple[int, int, int]] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """`experts.linear_fcN.weight` with an expert axis behind the layer's, as Transformer Engine's spec has it."""
+        """`experts.linear_fcN.weight` with an expert axis behind the layer's, as Transformer Engine has it."""
         offsets = tuple(sharded_offsets)
         replica = (0, 0, self.data_group.rank())
         shard = partial(self._sharded, offsets=offsets)
-        fc1 = ShardedTensorFactory(
-            f"{prefix}experts.linear_fc1.weight",
-            self.linear_fc1,
-            partial(_split_gate_up, shard),
-            _join_gate_up,
-            replica,
-        )
+        key = f"{prefix}experts.linear_fc1.weight"
+        if self.tensor_group.size() == 1:
+            fc1 = shard(key, self.linear_fc1, replica, axis=1)  # loaded in place, with no second copy
+        else:
+            split = partial(_split_gate_up, shard)
+            fc1 = ShardedTensorFactory(key, self.linear_fc1, split, _join_gate_up, replica)
         fc2 = shard(f"{prefix}experts.linear_fc2.weight", self.linear_fc2, replica, axis=2)
         tensors = {f"{prefix}linear_fc1": fc1, f"{prefix}linear_fc2": fc2}
         return tensors | self._extra_states(prefix, offsets)
@@ -165,7 +176,7 @@ class Experts(MegatronModule):
     def _sharded(
         self, key: str, tensor: Tensor, replica: Any, *, axis: int, offsets: Any, part: int = 0, of: int = 1
     ) -> ShardedTensor:
-        """One [E, ., .] block of the global tensor, cut over expert-parallel ranks and, on `axis`, tensor-parallel ones."""
+        """One [E, ., .] block, cut over expert-parallel ranks and on `axis` over expert-tensor-parallel ones."""
         front, group = len(offsets), self.tensor_group
         return ShardedTensor.from_rank_offsets(
             key,
@@ -228,7 +239,7 @@ def decoder_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> T
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=BlockNorm,
             mlp=mcore.moe_spec(Experts),
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine fuses this norm into the projection and names it so in checkpoints.
@@ -236,4 +247,4 @@ def decoder_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> T
         ),
     )
     count = mcore.layers_of_stage(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=BlockNorm)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ from megatron_mixtral.errors import JobError
 
 HAVE_GPU = torch.cuda.is_available()
 _CPU = torch.device("cpu")
+_FACTORIES = (
+    *(
+        "arange",
+        "as_tensor",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "eye",
+        "full",
+        "full_like",
+        "linspace",
+        "ones",
+    ),
+    *("ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor"),
+    *("tril_indices", "triu_indices", "zeros", "zeros_like"),
+)
 
 
 class _Stream:
@@ -86,9 +103,12 @@ def _substitute_streams(cuda: Any) -> None:
     the_stream = _Stream()
     cuda.Stream = _Stream
     cuda.Event = _Event
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: the_stream
+    # One function a name: torch._dynamo, should anything import it, refuses the same one under two.
+    cuda.current_stream = lambda *_, **__: the_stream
+    cuda.default_stream = lambda *_, **__: the_stream
     cuda.stream = lambda *_, **__: nullcontext()
-    cuda.synchronize = cuda.set_device = cuda.empty_cache = lambda *_, **__: None
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(cuda, name, lambda *_, **__: None)
     cuda.current_device = lambda: _CPU
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
     # The one generator of the process plays the device's: seeds and states go to it.
@@ -99,7 +119,7 @@ def _substitute_streams(cuda: Any) -> None:
 
 def _substitute_tensors() -> None:
     """Every factory and move that names CUDA; wrapping these few costs nothing elsewhere, in any thread."""
-    for name in ["arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like"]:
+    for name in _FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
     for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
         setattr(torch.Tensor, name, _redirected(getattr(torch.Tensor, name)))
@@ -147,8 +167,8 @@ def quiet() -> Iterator[None]:
 def _uncompiled() -> Iterator[None]:
     """While megatron-core is imported on CPU: no torch.compile.
 
-    Its helpers are decorated with it, which alone doubles the import time and would need a C++ compiler at the first
-    step; where there is no GPU they run as written.
+    Its helpers are decorated with it, which alone doubles the import time and would need a C++ compiler at the
+    first step; where there is no GPU they run as written.
     """
     compiler = torch.compile
     if not HAVE_GPU:
@@ -159,12 +179,23 @@ def _uncompiled() -> Iterator[None]:
         torch.compile = compiler  # type: ignore[assignment]
 
 
+def _leave_dynamo_out() -> None:
+    """Optimizers' methods import torch._dynamo, a second and a half a rank, to tell it to leave them alone.
+
+    It isn't used on CPU: mark them as told already.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if (plain := getattr(method, "__wrapped__", None)) is not None:
+            plain.__dynamo_disable = plain
+
+
 def _import_megatron() -> None:
     if not HAVE_GPU:
         assert "megatron.core" not in sys.modules, "import megatron_mixtral.mcore before megatron.core"
         _substitute_streams(torch.cuda)
         _substitute_tensors()
         _substitute_collectives()
+        _leave_dynamo_out()
     with quiet(), _uncompiled():
         import megatron.core.distributed
         import megatron.core.jit
@@ -211,7 +242,7 @@ def transformer_engine_block(config: Any, *, vp_stage: int | None) -> Any:
 
 
 def moe_spec(experts: type) -> Any:
-    """megatron-core's router and dispatcher around `experts`; newer versions take a builder, 0.16 a specification."""
+    """megatron-core's router and dispatcher around `experts`: a specification in 0.16, a builder since."""
     parts = MoESubmodules(experts=experts)
     if hasattr(transformer_layer, "MlpBuilder"):
         return partial(MoELayer, submodules=parts)
@@ -226,6 +257,31 @@ def layers_of_stage(config: Any, *, vp_stage: int | None) -> int:
 def device() -> torch.device:
     """Where this rank's tensors live."""
     return torch.device("cuda", torch.cuda.current_device()) if HAVE_GPU else _CPU
+
+
+def save_sharded(content: dict[str, Any], folder: Path, *, content_metadata: dict[str, Any]) -> None:
+    """megatron-core's save, written by torch's plain writer within the process.
+
+    Its own writer starts two processes a rank and a manager for their results, for the sake of asynchronous saves.
+    """
+    from torch.distributed import checkpoint
+
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    class InProcess(strategies.TorchDistSaveShardedStrategy):
+        def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+            state, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+            checkpoint.save(
+                strategies.mcore_to_pyt_state_dict(state, False),
+                storage_writer=checkpoint.FileSystemWriter(checkpoint_dir),
+                planner=strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            )
+
+    with quiet():
+        dist_checkpointing.save(
+            content, str(folder), sharded_strategy=InProcess("torch_dist", 1), content_metadata=content_metadata
+        )
 
 
 def _from_environment() -> tuple[int, int, int]:
@@ -255,8 +311,8 @@ def _join(rank: int, world: int, timeout: timedelta) -> None:
 def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0) -> None:
     """Join the ranks named by the environment and lay `layout` over them; `timeout` in seconds.
 
-    `LayoutError` with the equation when it doesn't fit, before anything is opened. A second call in one process with
-    another layout rearranges the same ranks.
+    `LayoutError` with the equation when it doesn't fit, before anything is opened. A second call in one process
+    with another layout rearranges the same ranks.
     """
     rank, world, local_rank = _from_environment()
     layout.data_parallel(world)
@@ -286,6 +342,8 @@ def _lend_gloo_groups() -> None:
     state._DATA_PARALLEL_GROUP_GLOO = state._DATA_PARALLEL_GROUP
     state._DATA_PARALLEL_GROUP_WITH_CP_GLOO = state._DATA_PARALLEL_GROUP_WITH_CP
     state._EXPERT_DATA_PARALLEL_GROUP_GLOO = state._EXPERT_DATA_PARALLEL_GROUP
+    state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP
+    state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO = state._INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP
 
 
 def seed_ranks(seed: int) -> None:
@@ -307,3 +365,25 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def data_parallel() -> tuple[int, int]:
+    """(rank, size) of this rank among those that train on different samples; context-parallel ranks share one."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def take_aux_loss() -> float:
+    """This rank's load-balancing losses since the last call, summed over its layers and micro batches."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # newer than 0.16
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        values = get_moe_layer_wise_logging_tracker().get("load_balancing_loss", {}).get("values")
+    else:
+        values = getattr(get_moe_metrics_tracker().metrics.get("load_balancing_loss"), "values", None)
+    if values is None:
+        return 0.0
+    total = float(values.sum())
+    values.zero_()
+    return total

@@ -1,22 +1,23 @@
-"""The tensors of a Mixtral in Megatron's `torch_dist` checkpoints: every name with its global shape, pure arithmetic.
+"""The tensors of a Mixtral in Megatron's `torch_dist` checkpoints: every name with its global shape, by arithmetic.
 
-The names are those of megatron-core's Transformer Engine GPT specification with homogeneous layers, the same in 0.16.1
-and 0.19.2; a test compares them with what a built model asks for.
+The names are those of megatron-core's Transformer Engine GPT specification with homogeneous layers, the same in
+0.16.1 and 0.19.2; a test compares them with what a built model asks for.
 
-Convention, for whoever writes such a checkpoint without building a model (L layers, E experts, H hidden, D head size,
-N query heads, K key/value heads, F expert width, V vocabulary):
+Convention, for whoever writes such a checkpoint without building a model (L layers, E experts, H hidden, D head
+size, N query heads, K key/value heads, F expert width, V vocabulary):
 
 * All layers share one tensor a name: axis 0 is the layer. All experts share one, too: axis 1 is the expert.
 * `linear_qkv.weight` [L, (N + 2K) * D, H]: for each of the K groups in turn its N/K query heads, its key head, its
   value head, each of D rows. Rotary halves lie as in the hub's files: no permutation within a head.
-* `linear_fc1.weight` [L, E, 2F, H]: w1 (gate) in rows 0..F, w3 (up) in rows F..2F. `linear_fc2.weight` [L, E, H, F]: w2.
-* `linear_qkv.layer_norm_weight` is the hub's input_layernorm, `pre_mlp_layernorm.weight` its post_attention_layernorm,
-  `router.weight` its gate.
+* `linear_fc1.weight` [L, E, 2F, H]: w1 (gate) in rows 0..F, w3 (up) in rows F..2F.
+  `linear_fc2.weight` [L, E, H, F]: w2.
+* `linear_qkv.layer_norm_weight` is the hub's input_layernorm, `pre_mlp_layernorm.weight` its
+  post_attention_layernorm, `router.weight` its gate.
 * Embedding and output rows may be more than V where tensor parallelism padded them; readers take the first V.
   A tied model has no `output_layer.weight`.
 * Chunks within a tensor may be cut any way that tiles it; whatever their cut, any layout loads them.
-* `..._extra_state/shard_I_L` (and `shard_I.J_L.E` for experts), each None: what Transformer Engine's modules ask for.
-  Our loader needs none of them; upstream's with its default strictness does.
+* `..._extra_state/shard_I_L` (and `shard_I.J_L.E` for experts), each None: what Transformer Engine's modules ask
+  for. Our loader needs none of them; upstream's with its default strictness does.
 """
 
 from megatron_mixtral.config import MixtralShape
