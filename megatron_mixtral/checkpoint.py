@@ -51,13 +51,18 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def complete(root: Path) -> list[Path]:
-    """The complete checkpoints directly under `root`, oldest first; `release`, converted weights, before any step."""
+    """The complete checkpoints directly under `root`, oldest first; `release` (weights) before any step."""
     found = [p for p in root.glob("iter_*") if re.fullmatch(r"iter_\d+", p.name)] + [root / "release"]
     return sorted((p for p in found if (p / MARKER).is_file()), key=_age)
 
 
 def _age(folder: Path) -> int:
     return -1 if folder.name == "release" else int(folder.name.removeprefix("iter_"))
+
+
+def newest(root: Path) -> Path | None:
+    """The newest complete training checkpoint of a run's `checkpoints`, if there is one."""
+    return next((p for p in reversed(complete(root)) if p.name != "release"), None)
 
 
 def resolve(path: Path) -> Path:

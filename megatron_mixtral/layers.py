@@ -43,7 +43,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class BlockNorm(RMSNorm):
-    """A norm that is a module of its own in Transformer Engine, too, with the empty object it leaves in checkpoints."""
+    """A norm that Transformer Engine, too, has as a module, with the empty object it leaves in checkpoints."""
 
     def get_extra_state(self) -> None:
         return None

@@ -187,6 +187,7 @@ def _leave_dynamo_out() -> None:
     for method in vars(torch.optim.Optimizer).values():
         if (plain := getattr(method, "__wrapped__", None)) is not None:
             plain.__dynamo_disable = plain
+    torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[method-assign]
 
 
 def _import_megatron() -> None:
@@ -203,11 +204,8 @@ def _import_megatron() -> None:
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel
         import megatron.core.tensor_parallel
-        import megatron.core.transformer.moe.moe_utils as moe_utils
     if not HAVE_GPU:
         megatron.core.jit.disable_jit_fuser()  # for the modules still to be imported
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 without Transformer Engine reads the name undefined
-        moe_utils.te_general_gemm = None
 
 
 os.environ.setdefault("NO_VCS_VERSION", "1")  # newer ones ask git for their version, a process a rank
@@ -218,12 +216,15 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.tensor_parallel import random as _random  # noqa: E402
 from megatron.core.transformer import transformer_layer  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
+if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 without Transformer Engine reads the name undefined
+    moe_utils.te_general_gemm = None
 if not HAVE_GPU:
     _random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     _random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -247,6 +248,28 @@ def moe_spec(experts: type) -> Any:
     if hasattr(transformer_layer, "MlpBuilder"):
         return partial(MoELayer, submodules=parts)
     return ModuleSpec(module=MoELayer, submodules=parts)
+
+
+def data_parallel() -> tuple[int, int]:
+    """(this rank's number, how many) among the ranks that see different samples."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def take_aux_loss() -> float:
+    """Load-balancing loss of this rank since the last call: over its layers and micro-batches, before the coefficient.
+
+    The sum over all ranks is that of all layers and micro-batches.
+    """
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):
+        tracker = {name: entry.values for name, entry in moe_utils.get_moe_metrics_tracker().metrics.items()}
+    else:
+        tracker = {k: entry["values"] for k, entry in moe_utils.get_moe_layer_wise_logging_tracker().items()}
+    values = tracker.get("load_balancing_loss")
+    if values is None:
+        return 0.0
+    total = float(values.sum())
+    values.zero_()
+    return total
 
 
 def layers_of_stage(config: Any, *, vp_stage: int | None) -> int:
