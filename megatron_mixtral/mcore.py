@@ -250,28 +250,6 @@ def moe_spec(experts: type) -> Any:
     return ModuleSpec(module=MoELayer, submodules=parts)
 
 
-def data_parallel() -> tuple[int, int]:
-    """(this rank's number, how many) among the ranks that see different samples."""
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
-
-def take_aux_loss() -> float:
-    """Load-balancing loss of this rank since the last call: over its layers and micro-batches, before the coefficient.
-
-    The sum over all ranks is that of all layers and micro-batches.
-    """
-    if hasattr(moe_utils, "get_moe_metrics_tracker"):
-        tracker = {name: entry.values for name, entry in moe_utils.get_moe_metrics_tracker().metrics.items()}
-    else:
-        tracker = {k: entry["values"] for k, entry in moe_utils.get_moe_layer_wise_logging_tracker().items()}
-    values = tracker.get("load_balancing_loss")
-    if values is None:
-        return 0.0
-    total = float(values.sum())
-    values.zero_()
-    return total
-
-
 def layers_of_stage(config: Any, *, vp_stage: int | None) -> int:
     """How many layers this pipeline stage holds."""
     return int(get_num_layers_to_build(config, vp_stage=vp_stage))
