@@ -1,0 +1,374 @@
+"""What to run, where and with which configuration: one pure function per job, from options and a profile to a plan.
+
+Nothing here looks at Slurm or the file system; what must exist is listed in the plan and checked before submission.
+"""
+
+import os.path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from launcher import layout as layouts
+from launcher import quoting, settings
+from launcher.errors import LayoutError, UsageError
+from launcher.layout import Layout, Placement, Shape
+from launcher.profile import REFERENCE, ClusterProfile, time_limit
+
+MODEL = "mistralai/Mixtral-8x7B-v0.1"
+API_KEY = "MIXLAUNCH_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PRESETS = {  # of `convert`, by what the weights are for
+    "train": Layout(pipeline=4, expert=8),
+    "inference": Layout(pipeline=2),
+}
+FINETUNE_ON_SLURM = PRESETS["train"]
+SERVE_ON_SLURM = PRESETS["inference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A path that must exist before the job can run, and how one gets it."""
+
+    path: str
+    what: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What every job can be asked for."""
+
+    name: str | None = None
+    nodes: int | None = None
+    time: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The parts of a layout that were given; the rest comes from the job's preset."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    expert: int | None = None
+    expert_tensor: int | None = None
+    context: int | None = None
+
+    def over(self, preset: Layout) -> Layout:
+        """`preset` with what was given in its place."""
+        given = {name: size for name, size in asdict(self).items() if size is not None}
+        if small := [f"{name} {size}" for name, size in given.items() if size < 1]:
+            raise LayoutError(f"{', '.join(small)}: every axis is at least 1")
+        return replace(preset, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """Everything that decides a job's script. `config` is what the job reads, keys as in its configuration."""
+
+    job: str
+    name: str
+    profile: ClusterProfile
+    placement: Placement
+    config: dict[str, Any]
+    layout: Layout | None = None
+    gpus_per_node: int = 0
+    time: str
+    resumable: bool = False
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[str, ...] = ()
+    secrets_made: tuple[str, ...] = ()  # random values that the script puts into secrets.env
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job."""
+        return self.placement.nodes
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.placement.tasks_per_node
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.placement.world
+
+    @property
+    def cpus_per_task(self) -> int | None:
+        """A rank's share of its node's cores; None where the profile doesn't say how many there are."""
+        node = self.profile.node
+        if node.cpus is None:
+            return None
+        sharers = node.gpus if self.gpus_per_node and not self.profile.exclusive else self.tasks_per_node
+        return max(1, node.cpus // sharers)
+
+    @property
+    def memory(self) -> str | None:
+        """What `--mem` asks for: everything on exclusive nodes, else the job's share of the profile's memory."""
+        node = self.profile.node
+        if self.profile.exclusive:
+            return "0"
+        if node.memory_gb is None:
+            return None
+        share = self.gpus_per_node / node.gpus if self.gpus_per_node else 1
+        return f"{max(1, int(node.memory_gb * share))}G"
+
+
+def plan_tiny(profile: ClusterProfile, *, output: str, ask: Ask = Ask(), values: Mapping[str, Any] = {}) -> JobPlan:
+    """A small Mixtral with random weights."""
+    config = {"output": _path(output, "--output"), **settings.check("tiny", values)}
+    return _single("tiny", profile, ask, config, outputs=(config["output"],))
+
+
+def plan_download(
+    profile: ClusterProfile,
+    *,
+    model: str = MODEL,
+    output: str | None = None,
+    revision: str | None = None,
+    ask: Ask = Ask(),
+    values: Mapping[str, Any] = {},
+) -> JobPlan:
+    """A repository of the hub into the shared models folder. It resumes where it stopped."""
+    if "/" not in model or _is_path(model):
+        raise UsageError(f"REPO: {quoting.shown(model)} isn't a repository of the hub; such as {MODEL}")
+    target = _path(output, "--output") if output else _hub_folder(profile, model)
+    config = {"repo": quoting.checked(model, "REPO"), "output": target, **settings.check("download", values)}
+    if revision:
+        config["revision"] = quoting.checked(revision, "--revision")
+    return _single("download", profile, ask, config, outputs=(target,), resumable=True)
+
+
+def plan_prepare(
+    profile: ClusterProfile,
+    *,
+    files: tuple[str, ...],
+    model: str = MODEL,
+    output: str | None = None,
+    ask: Ask = Ask(),
+    values: Mapping[str, Any] = {},
+) -> JobPlan:
+    """Text or conversations into Megatron's `.bin`/`.idx`, by the tokenizer of `model`."""
+    if not files:
+        raise UsageError("FILES: give at least one file of text (.jsonl, .txt)")
+    tokenizer = _hub_folder(profile, model)
+    prefix = _path(output, "--output") if output else _data_prefix(profile)
+    config = {
+        "inputs": [_path(f, "FILES") for f in files],
+        "output": prefix,
+        "tokenizer": tokenizer,
+        **settings.check("prepare", values),
+    }
+    if profile.node.cpus:
+        config.setdefault("workers", profile.node.cpus)
+    inputs = [Input(path=p, what="text") for p in config["inputs"]]
+    inputs.append(Input(path=tokenizer, what="tokenizer", hint=f"`mixlaunch download {model}` fetches it"))
+    return _single("prepare", profile, ask, config, inputs=tuple(inputs), outputs=(os.path.dirname(prefix),))
+
+
+def plan_convert(
+    profile: ClusterProfile,
+    *,
+    model: str = MODEL,
+    to: str = "megatron",
+    output: str | None = None,
+    preset: str | None = None,
+    axes: Axes = Axes(),
+    processes: int | None = None,
+    ask: Ask = Ask(),
+    shape: Shape | None = None,
+    values: Mapping[str, Any] = {},
+) -> JobPlan:
+    """Weights between the hub's layout and Megatron's. Ranks share the work; their number is free of the layout."""
+    if to not in ("megatron", "hf"):
+        raise UsageError(f"--to: {to!r} isn't one of megatron, hf")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
+    layout = axes.over(PRESETS[preset] if preset else Layout())
+    _check_shape(shape or layouts.known_shape(model), layout)
+    if to == "megatron":
+        source, hint = _hub_folder(profile, model), f"`mixlaunch download {model}` fetches it"
+    else:
+        source, hint = _weights(profile, model), f"`mixlaunch convert --model {model}` makes it"
+    target = _path(output, "--output") if output else _converted_name(profile, model, to)
+    config = {"source": source, "output": target, "to": to, "layout": asdict(layout)}
+    return JobPlan(
+        **_common("convert", profile, ask),
+        placement=Placement(nodes=ask.nodes or 1, tasks_per_node=_at_least_one(processes, "--processes")),
+        layout=layout,
+        config=config | settings.check("convert", values),
+        inputs=(Input(path=source, what="weights", hint=hint),),
+        outputs=(target,),
+    )
+
+
+def plan_finetune(
+    profile: ClusterProfile,
+    *,
+    model: str = MODEL,
+    data: str | None = None,
+    axes: Axes = Axes(),
+    ask: Ask = Ask(),
+    shape: Shape | None = None,
+    values: Mapping[str, Any] = {},
+) -> JobPlan:
+    """Training from converted weights or from another run's newest checkpoint, on prepared data."""
+    layout = axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM)
+    _check_shape(shape or layouts.known_shape(model), layout)
+    placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
+    weights = _weights(profile, model)
+    prefix = _path(data, "--data") if data else _data_prefix(profile)
+    chosen = settings.check("finetune", values)
+    _check_batch(chosen, layout.data_parallel(placement.world))
+    return JobPlan(
+        **_common("finetune", profile, ask),
+        placement=placement,
+        layout=layout,
+        gpus_per_node=_gpus(profile, placement),
+        config={"model": weights, "data": prefix, "layout": asdict(layout), **chosen},
+        resumable=True,
+        inputs=(
+            Input(path=weights, what="weights", hint=f"`mixlaunch convert --model {model}` makes them"),
+            Input(path=f"{prefix}.idx", what="data", hint="`mixlaunch prepare FILES` makes it"),
+        ),
+        notes=(layout.describe(placement.world),),
+    )
+
+
+def plan_serve(
+    profile: ClusterProfile,
+    *,
+    model: str = MODEL,
+    host: str | None = None,
+    port: int | None = None,
+    axes: Axes = Axes(),
+    ask: Ask = Ask(),
+    shape: Shape | None = None,
+    values: Mapping[str, Any] = {},
+) -> JobPlan:
+    """An HTTP server on the job's first rank. Beyond this machine it asks for a key, which the script makes."""
+    layout = axes.over(Layout() if profile.is_local else SERVE_ON_SLURM)
+    _check_shape(shape or layouts.known_shape(model), layout)
+    placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
+    weights = _weights(profile, model)
+    host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
+    config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
+    return JobPlan(
+        **_common("serve", profile, ask),
+        placement=placement,
+        layout=layout,
+        gpus_per_node=_gpus(profile, placement),
+        config=config | settings.check("serve", values),
+        resumable=True,
+        inputs=(Input(path=weights, what="weights", hint=f"`mixlaunch convert --model {model}` makes them"),),
+        secrets_made=() if host in LOOPBACK else (API_KEY,),
+        notes=(layout.describe(placement.world),),
+    )
+
+
+PLANS: dict[str, Callable[..., JobPlan]] = {
+    "tiny": plan_tiny,
+    "download": plan_download,
+    "prepare": plan_prepare,
+    "convert": plan_convert,
+    "finetune": plan_finetune,
+    "serve": plan_serve,
+}
+
+
+def shape_folder(job: str, profile: ClusterProfile, model: str) -> str | None:
+    """Where a `config.json` tells the shape of `model` for `job`, if it is there yet."""
+    return None if job not in ("convert", "finetune", "serve") else _hub_folder(profile, model)
+
+
+def _single(job: str, profile: ClusterProfile, ask: Ask, config: dict[str, Any], **rest: Any) -> JobPlan:
+    """A job of one process."""
+    if ask.nodes not in (None, 1):
+        raise UsageError(f"--nodes: {job} runs on one node")
+    return JobPlan(
+        **_common(job, profile, ask), placement=Placement(nodes=1, tasks_per_node=1), config=config, **rest
+    )
+
+
+def _common(job: str, profile: ClusterProfile, ask: Ask) -> dict[str, Any]:
+    try:
+        limit = time_limit(ask.time) if ask.time else profile.time
+    except ValueError as error:
+        raise UsageError(f"--time: {error}") from None
+    return {"job": job, "name": quoting.name(ask.name or job, "--name"), "profile": profile, "time": limit}
+
+
+def _at_least_one(value: int | None, option: str) -> int:
+    if value is not None and value < 1:
+        raise UsageError(f"{option}: {value} must be at least 1")
+    return value or 1
+
+
+def _gpus(profile: ClusterProfile, placement: Placement) -> int:
+    return placement.tasks_per_node if profile.node.gpus else 0
+
+
+def _check_shape(shape: Shape | None, layout: Layout) -> None:
+    if shape:
+        shape.check(layout)
+
+
+def _check_batch(values: Mapping[str, Any], data_parallel: int) -> None:
+    """The global batch is whole micro batches on every data-parallel rank."""
+    defaults = {s.name: s.default for s in settings.SETTINGS["finetune"]}
+    micro, batch = (values.get(n, defaults[n]) for n in ("micro_batch", "global_batch"))
+    if batch % (micro * data_parallel):
+        raise UsageError(
+            f"--global-batch: {batch} = micro batch {micro} x DP {data_parallel} x "
+            f"{batch / micro / data_parallel:.3g} accumulated steps, which isn't whole; "
+            f"use a multiple of {micro * data_parallel}"
+        )
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith(("/", ".", "~"))
+
+
+def _path(value: str, option: str) -> str:
+    """An absolute path; `UsageError` for one that holds what only a shell would expand."""
+    quoting.checked(value, option)
+    if not value:
+        raise UsageError(f"{option}: empty; give a path")
+    if variable := REFERENCE.search(value):
+        raise UsageError(
+            f"{option}: {quoting.shown(value)} holds {variable[0]}, which no shell will expand any more"
+        )
+    return os.path.normpath(os.path.join(os.getcwd(), os.path.expanduser(value)))
+
+
+def _hub_folder(profile: ClusterProfile, model: str) -> str:
+    """`model` in the hub's layout: a path as it is, a repository by its last name in the models folder."""
+    if _is_path(model):
+        return _path(model, "--model")
+    return os.path.join(profile.paths.models, _basename(model))
+
+
+def _weights(profile: ClusterProfile, model: str) -> str:
+    """`model` in Megatron's layout: a path as it is, a repository's conversion, or a run by its name."""
+    if _is_path(model):
+        return _path(model, "--model")
+    if "/" in model:
+        return os.path.join(profile.paths.models, f"{_basename(model)}-megatron")
+    return os.path.join(profile.paths.runs, quoting.name(model, "--model"))
+
+
+def _basename(model: str) -> str:
+    owner, _, base = model.rpartition("/")
+    if owner:
+        quoting.name(owner, "--model")
+    return quoting.name(base, "--model")
+
+
+def _converted_name(profile: ClusterProfile, model: str, to: str) -> str:
+    base = os.path.basename(_path(model, "--model")) if _is_path(model) else _basename(model)
+    return os.path.join(profile.paths.models, f"{base}-{'megatron' if to == 'megatron' else 'hf'}")
+
+
+def _data_prefix(profile: ClusterProfile) -> str:
+    return os.path.join(profile.paths.data, "finetune")

@@ -1,0 +1,128 @@
+"""How one model is cut over ranks: the arithmetic of tensor, pipeline, context, expert and data parallelism.
+
+world = TP x PP x CP x DP, and ETP x EP divides world / PP (experts borrow ranks of the data and tensor axes).
+"""
+
+import math
+from dataclasses import dataclass
+
+from launcher.errors import LayoutError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the axes that cut the model; what is left over is data parallelism."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    context: int = 1
+
+    @property
+    def unit(self) -> int:
+        """The fewest ranks this layout can stand on; every world it fits is a multiple."""
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert_tensor * self.expert)
+
+    def data_parallel(self, world: int) -> int:
+        """DP on `world` ranks; `LayoutError` carries the equation when it isn't whole."""
+        if world % self.unit:
+            below = world - world % self.unit
+            near = f"{below} or {below + self.unit}" if below else str(self.unit)
+            raise LayoutError(f"{world} ranks don't fit: {self.equation(world)}. Nearest that fit: {near} ranks")
+        return world // (self.tensor * self.pipeline * self.context)
+
+    def equation(self, world: int) -> str:
+        """Names and values of everything that must come out whole, marked where it doesn't."""
+        model = self.tensor * self.pipeline * self.context
+        axes = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context}"
+        dense = f"DP = {world} / ({axes}) = {_quotient(world, model)}"
+        expert = self.expert_tensor * self.expert
+        if world % self.pipeline:
+            return dense
+        return (
+            f"{dense}; expert DP = {world} / PP {self.pipeline} / (EP {self.expert} x ETP {self.expert_tensor}) = "
+            + (_quotient(world // self.pipeline, expert))
+        )
+
+    def describe(self, world: int) -> str:
+        """One line for people: `32 ranks = TP1 x PP4 x CP1 x DP8, experts EP8 x ETP1`."""
+        axes = f"TP{self.tensor} x PP{self.pipeline} x CP{self.context} x DP{self.data_parallel(world)}"
+        return f"{world} rank{'s' * (world != 1)} = {axes}, experts EP{self.expert} x ETP{self.expert_tensor}"
+
+
+def _quotient(whole: int, parts: int) -> str:
+    return str(whole // parts) if whole % parts == 0 else f"{whole / parts:.3g}, not whole"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a model that a layout has to divide."""
+
+    layers: int
+    experts: int
+    heads: int
+    query_groups: int
+    expert_width: int
+
+    def check(self, layout: Layout) -> None:
+        """`LayoutError` with every division that isn't whole."""
+        divisions = (
+            ("experts / EP", self.experts, layout.expert),
+            ("layers / PP", self.layers, layout.pipeline),
+            ("attention heads / TP", self.heads, layout.tensor),
+            ("query groups / TP", self.query_groups, layout.tensor),
+            ("expert width / ETP", self.expert_width, layout.expert_tensor),
+        )
+        if bad := [f"{what} = {whole} / {parts}" for what, whole, parts in divisions if whole % parts]:
+            raise LayoutError(f"this model can't be cut so: {', '.join(bad)} must be whole")
+
+
+SHAPES = {
+    "8x7B": Shape(layers=32, experts=8, heads=32, query_groups=8, expert_width=14336),
+    "8x22B": Shape(layers=56, experts=8, heads=48, query_groups=8, expert_width=16384),
+}
+
+
+def known_shape(model: str) -> Shape | None:
+    """The shape of a published Mixtral by its repository's name; None for any other."""
+    return next((shape for size, shape in SHAPES.items() if f"Mixtral-{size}" in model), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Ranks over nodes, the same number on each."""
+
+    nodes: int
+    tasks_per_node: int
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.nodes * self.tasks_per_node
+
+
+def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:
+    """Whole nodes when `nodes` is given, else the fewest ranks on the fewest nodes; 0 `gpus` is no limit."""
+    if nodes is None:
+        fewest = math.ceil(layout.unit / gpus) if gpus else 1
+        count = next(n for n in range(fewest, layout.unit + 1) if layout.unit % n == 0)
+        return Placement(nodes=count, tasks_per_node=layout.unit // count)
+    if not gpus:
+        if nodes != 1:
+            raise LayoutError(f"nodes: {nodes}, but this cluster is one machine")
+        return Placement(nodes=1, tasks_per_node=layout.unit)
+    world = nodes * gpus
+    if world % layout.unit:
+        raise LayoutError(
+            f"{nodes} node{'s' * (nodes != 1)} x {gpus} GPUs = {world} ranks don't fit: {layout.equation(world)}. "
+            f"{_nearest_nodes(layout, nodes, gpus)}"
+        )
+    return Placement(nodes=nodes, tasks_per_node=gpus)
+
+
+def _nearest_nodes(layout: Layout, nodes: int, gpus: int) -> str:
+    step = layout.unit // math.gcd(layout.unit, gpus)
+    below = nodes - nodes % step
+    fits = [str(n) for n in (below, below + step) if n]
+    return f"Numbers of nodes that fit: multiples of {step}; nearest {' or '.join(fits)}"

@@ -1,0 +1,75 @@
+"""How a value becomes text in a script: text that means exactly that value, or a refusal that names the field.
+
+Nothing reaches a rendered script without passing through one of these; quoting can't help a newline on a directive
+line, so control characters are refused where values come in.
+"""
+
+import re
+import shlex
+import unicodedata
+
+from launcher.errors import UsageError
+
+LONGEST = 16_384  # bytes; a longer value is a mistake, and Slurm copies every directive into its state file
+LONGEST_DIRECTIVE = 1_024
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN_IN_DIRECTIVE = re.compile(r"[A-Za-z0-9_./:,@%+=-]")
+
+
+class Quoted(str):
+    """Text that is safe where the template puts it; templates may print nothing else (see `render`)."""
+
+
+def checked(value: str, field: str) -> str:
+    """`value` itself; `UsageError` naming `field` for what quoting can't carry: control characters, excess length."""
+    for character in value:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            raise UsageError(f"{field}: the character {character!a} can't be part of a script; remove it")
+    if len(value.encode()) > LONGEST:
+        raise UsageError(f"{field}: {len(value.encode())} bytes long; at most {LONGEST}")
+    return value
+
+
+def name(value: str, field: str) -> str:
+    """`value` if it can name a job and a folder: letters, digits, dot, underscore and dash, at most 64."""
+    if not NAME.fullmatch(value):
+        raise UsageError(
+            f"{field}: {shown(value)} isn't a name; use letters, digits, '.', '_' and '-', at most 64, "
+            "a letter or digit first"
+        )
+    return value
+
+
+def variable(value: str, field: str) -> str:
+    """`value` if it can name an environment variable."""
+    if not VARIABLE.fullmatch(value):
+        raise UsageError(f"{field}: {shown(value)} isn't the name of an environment variable")
+    return value
+
+
+def sh(value: object, field: str = "value") -> Quoted:
+    """One word of bash that means `value`, whatever is in it."""
+    return Quoted(shlex.quote(checked(str(value), field)))
+
+
+def directive(value: object, field: str = "value") -> Quoted:
+    """The right-hand side of an `#SBATCH --option=`: its reader isn't a shell, but it knows backslashes."""
+    text = checked(str(value), field)
+    if not text:
+        raise UsageError(f"{field}: empty; leave it out instead")
+    if len(text.encode()) > LONGEST_DIRECTIVE:
+        raise UsageError(f"{field}: {len(text.encode())} bytes on an #SBATCH line; at most {LONGEST_DIRECTIVE}")
+    return Quoted("".join(c if c.isalnum() or _PLAIN_IN_DIRECTIVE.match(c) else f"\\{c}" for c in text))
+
+
+def heredoc(text: str, delimiter: str) -> Quoted:
+    """`text` in a heredoc whose delimiter is quoted: nothing expands, and only that line could end it."""
+    if delimiter in text.splitlines():
+        raise UsageError(f"a line of the configuration is {delimiter!r}, which ends the text it stands in")
+    return Quoted(text.rstrip("\n"))
+
+
+def shown(value: str) -> str:
+    return repr(value if len(value) <= 80 else value[:77] + "...")

@@ -1,0 +1,143 @@
+"""JobPlan -> the text of its script: a pure function, and the only place where values meet templates.
+
+A template can print literals, whole numbers and what a quoting filter returned; anything else is refused.
+"""
+
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import yaml
+
+from launcher import quoting
+from launcher.errors import UsageError
+from launcher.jobs import JobPlan
+from launcher.quoting import Quoted
+
+BASE = "job.sh.j2"
+CONFIG_END = "END_OF_CONFIG"
+# Known only while the job runs; containers must let them through.
+RANK_VARIABLES = (
+    *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("SLURM_JOB_ID", "MIXLAUNCH_RUN", "MIXLAUNCH_LOGS", "MIXLAUNCH_ATTEMPT"),
+)
+
+
+def render(plan: JobPlan, run_dir: str | None = None) -> str:
+    """The script of `plan` for the run directory; without one, the form that makes its own when it runs."""
+    return _environment().get_template(BASE).render(_variables(plan, run_dir))
+
+
+def config_text(plan: JobPlan) -> str:
+    """`config.yaml` of `plan`."""
+    return yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+def _variables(plan: JobPlan, run_dir: str | None) -> dict[str, Any]:
+    profile = plan.profile
+    return {
+        "plan": plan,
+        "profile": profile,
+        "run_dir": run_dir,
+        "directives": list(_directives(plan, run_dir)),
+        "config": config_text(plan),
+        "mounts": list(_mounts(plan, run_dir)),
+        "environment": profile.environment,
+        "pass_through": [*RANK_VARIABLES, *profile.environment],
+        "memory_gb": profile.node.memory_gb,
+    }
+
+
+def _directives(plan: JobPlan, run_dir: str | None) -> Iterator[tuple[str, str | None]]:
+    """(option, value) of every #SBATCH line, in the order people read them; a value of None is a flag."""
+    profile = plan.profile
+    if profile.is_local:
+        return
+    yield "job-name", plan.name
+    for name in ("account", "partition", "qos", "reservation", "constraint", "comment"):
+        if (value := getattr(profile, name)) is not None:
+            yield name, value
+    yield "nodes", str(plan.nodes)
+    yield "ntasks-per-node", str(plan.tasks_per_node)
+    if plan.cpus_per_task:
+        yield "cpus-per-task", str(plan.cpus_per_task)
+    yield from _gpu_request(plan)
+    if plan.memory:
+        yield "mem", plan.memory
+    if profile.exclusive:
+        yield "exclusive", None
+    yield "time", plan.time
+    yield "signal", f"B:USR2@{profile.signal_lead}"
+    yield "open-mode", "append"
+    yield ("requeue" if plan.resumable else "no-requeue"), None
+    if run_dir:
+        yield "output", f"{run_dir.replace('%', '%%')}/logs/slurm-%j.out"
+    for name, value in profile.extra.items():
+        yield name, None if value is True else value
+
+
+def _gpu_request(plan: JobPlan) -> Iterator[tuple[str, str]]:
+    style, gpus = plan.profile.gpu_request, plan.gpus_per_node
+    if not gpus or style == "none":
+        return
+    yield {
+        "gres": ("gres", f"gpu:{gpus}"),
+        "gpus-per-node": ("gpus-per-node", str(gpus)),
+        "gpus-per-task": ("gpus-per-task", str(gpus // plan.tasks_per_node)),
+    }[style]
+
+
+def _mounts(plan: JobPlan, run_dir: str | None) -> Iterator[str]:
+    """HOST:CONTAINER[:ro] of the shared paths, the profile's mounts, and whatever of the job lies outside both."""
+    paths = plan.profile.paths
+    covered: list[str] = []
+    for mount in plan.profile.container.mounts:
+        host, _, inside = mount.partition(":")
+        covered.append(host)
+        yield f"{host}:{inside or host}"
+    wanted = [
+        paths.models,
+        paths.data,
+        paths.runs,
+        *plan.outputs,
+        *(i.path for i in plan.inputs),
+        *filter(None, [run_dir]),
+    ]
+    for path in wanted:
+        if not any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in covered):
+            covered.append(path)
+            yield _bind(path)
+
+
+def _bind(path: str) -> str:
+    if any(c in path for c in ":,"):
+        raise UsageError(f"{quoting.shown(path)}: a path with ':' or ',' can't be mounted into a container")
+    return f"{path}:{path}"
+
+
+def _environment() -> jinja2.Environment:
+    folder = str(resources.files("launcher.templates"))
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        finalize=_only_quoted,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "sh": quoting.sh,
+        "directive": quoting.directive,
+        "name": lambda value: Quoted(quoting.name(value, "name")),
+        "heredoc": lambda text: quoting.heredoc(text, CONFIG_END),
+    }
+    return environment
+
+
+def _only_quoted(value: Any) -> Any:
+    """What a template prints: proof that it went through a filter, or a number."""
+    if isinstance(value, Quoted) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise UsageError(f"template: {value!r} is printed without a quoting filter; write {{{{ value | sh }}}}")

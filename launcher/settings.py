@@ -1,0 +1,117 @@
+"""The settings of every job, one line each: the CLI makes its options of them and plans check them.
+
+Names and defaults are those of the job's configuration; a test holds the two together.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher import quoting
+from launcher.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One key of a job's configuration. `default` is what the job does when the key is absent."""
+
+    name: str
+    help: str
+    default: Any
+    kind: type[int] | type[float] | type[str] = int
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def option(self) -> str:
+        """As typed: `--micro-batch`."""
+        return "--" + self.name.replace("_", "-")
+
+    def checked(self, value: Any) -> Any:
+        """`value` in this setting's type; `UsageError` naming the option and what is valid."""
+        if self.kind is str:
+            return self._checked_text(value)
+        try:
+            number = int(value) if self.kind is int else float(value)
+        except (TypeError, ValueError):
+            expected = "a whole number" if self.kind is int else "a number"
+            raise UsageError(f"{self.option}: {value!r} isn't {expected}") from None
+        low, high = self.minimum, self.maximum
+        if not (low is None or number >= low) or not (high is None or number <= high):
+            span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise UsageError(f"{self.option}: {number} must be {span}")
+        return number
+
+    def _checked_text(self, value: Any) -> str:
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{self.option}: {value!r} isn't one of {', '.join(self.choices)}")
+        return quoting.checked(str(value), self.option)
+
+
+def _int(name: str, default: int | None, help: str, minimum: int = 1) -> Setting:
+    return Setting(name=name, default=default, help=help, minimum=minimum)
+
+
+def _float(name: str, default: float, help: str, maximum: float | None = None) -> Setting:
+    return Setting(name=name, default=default, help=help, kind=float, minimum=0, maximum=maximum)
+
+
+def _choice(name: str, default: str | None, help: str, *choices: str) -> Setting:
+    return Setting(name=name, default=default, help=help, kind=str, choices=choices)
+
+
+SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "tiny": (
+        _int("layers", 4, "Transformer layers."),
+        _int("hidden", 256, "Width of the model."),
+        _int("intermediate", 512, "Width of an expert."),
+        _int("heads", 8, "Attention heads."),
+        _int("kv_heads", 2, "Query groups."),
+        _int("experts", 8, "Experts a layer."),
+        _int("top_k", 2, "Experts a token."),
+        _int("max_positions", 4096, "Longest sequence."),
+        _choice("dtype", "bfloat16", "Precision of the weights.", "bfloat16", "float32"),
+        _int("shards", 2, "Safetensors files."),
+        _int("seed", 1234, "Seed of the random weights.", 0),
+    ),
+    "download": (),
+    "prepare": (_int("workers", 1, "Processes that tokenize."),),
+    "convert": (_choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float32"),),
+    "finetune": (
+        _int("steps", 500, "Optimizer steps."),
+        _int("sequence_length", 4096, "Tokens a sequence."),
+        _int("micro_batch", 1, "Sequences a rank takes at once."),
+        _int("global_batch", 256, "Sequences a step, over all ranks."),
+        _float("lr", 1e-4, "Peak learning rate."),
+        _float("min_lr", 1e-5, "Learning rate at the end."),
+        _int("warmup_steps", 20, "Steps of linear warm-up.", 0),
+        _float("weight_decay", 0.1, "AdamW's weight decay."),
+        _float("clip_grad", 1.0, "Largest gradient norm; 0 doesn't clip."),
+        _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
+        _float("aux_loss", 1e-2, "Weight of the load-balancing loss."),
+        _float("validation", 0.01, "Share of the documents kept for validation.", 1),
+        _int("eval_interval", 100, "Steps between evaluations."),
+        _int("eval_steps", 10, "Batches an evaluation.", 0),
+        _int("save_interval", 100, "Steps between checkpoints."),
+        _int("log_interval", 1, "Steps between lines of the log."),
+        _int("seed", 1234, "Seed of the data's order.", 0),
+    ),
+    "serve": (
+        _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
+        _int("max_batch", 64, "Requests answered at once."),
+        _int("max_tokens", 4096, "Longest prompt and answer together."),
+    ),
+}
+
+
+def check(job: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with each in its setting's type; `UsageError` names an unknown one and its nearest neighbour."""
+    known = {setting.name: setting for setting in SETTINGS[job]}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"{job} has no setting {name!r}; {hint}Valid: {', '.join(known) or 'none'}")
+    return {name: known[name].checked(value) for name, value in values.items()}
