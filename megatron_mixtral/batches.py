@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mixtral.errors import InputError
+from megatron_mixtral.errors import InputError, LayoutError
 
 
 class Documents:
@@ -75,17 +75,23 @@ def split(count: int, validation: float, seed: int) -> Split:
 
 
 class Samples:
-    """An endless sequence of samples over `chosen` documents; `samples[i]` depends on nothing but its arguments."""
+    """An endless sequence of samples over `chosen` documents; `samples[i]` depends on nothing but its arguments.
 
-    def __init__(self, documents: Documents, chosen: np.ndarray, sequence_length: int, seed: int) -> None:
+    The last tokens of an epoch, too few for a sample, are left out; with `pad` they make one, filled up with
+    tokens that aren't learnt, so that few documents are enough (validation).
+    """
+
+    def __init__(
+        self, documents: Documents, chosen: np.ndarray, sequence_length: int, seed: int, *, pad: bool = False
+    ) -> None:
         self._documents, self._chosen, self._seed = documents, chosen, seed
         self._length = sequence_length
         self.tokens = int(documents.lengths[chosen].sum(dtype=np.int64))
-        self.per_epoch = (self.tokens - 1) // sequence_length
+        self.per_epoch = -((1 - self.tokens) // sequence_length) if pad else (self.tokens - 1) // sequence_length
         if self.per_epoch < 1:
             raise InputError(
                 f"{documents.prefix}: {self.tokens} tokens in {len(chosen)} documents are less than one sequence "
-                f"of {sequence_length}; give more data or a shorter --sequence-length"
+                f"of {sequence_length}; give more data or a shorter sequence_length"
             )
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
@@ -101,25 +107,33 @@ class Samples:
         epoch, within = divmod(number, self.per_epoch)
         order, starts, shuffled = self._order(epoch)
         begin = int(shuffled[within]) * self._length
-        end = begin + self._length + 1
+        end = min(begin + self._length + 1, self.tokens)
         first = int(np.searchsorted(starts, begin, side="right")) - 1
-        ids, masks = [], []
+        ids, mask = np.zeros((2, self._length + 1), dtype=np.int64)
         for place in range(first, len(order)):
-            start = int(starts[place])
+            start, length = int(starts[place]), int(self._documents.lengths[order[place]])
             if start >= end:
                 break
-            length = int(self._documents.lengths[order[place]])
-            part = self._documents.read(order[place], max(begin - start, 0), min(end - start, length))
-            ids.append(part[0])
-            masks.append(part[1])
-        return np.concatenate(ids), np.concatenate(masks)
+            inside = max(begin - start, 0), min(end - start, length)
+            span = slice(start + inside[0] - begin, start + inside[1] - begin)
+            ids[span], mask[span] = self._documents.read(order[place], *inside)
+        return ids, mask
 
 
-def numbers(step: int, *, global_batch: int, micro_batch: int, rank: int, replicas: int) -> list[list[int]]:
-    """Sample numbers of step `step` (from 0) for data-parallel rank `rank`: one list a micro batch.
+def numbers(first: int, *, global_batch: int, micro_batch: int, rank: int, replicas: int) -> list[list[int]]:
+    """Sample numbers of a step that begins at sample `first`, for data-parallel rank `rank`: a list a micro batch.
 
     A micro batch holds the same samples whatever the number of replicas is: only who computes it changes.
     """
-    first = step * global_batch
     rounds = global_batch // (micro_batch * replicas)
-    return [[first + (m * replicas + rank) * micro_batch + j for j in range(micro_batch)] for m in range(rounds)]
+    starts = [first + (m * replicas + rank) * micro_batch for m in range(rounds)]
+    return [list(range(start, start + micro_batch)) for start in starts]
+
+
+def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
+    """`LayoutError` with the equation when a step doesn't divide into whole micro batches on every replica."""
+    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * replicas):
+        raise LayoutError(
+            f"global_batch {global_batch} isn't a multiple of micro_batch {micro_batch} x data parallel {replicas} "
+            f"= {micro_batch * replicas}"
+        )

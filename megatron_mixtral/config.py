@@ -176,6 +176,7 @@ class FinetuneConfig:
     eval_interval: int = 100
     eval_steps: int = 10
     save_interval: int = 100
+    keep_checkpoints: int = 2  # the newest so many; two at least
     log_interval: int = 1
     seed: int = 1234
 
@@ -191,6 +192,9 @@ class ServeConfig:
     precision: str = "bf16"
     max_batch: int = 64
     max_tokens: int = 4096  # prompt and answer together
+    queue: int = 256  # requests that may wait beyond those that run; more are told to come back
+    drain_seconds: float = 20.0  # how long answers may take to end after SIGTERM
+    name: str | None = None  # what clients call the model; None: its folder's name
 
 
 JOBS: dict[str, type] = {

@@ -221,6 +221,30 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # n
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
 
+
+def _mend_loading_of_adam() -> None:
+    """Restore torch's Adam as it was: megatron-core looks for a `step` among the tensors, where there is none.
+
+    It also gives all parameters one step counter, which an update would then count up once a parameter. With
+    another Adam (Transformer Engine, Apex) there is no such state and nothing changes.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    fill = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def fill_with_step(self: Any, parameter: Any, values: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+            values = {"step": state["step"], **values}
+        fill(self, parameter, values)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = fill_with_step
+
+
+_mend_loading_of_adam()
+
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
 if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 without Transformer Engine reads the name undefined
@@ -358,6 +382,34 @@ def seed_ranks(seed: int) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     _random.model_parallel_cuda_manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator of this rank, to go on drawing where it was."""
+    import random
+
+    import numpy
+
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": _random._get_cuda_rng_state(),
+        "tracker": _random.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo everything drawn since `random_state` returned `state`."""
+    import random
+
+    import numpy
+
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    _random._set_cuda_rng_state(state["device"])
+    _random.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def shutdown() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_mixtral import indexed
-from megatron_mixtral.batches import Documents, Samples, numbers, split
-from megatron_mixtral.errors import InputError
+from megatron_mixtral.batches import Documents, Samples, check_batch, numbers, split
+from megatron_mixtral.errors import InputError, LayoutError
 
 LENGTHS = [5, 1, 30, 12, 7, 7, 45, 3, 18, 9]
 
@@ -58,7 +58,7 @@ def test_epochs_and_seeds_differ_and_repeat(prefix):
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_a_step_holds_the_same_micro_batches_on_any_number_of_replicas(replicas):
-    step = [numbers(3, global_batch=16, micro_batch=2, rank=r, replicas=replicas) for r in range(replicas)]
+    step = [numbers(48, global_batch=16, micro_batch=2, rank=r, replicas=replicas) for r in range(replicas)]
     micro = sorted(m for rank in step for m in rank)
     assert micro == [[48 + 2 * i, 49 + 2 * i] for i in range(8)]
 
@@ -101,3 +101,23 @@ def test_damaged_files_are_named(prefix):
     prefix.with_suffix(".idx").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"d\.idx: not an index"):
         Documents(prefix)
+
+
+def test_padding_makes_a_sample_of_the_rest_and_of_few_documents(prefix):
+    documents, chosen = all_documents(prefix)
+    samples = Samples(documents, chosen, sequence_length=100, seed=3, pad=True)
+    assert samples.per_epoch == 2
+    assert sorted(samples[i][1][1:].sum() for i in range(2)) == [36, 100]
+    few = Samples(documents, chosen[:2], sequence_length=100, seed=3, pad=True)
+    ids, mask = few[0]
+    assert few.per_epoch == 1
+    assert sorted(ids[:6]) == list(range(6))
+    assert mask.tolist() == [1] * 6 + [0] * 95
+
+
+def test_a_step_that_does_not_divide_is_an_equation():
+    check_batch(16, 2, 4)
+    with pytest.raises(
+        LayoutError, match="global_batch 10 isn't a multiple of micro_batch 1 x data parallel 4 = 4"
+    ):
+        check_batch(10, 1, 4)

@@ -1,0 +1,114 @@
+"""megatron-core's data parallelism, optimizer and learning-rate schedule, put together for one model.
+
+`step` is the one place where parameters change, and it changes none when a gradient isn't finite.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_mixtral import mcore
+from megatron_mixtral.config import FinetuneConfig
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """The wrapped model chunks of this rank with what updates them."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+
+def build(config: FinetuneConfig, model: torch.nn.Module) -> Optimization:
+    """Wrap `model` (its weights are used as they are now) and make its optimizer and schedule."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=mcore.HAVE_GPU
+    )
+    chunk = DistributedDataParallel(model.config, settings, model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:
+        model.config.no_sync_func = chunk.no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            clip_grad=config.clip_grad,
+            bf16=config.precision == "bf16",
+            params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        [chunk],
+    )
+    return Optimization(chunks=[chunk], optimizer=optimizer, scheduler=_scheduler(config, optimizer))
+
+
+def _scheduler(config: FinetuneConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Linear warm-up, then a cosine down to min_lr at the last step."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(config.warmup_steps, max(config.steps - 1, 0)),
+        lr_decay_steps=max(config.steps, 1),
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=config.steps,
+        wd_incr_style="constant",
+    )
+
+
+def zero_grad(parts: Optimization) -> None:
+    for chunk in parts.chunks:
+        chunk.zero_grad_buffer()
+    parts.optimizer.zero_grad()
+
+
+def set_step(parts: Optimization, step: int) -> float:
+    """Set the learning rate of step `step` (from 1), a function of the step alone, and return it."""
+    parts.scheduler.num_steps = step
+    parts.scheduler.step(0)
+    return parts.scheduler.get_lr({})
+
+
+@torch.no_grad()
+def step(parts: Optimization) -> tuple[bool, float]:
+    """Clip and update; (whether parameters changed, gradient norm over all ranks).
+
+    The norm is the same number on every rank, so all of them skip an update or none does.
+    """
+    optimizer = parts.optimizer
+    if optimizer.prepare_grads():
+        return False, math.inf
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    return optimizer.step_with_ready_grads(), norm
+
+
+def allocate_state(parts: Optimization) -> None:
+    """Give torch's Adam the zero state of its first step, into which a checkpoint is then loaded.
+
+    megatron-core describes what it wants loaded from the state that is there; other Adams make it by themselves.
+    """
+    for part in parts.optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
