@@ -57,6 +57,10 @@ class Controller(TextGenerationController):
         self.sampler = sampler
         self.drawn: list[tuple[int, Choice]] = []
         self.scored: list[PromptScores] = []
+        self.forwarded = False
+
+    def forget_last_step(self) -> None:
+        self.drawn, self.scored, self.forwarded = [], [], False
 
     @property
     def context(self) -> Context:
@@ -76,6 +80,7 @@ class Controller(TextGenerationController):
         return first <= draws.scored < len(draws.request.prompt) - 1
 
     def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+        self.forwarded = True
         scoring = any(self._wants_scores(request, first) for request, first, _ in self._rows())
         self.context.only_last_logits(not scoring)
         return super()._dynamic_step_forward_logits(input_ids, position_ids)

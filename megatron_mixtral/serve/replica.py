@@ -64,8 +64,10 @@ class Replica:
 
     def step(self) -> list[Event]:
         """One step of all active requests; what it brought, for those that weren't cancelled."""
-        self._controller.drawn, self._controller.scored = [], []
+        self._controller.forget_last_step()
         result = self._engine.step_modern()
+        if not self._controller.forwarded and self._model.config.expert_model_parallel_size > 1:
+            self.idle_step()  # everything was cancelled meanwhile, but the other replicas wait for this one
         ended = {record.request_id for record in result["finished_request_records"]}
         self._engine.stop_word_finished_request_ids -= ended
         events: list[Event] = list(self._controller.scored)

@@ -40,7 +40,12 @@ class Cancel:
     request: int
 
 
-Order = Request | Cancel
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The order to end all ranks' loops."""
+
+
+Order = Request | Cancel | Stop
 State = Literal["ready", "draining", "failed"]
 
 

@@ -1,0 +1,170 @@
+"""The HTTP application: who may ask, what is asked where, and one shape for every refusal.
+
+Every route but `/health` wants the key when there is one, as a bearer token or (for browsers) as the password of
+HTTP's basic authentication.
+"""
+
+import base64
+import binascii
+import hmac
+import importlib.metadata
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from megatron_mixtral.serve import megatron_api, openai_api, problems
+from megatron_mixtral.serve.asking import Model
+from megatron_mixtral.serve.problems import Problem
+from megatron_mixtral.serve.service import Refused, Service, Unavailable
+
+LARGEST_BODY = 32 * 1024 * 1024
+PAGE = Path(__file__).with_name("page.html")
+log = logging.getLogger("mixlaunch.serve")
+
+
+def application(model: Model, service: Service, *, key: str | None) -> ASGIApp:
+    """The whole site, with the guard around it."""
+    app = FastAPI(title="mixlaunch", version=version(), docs_url=None, redoc_url=None)
+    app.include_router(openai_api.router(model, service))
+    app.include_router(megatron_api.router(model, service))
+    _add_state_routes(app, model, service)
+    _add_refusals(app)
+    return Guard(app, key=key, count=service.metrics.answered)
+
+
+def version() -> str:
+    return importlib.metadata.version("mixlaunch")
+
+
+def _add_state_routes(app: FastAPI, model: Model, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Alive: 503 once a rank of the engine is gone."""
+        failed = service.state == "failed"
+        return JSONResponse({"status": service.state, "reason": service.reason}, 503 if failed else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether new requests are taken."""
+        return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
+
+    @app.get("/version")
+    async def versions() -> dict[str, str]:
+        names = ("torch", "megatron-core")
+        return {"mixlaunch": version(), **{name: importlib.metadata.version(name) for name in names}}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": policy})
+
+
+def _add_refusals(app: FastAPI) -> None:
+    Answer = Callable[[HttpRequest, Any], Awaitable[Response]]
+
+    def handler(meaning: Callable[[Any], Problem]) -> Answer:
+        async def answer(request: HttpRequest, error: Any) -> Response:
+            return problems.body_for(request, meaning(error))
+
+        return answer
+
+    app.add_exception_handler(RequestValidationError, handler(problems.from_validation))
+    app.add_exception_handler(
+        HTTPException, handler(lambda e: Problem(e.status_code, str(e.detail), headers=e.headers))
+    )
+    for kind in (Problem, Refused, Unavailable):
+        app.add_exception_handler(kind, handler(problems.from_exception))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: HttpRequest, __: ClientDisconnect) -> Response:
+        return PlainTextResponse("", 499)  # nobody reads it
+
+
+class Guard:
+    """Around all routes: the key, the size of bodies, a count of answers, and no traceback to the client."""
+
+    def __init__(self, app: ASGIApp, *, key: str | None, count: Callable[[str, int], None]) -> None:
+        self._app, self._key, self._count = app, key, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = HttpRequest(scope)
+        status = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check(request)
+            await self._app(scope, _bounded(receive), counted)
+        except Problem as problem:
+            if not status:
+                await problems.body_for(request, problem)(scope, receive, counted)
+        except Exception as error:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if not status:
+                await problems.body_for(request, problems.from_exception(error))(scope, receive, counted)
+        finally:
+            route = scope.get("route")
+            self._count(getattr(route, "path", "other"), status)
+
+    def _check(self, request: HttpRequest) -> None:
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > LARGEST_BODY:
+            raise _too_large()
+        if self._key is None or request.url.path == "/health":
+            return
+        given = presented_key(request.headers.get("authorization", ""))
+        if given is None or not hmac.compare_digest(given.encode(), self._key.encode()):
+            challenge = {"WWW-Authenticate": 'Basic realm="mixlaunch", charset="UTF-8"'}
+            raise Problem(401, "a valid API key is needed", code="invalid_api_key", headers=challenge)
+
+
+def presented_key(authorization: str) -> str | None:
+    """The key in an Authorization header: a bearer token, or the password of basic authentication."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return None
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Bodies without a length are counted as they come."""
+    read = 0
+
+    async def counted() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > LARGEST_BODY:
+            raise _too_large()
+        return message
+
+    return counted
+
+
+def _too_large() -> Problem:
+    return Problem(413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large")

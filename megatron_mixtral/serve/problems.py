@@ -1,0 +1,76 @@
+"""Every refusal that a client can meet, as one exception with the OpenAI API's error body."""
+
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.requests import Request as HttpRequest
+
+from megatron_mixtral.serve.service import Refused, Unavailable
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class Problem(Exception):
+    """An answer other than 2xx."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        kind = KINDS.get(status, "server_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+
+def from_exception(error: Exception) -> Problem:
+    """What a handler's exception means to the client."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, Refused):
+        wait = {"Retry-After": str(error.retry_after)}
+        return Problem(429, "the queue is full; try again later", code="queue_full", headers=wait)
+    if isinstance(error, Unavailable):
+        return Problem(503, str(error) or "the server isn't ready", code="unavailable")
+    return Problem(500, "the server failed on this request; its log says why")
+
+
+def from_validation(error: RequestValidationError) -> Problem:
+    """The first of pydantic's findings, in the API's words."""
+    finding: dict[str, Any] = error.errors()[0]
+    where = [str(part) for part in finding["loc"] if part != "body"]
+    if finding["type"] == "json_invalid":
+        return Problem(400, f"the body isn't JSON: {finding.get('ctx', {}).get('error', 'syntax error')}")
+    if finding["type"] == "extra_forbidden":
+        return Problem(400, f"unrecognized or unsupported request argument: {'.'.join(where)}", param=where[0])
+    message = finding["msg"].removeprefix("Value error, ")
+    place = f"{'.'.join(where)}: " if where else ""
+    return Problem(400, f"{place}{message}", param=where[0] if where else None)
+
+
+def openai_body(problem: Problem) -> JSONResponse:
+    return JSONResponse({"error": problem.error}, problem.status, problem.headers)
+
+
+def megatron_body(problem: Problem) -> JSONResponse:
+    """`text_generation_cli.py` prints `message` of whatever isn't 200."""
+    return JSONResponse({"message": problem.error["message"]}, problem.status, problem.headers)
+
+
+def body_for(request: HttpRequest, problem: Problem) -> JSONResponse:
+    """In the shape that the route's clients read."""
+    return megatron_body(problem) if request.url.path == "/api" else openai_body(problem)
