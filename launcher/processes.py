@@ -1,0 +1,100 @@
+"""Own processes, told apart by one variable in the environment they were started with.
+
+A pid alone can be a stranger's by now; a pid whose first environment holds our variable with our value can't. What
+we end is therefore looked up by that mark, which children inherit, and signalled through a pidfd taken before.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+# Popen objects of processes meant to outlive us: kept so that their end is reaped and nobody warns of it.
+_started: list["subprocess.Popen[bytes]"] = []
+
+
+def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> int:
+    """Start `argv` in a session of its own, off the terminal, its output appended to `log`; returns the pid."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _started.append(process)
+    return process.pid
+
+
+def is_marked(pid: int, **variables: str) -> bool:
+    """Whether `pid` runs and was started with all of `variables` in its environment; an empty value is any."""
+    with suppress(OSError):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return all(
+            any(entry == wanted if value else entry.startswith(wanted) for entry in environment)
+            for wanted, value in ((f"{name}={value}".encode(), value) for name, value in variables.items())
+        )
+    return False
+
+
+def marked(**variables: str) -> list[int]:
+    """Every process of this user that `is_marked` with `variables`, but for ourselves."""
+    return [pid for pid in _pids() if pid != os.getpid() and is_marked(pid, **variables)]
+
+
+def descendants(roots: Iterable[int]) -> list[int]:
+    """Children, grandchildren and so on of `roots`, the roots left out."""
+    children: dict[int, list[int]] = {}
+    for pid in _pids():
+        with suppress(OSError, ValueError, IndexError):
+            # The second field is the program's name in brackets and may hold anything, brackets too.
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(pid)
+    found: list[int] = []
+    queue = list(roots)
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def stop(find: Callable[[], list[int]], *, grace: float, first: signal.Signals = signal.SIGTERM) -> list[int]:
+    """Send `first` to all that `find` returns, SIGKILL after `grace` seconds; returns what is left even then."""
+    for signum, seconds in ((first, grace), (signal.SIGKILL, 5.0)):
+        _signal(find, signum)
+        deadline = time.monotonic() + seconds
+        while (left := find()) and time.monotonic() < deadline:
+            _reap()
+            time.sleep(0.05)
+        if not left:
+            break
+    _reap()
+    return left
+
+
+def _signal(find: Callable[[], list[int]], signum: signal.Signals) -> None:
+    handles: dict[int, int] = {}
+    for pid in find():
+        with suppress(OSError):
+            handles[pid] = os.pidfd_open(pid)
+    still_ours = set(find())  # looked up again now that the handles pin the processes down
+    for pid, handle in handles.items():
+        if pid in still_ours:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signum)
+        os.close(handle)
+
+
+def _reap() -> None:
+    _started[:] = [process for process in _started if process.poll() is None]
+
+
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())

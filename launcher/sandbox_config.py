@@ -1,0 +1,162 @@
+"""What the sandbox's Slurm is told: the texts of slurm.conf, gres.conf and slurmdbd.conf for a shape (pure).
+
+Every path is inside the sandbox's folder and every port is given, so two sandboxes never meet.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ACCOUNT = "sandbox"
+NODE = "sandbox"  # nodes are called sandbox0, sandbox1, ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the sandbox pretends to be. CPUs, memory and GPUs may be more than this machine has."""
+
+    nodes: int = 4
+    gpus: int = 8
+    cpus: int = 64
+    memory_gb: int = 512
+    # (name, priority tier): a job of a higher tier preempts lower ones. The first is the default partition.
+    partitions: tuple[tuple[str, int], ...] = (("low", 1), ("high", 10))
+    features: tuple[str, ...] = ()
+    accounts: tuple[str, ...] = ()
+    qos: tuple[str, ...] = ()
+
+    def node_names(self) -> list[str]:
+        return [f"{NODE}{index}" for index in range(self.nodes)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where the sandbox lives on this machine."""
+
+    folder: Path
+    user: str
+    host: str
+    version: tuple[int, int]
+    controller_port: int
+    database_port: int | None  # None: no accounting
+    node_ports: tuple[int, ...]
+    first_job_id: int
+
+
+def slurm_conf(shape: Shape, site: Site) -> str:
+    """The one configuration that daemons and clients share."""
+    return "\n".join(
+        [*_controller(site), *_scheduling(site), *_accounting(site), *_nodes(shape, site), *_partitions(shape), ""]
+    )
+
+
+def gres_conf(shape: Shape, site: Site) -> str:
+    """GPUs are plain files: Slurm counts and hands them out as it does real ones."""
+    if not shape.gpus:
+        return "AutoDetect=off\n"
+    return f"AutoDetect=off\nName=gpu File={site.folder}/gpus/gpu[0-{shape.gpus - 1}]\n"
+
+
+def slurmdbd_conf(site: Site) -> str:
+    """The accounting daemon; MariaDB listens on a socket that MYSQL_UNIX_PORT names, not on a port."""
+    folder = site.folder
+    return f"""AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={site.database_port}
+SlurmUser={site.user}
+PidFile={folder}/run/slurmdbd.pid
+LogFile={folder}/logs/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={site.user}
+StorageLoc=slurm_accounting
+"""
+
+
+def cgroup_conf(site: Site) -> str:
+    """From 24.05 slurmd wants a cgroup of its own unless told otherwise; older versions don't know the word."""
+    return "CgroupPlugin=disabled\n" if site.version >= (24, 5) else ""
+
+
+def _controller(site: Site) -> list[str]:
+    folder = site.folder
+    return [
+        "ClusterName=sandbox",
+        f"SlurmctldHost={site.host}(127.0.0.1)",
+        f"SlurmctldPort={site.controller_port}",
+        f"SlurmUser={site.user}",
+        f"SlurmdUser={site.user}",
+        "AuthType=auth/munge",
+        "CredType=cred/munge",
+        # A requeued job waits for its credential's life before it starts again; the default is two minutes.
+        f"AuthInfo=socket={folder}/munge.socket,cred_expire=10",
+        f"StateSaveLocation={folder}/state",
+        f"SlurmdSpoolDir={folder}/spool/%n",
+        f"SlurmctldPidFile={folder}/run/slurmctld.pid",
+        f"SlurmdPidFile={folder}/run/slurmd-%n.pid",
+        f"SlurmctldLogFile={folder}/logs/slurmctld.log",
+        f"SlurmdLogFile={folder}/logs/slurmd-%n.log",
+        f"PlugStackConfig={folder}/plugstack.conf",
+        "MailProg=/bin/true",
+        "MpiDefault=none",
+        "ReturnToService=2",
+        "TreeWidth=65533",
+        "MessageTimeout=30",
+        "KillWait=10",
+        "PropagateResourceLimits=NONE",
+        # A job's port follows from its id, and all sandboxes of a machine share 127.0.0.1.
+        f"FirstJobId={site.first_job_id}",
+    ]
+
+
+def _scheduling(site: Site) -> list[str]:
+    return [
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_Core_Memory",
+        "SlurmdParameters=config_overrides",
+        "GresTypes=gpu",
+        "SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5",
+        "EnforcePartLimits=ALL",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+    ]
+
+
+def _accounting(site: Site) -> list[str]:
+    if site.database_port is None:
+        return ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
+    return [
+        "AccountingStorageType=accounting_storage/slurmdbd",
+        "AccountingStorageHost=127.0.0.1",
+        f"AccountingStoragePass={site.folder}/munge.socket",  # with munge this is where the socket lies
+        f"AccountingStoragePort={site.database_port}",
+        "AccountingStorageEnforce=associations,limits,qos",
+        "AccountingStorageTRES=gres/gpu",
+        "JobAcctGatherType=jobacct_gather/linux",
+        "JobAcctGatherFrequency=task=10",
+    ]
+
+
+def _nodes(shape: Shape, site: Site) -> list[str]:
+    gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
+    features = f" Features={','.join(shape.features)}" if shape.features else ""
+    return [
+        f"NodeName={name} NodeHostname={site.host} NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
+        f"RealMemory={shape.memory_gb * 1000}{gres}{features} State=UNKNOWN"
+        for name, port in zip(shape.node_names(), site.node_ports, strict=True)
+    ]
+
+
+def _partitions(shape: Shape) -> list[str]:
+    top = max(tier for _, tier in shape.partitions)
+    lines = []
+    for index, (name, tier) in enumerate(shape.partitions):
+        mode = "OFF" if tier == top else "REQUEUE GraceTime=30"
+        default = " Default=YES" if index == 0 else ""
+        lines.append(
+            f"PartitionName={name} Nodes=ALL MaxTime=INFINITE PriorityTier={tier} PreemptMode={mode}{default}"
+        )
+    return lines
