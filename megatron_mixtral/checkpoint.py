@@ -1,14 +1,10 @@
-"""Weights folders and training checkpoints: save one, find the newest complete one, load it at any layout.
+"""Weights folders and training checkpoints: save one, load it at any layout; `weights_folder` finds and marks them.
 
-A folder is complete when `mixlaunch.json` is in it, which is written last and by rename; whatever lacks it does not
-exist for any reader. Loading is strict: a tensor missing, unexpected or of another shape is an error with its name,
-raised alike on every rank before anything is read.
+Loading is strict: a tensor missing, unexpected or of another shape is an error with its name, raised alike on every
+rank before anything is read.
 """
 
-import json
 import os
-import pwd
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +16,36 @@ import torch.distributed as dist
 from megatron_mixtral import mcore, tensors
 from megatron_mixtral.config import MixtralShape
 from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights_folder import (
+    FORMAT,
+    LATEST,
+    MARKER,
+    complete,
+    hub_assets,
+    newest,
+    prune,
+    read_marker,
+    refuse_foreign,
+    replace_text,
+    resolve,
+    step_folder,
+    write_marker,
+)
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-MARKER = "mixlaunch.json"
-LATEST = "latest_checkpointed_iteration.txt"  # what upstream Megatron reads to find a checkpoint
-FORMAT = 1
+__all__ = [
+    "complete",
+    "load_training",
+    "load_weights",
+    "newest",
+    "prune",
+    "resolve",
+    "save",
+    "step_folder",
+    "verify",
+]
 
 # The optimizer's state as tensors of the model's own shapes: any layout can load it.
 _CONTENT = {
@@ -45,80 +64,13 @@ class State:
     rank: Any  # this rank's own; None when it was saved by another number of ranks
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies under a run's `checkpoints`."""
-    return root / f"iter_{step:07d}"
-
-
-def complete(root: Path) -> list[Path]:
-    """The complete checkpoints directly under `root`, oldest first; `release` (weights) before any step."""
-    found = [p for p in root.glob("iter_*") if re.fullmatch(r"iter_\d+", p.name)] + [root / "release"]
-    return sorted((p for p in found if (p / MARKER).is_file()), key=_age)
-
-
-def _age(folder: Path) -> int:
-    return -1 if folder.name == "release" else int(folder.name.removeprefix("iter_"))
-
-
-def newest(root: Path) -> Path | None:
-    """The newest complete training checkpoint of a run's `checkpoints`, if there is one."""
-    return next((p for p in reversed(complete(root)) if p.name != "release"), None)
-
-
-def resolve(path: Path) -> Path:
-    """The newest complete weights folder that `path` means.
-
-    `path` is that folder itself, a converted model, a run, or its `checkpoints`. `CheckpointError` says what is
-    there instead, naming saves that were begun and not finished.
-    """
-    if (path / MARKER).is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        if found := complete(root):
-            return found[-1]
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder")
-    begun = sorted(p.name for p in [*path.glob("iter_*"), *path.glob("checkpoints/iter_*"), *path.glob("release")])
-    if (path / ".metadata").exists():
-        raise CheckpointError(f"{path}: incomplete, it has no {MARKER}")
-    unfinished = f"; begun and not finished: {', '.join(begun)}" if begun else ""
-    raise CheckpointError(
-        f"{path}: no complete checkpoint here; expected {MARKER}, or release/ or iter_*/ with one{unfinished}"
-    )
-
-
-def read_marker(folder: Path) -> dict[str, Any]:
-    """The parsed `mixlaunch.json`; `CheckpointError` when absent, damaged or of a newer format."""
-    path = folder / MARKER
-    try:
-        marker = json.loads(path.read_text())
-        version = marker["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error!r}") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: format {version}; this version reads {FORMAT}")
-    return marker
-
-
 def verify(folder: Path, shape: MixtralShape) -> None:
     """`CheckpointError` unless `folder` is ours, whole in its files, and holds exactly the tensors of `shape`."""
     read_marker(folder)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     metadata = _read_metadata(folder)
     _check_files(folder, metadata)
     _check_tensors(folder, metadata, shape)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Checkpoints hold pickles, which run code when read: only files of this user or root are read."""
-    for path in (folder, *folder.iterdir()):
-        owner = path.stat().st_uid
-        if owner not in (os.getuid(), 0):
-            name = next((p.pw_name for p in pwd.getpwall() if p.pw_uid == owner), f"uid {owner}")
-            raise CheckpointError(
-                f"{path} belongs to {name}: reading a checkpoint can run code hidden in it. "
-                f"If you trust {name}, make a copy of your own (cp -r) and use that"
-            )
 
 
 def _read_metadata(folder: Path) -> Any:
@@ -300,45 +252,6 @@ def _finish(folder: Path, marker: dict[str, Any], assets: Path | None) -> None:
     write_marker(folder, marker)
     latest = "release" if marker["step"] is None else str(marker["step"])
     replace_text(folder.parent / LATEST, latest)
-
-
-def hub_assets(folder: Path) -> list[Path]:
-    """The files that describe a model and its tokenizer: all that go with its weights."""
-    patterns = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
-    return sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
-
-
-def write_marker(folder: Path, marker: dict[str, Any]) -> None:
-    """Declare `folder` complete: everything else in it reaches the disk before the marker has its name."""
-    for path in folder.iterdir():
-        _sync(path)
-    replace_text(folder / MARKER, json.dumps(marker, indent=2) + "\n")
-    _sync(folder)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `path` so that a reader finds the old text or the new one, never a part."""
-    rough = path.with_name(f".{path.name}.{os.getpid()}")
-    rough.write_text(text)
-    _sync(rough)
-    rough.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` (two at least) complete training checkpoints; what was removed."""
-    old = [p for p in complete(root) if p.name != "release"][: -max(keep, 2)]
-    for folder in old:
-        (folder / MARKER).unlink()  # gone for every reader before its files are
-        shutil.rmtree(folder)
-    return old
 
 
 def _layout(config: Any) -> dict[str, int]:
