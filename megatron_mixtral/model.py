@@ -84,7 +84,7 @@ def transformer_config(
         "init_method_std": shape.initializer_range,
         "num_moe_experts": shape.num_local_experts,
         "moe_router_topk": shape.num_experts_per_tok,
-        "moe_router_pre_softmax": False,  # Mixtral's weights are a softmax over the chosen experts alone
+        "moe_router_pre_softmax": shape.num_experts_per_tok == 1,  # what it insists on for one; see below
         "moe_router_load_balancing_type": "aux_loss" if aux_loss else "none",
         "moe_aux_loss_coeff": aux_loss,
         "moe_token_dispatcher_type": "alltoall",
@@ -101,7 +101,9 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "gradient_accumulation_fusion": False,
     }
-    return TransformerConfig(**settings | overrides)
+    config = TransformerConfig(**settings | overrides)
+    config.moe_router_pre_softmax = False  # Mixtral's weights are a softmax over the chosen experts alone
+    return config
 
 
 def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None:
