@@ -157,7 +157,7 @@ def _substitute_collectives() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without megatron-core's warnings about packages that we do without."""
+    """Without megatron-core's warnings about packages that we do without, and torch's about what it calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -57,7 +57,8 @@ def run(config: FinetuneConfig, run_dir: Path) -> None:
     """Train to `config.steps`; `Requeue` when asked to leave early, with everything saved."""
     mcore.initialize(config.layout, seed=config.seed)
     try:
-        Trainer(config, run_dir).run()
+        with mcore.quiet():
+            Trainer(config, run_dir).run()
     finally:
         mcore.shutdown()
 

@@ -1,0 +1,217 @@
+"""Training as a job: it learns, it stops when asked, and it goes on as if it had never stopped."""
+
+import json
+import signal
+
+import jobs
+import numpy as np
+import pytest
+from ranks import ranks
+
+from megatron_mixtral import indexed
+
+SHAPE = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-5,
+}
+EP2_PP2 = {"expert": 2, "pipeline": 2}
+
+
+def make_weights(folder, poison=""):
+    """A release of random weights; `poison` names a parameter to make NaN."""
+    import torch
+
+    from megatron_mixtral import checkpoint, mcore, model
+    from megatron_mixtral.config import Layout, MixtralShape
+
+    mcore.initialize(Layout(), seed=5)
+    built = model.build(MixtralShape.from_folder(folder), Layout(), precision="fp32")
+    for name, parameter in built.named_parameters():
+        if poison and poison in name:
+            torch.nn.init.constant_(parameter, float("nan"))
+    checkpoint.save(folder / "release", built, assets=folder)
+
+
+def tensors_of(folder):
+    """Every tensor of a training checkpoint, optimizer and all, by name."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state = {}
+    _load_state_dict(
+        state, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    return {name: value for name, value in state.items() if hasattr(value, "shape")}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A converted model, and data in which each token tells the next: cycles of 64 tokens with varying strides."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    ranks(1, make_weights, folder)
+    random = np.random.default_rng(1)
+    lengths = random.integers(40, 200, size=60).astype(np.int32)
+    tokens = [(np.arange(n) * 5 + random.integers(64)) % 64 for n in lengths]
+    np.concatenate(tokens).astype(np.uint16).tofile(folder / "data.bin")
+    indexed.write_index(folder / "data.idx", lengths, np.dtype(np.uint16))
+    return folder
+
+
+@pytest.fixture
+def config(world):
+    return {
+        "model": str(world),
+        "data": str(world / "data"),
+        "steps": 8,
+        "sequence_length": 32,
+        "micro_batch": 2,
+        "global_batch": 8,
+        "precision": "fp32",
+        "lr": 0.01,
+        "warmup_steps": 2,
+        "validation": 0.1,
+        "eval_interval": 4,
+        "eval_steps": 2,
+        "save_interval": 100,
+    }
+
+
+def losses(job):
+    """The loss of every step done last, by step."""
+    return {e["step"]: e["loss"] for e in job.events("step")}
+
+
+def stop_after(job, step, rank):
+    job.wait_for("step", step=step)
+    job.signal(rank, signal.SIGUSR2)
+    assert set(job.wait()) == {85}, job.output()
+    return job.events("checkpoint")[-1]["step"]
+
+
+def test_loss_falls_and_everything_is_told(config, tmp_path):
+    done = jobs.run("finetune", {**config, "steps": 40}, tmp_path / "run")
+    steps = done.events("step")
+    assert [e["step"] for e in steps] == list(range(1, 41))
+    assert steps[0]["loss"] > 4.0
+    assert steps[-1]["loss"] < 1.0
+    assert steps[0]["lr"] == 0.005
+    assert steps[-1]["lr"] == 1e-5
+    assert all(e["grad_norm"] > 0 and e["tokens_per_s"] > 0 and 0.9 < e["aux_loss"] < 4 for e in steps)
+    assert [e["step"] for e in done.events("eval")] == list(range(4, 41, 4))
+    assert done.events("eval")[-1]["loss"] < 1.0
+    assert done.events("exit")[-1]["code"] == 0
+    assert (tmp_path / "run/checkpoints/iter_0000040/mixlaunch.json").exists()
+    output = done.outputs[0].read_text()
+    assert "step 40/40 | loss 0." in output
+    assert "training loss\n" in output
+
+
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(config, tmp_path):
+    whole = jobs.run("finetune", config, tmp_path / "whole")
+    with jobs.Job("finetune", config, tmp_path / "run") as first:
+        assert 2 <= stop_after(first, 2, rank=0) < 8
+    second = jobs.run("finetune", config, tmp_path / "run")
+    assert losses(second) == losses(whole)
+    a, b = (tensors_of(tmp_path / name / "checkpoints/iter_0000008") for name in ("whole", "run"))
+    assert a.keys() == b.keys()
+    assert len(a) > 30
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_ranks_leave_together_and_any_layout_goes_on(config, tmp_path):
+    one = jobs.run("finetune", config, tmp_path / "one")
+    parallel = {**config, "layout": EP2_PP2}
+    with jobs.Job("finetune", parallel, tmp_path / "run", ranks=4) as first:
+        stop_after(first, 2, rank=3)  # one rank alone gets the signal
+    assert losses(first) == pytest.approx({s: v for s, v in losses(one).items() if s in losses(first)}, abs=1e-5)
+    second = jobs.run("finetune", {**config, "layout": {"expert": 2}}, tmp_path / "run", ranks=2)
+    assert losses(second) == pytest.approx(losses(one), abs=1e-5)
+    assert second.events("eval")[-1]["loss"] == pytest.approx(one.events("eval")[-1]["loss"], abs=1e-5)
+
+
+def test_parallel_resume_is_bit_for_bit(config, tmp_path):
+    parallel = {**config, "layout": EP2_PP2}
+    whole = jobs.run("finetune", parallel, tmp_path / "whole", ranks=4)
+    with jobs.Job("finetune", parallel, tmp_path / "run", ranks=4) as first:
+        stop_after(first, 3, rank=1)
+    second = jobs.run("finetune", parallel, tmp_path / "run", ranks=4)
+    assert losses(second) == losses(whole)
+    a, b = (tensors_of(tmp_path / name / "checkpoints/iter_0000008") for name in ("whole", "run"))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_signal_while_the_job_still_loads_ends_it_with_nothing_lost(config, tmp_path):
+    with jobs.Job("finetune", config, tmp_path / "run") as job:
+        job.wait_for("load")
+        job.signal(0, signal.SIGUSR2)
+        assert job.wait() == [85]
+    resumed = jobs.run("finetune", config, tmp_path / "run")
+    assert sorted(losses(resumed)) == list(range(1, 9))
+
+
+def test_a_finished_run_has_nothing_more_to_do(config, tmp_path):
+    jobs.run("finetune", config, tmp_path / "run")
+    again = jobs.run("finetune", config, tmp_path / "run")
+    assert len(again.events("step")) == 8
+    assert len(again.events("checkpoint")) == 1
+
+
+def test_checkpoints_are_kept_by_number(config, tmp_path):
+    jobs.run("finetune", {**config, "save_interval": 2, "steps": 7}, tmp_path / "run")
+    kept = sorted(p.name for p in (tmp_path / "run/checkpoints").glob("iter_*"))
+    assert kept == ["iter_0000006", "iter_0000007"]
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_path, world):
+    folder = tmp_path / "poisoned"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    ranks(1, make_weights, folder, "final_layernorm")
+    with jobs.Job("finetune", {**config, "model": str(folder), "steps": 20}, tmp_path / "run") as job:
+        assert job.wait() == [1]
+    assert len(job.events("step")) == 5
+    assert job.events("step")[-1]["loss"] == "nan"
+    assert job.events("step")[-1]["skipped"] == 5
+    assert "the last 5 updates were skipped" in job.output()
+    assert not list((tmp_path / "run").glob("checkpoints/iter_*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"global_batch": 7}, "global_batch 7 isn't a multiple of micro_batch 2 x data parallel 1 = 2"),
+        ({"data": "/nowhere/data"}, "/nowhere/data.idx: no such file"),
+        ({"model": "/nowhere"}, "/nowhere: no such folder"),
+        ({"sequence_length": 100000}, "less than one sequence of 100000"),
+        ({"steps": "many"}, "steps: 'many' isn't int"),
+        ({"stepz": 3}, "unknown stepz"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(config, tmp_path, change, message):
+    with jobs.Job("finetune", {**config, **change}, tmp_path / "run") as job:
+        assert job.wait() == [2]
+    assert message in job.output()
+    assert "Traceback" not in job.output()
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_data_of_another_vocabulary_is_named(config, tmp_path, world):
+    for name in ("data.bin", "data.idx"):
+        (tmp_path / name).write_bytes((world / name).read_bytes())
+    (tmp_path / "data.json").write_text(json.dumps({"vocab_size": 32000, "tokenizer": "x"}))
+    with jobs.Job("finetune", {**config, "data": str(tmp_path / "data")}, tmp_path / "run") as job:
+        assert job.wait() == [2]
+    assert "prepared with 32000 tokens, but the model knows 64" in job.output()
