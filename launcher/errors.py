@@ -30,3 +30,13 @@ class Fault(MixlaunchError):
 
 class SubmitError(Fault):
     """The scheduler refused a job or didn't answer."""
+
+
+class Interrupted(SubmitError):
+    """Ctrl-C came while the scheduler already had the job, whose id is kept."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+Find = Callable[[], list[int]]
+
 # Popen objects of processes meant to outlive us: kept so that their end is reaped and nobody warns of it.
 _started: list["subprocess.Popen[bytes]"] = []
 
@@ -65,21 +67,16 @@ def descendants(roots: Iterable[int]) -> list[int]:
     return found
 
 
-def stop(find: Callable[[], list[int]], *, grace: float, first: signal.Signals = signal.SIGTERM) -> list[int]:
+def stop(find: Find, *, grace: float, first: signal.Signals = signal.SIGTERM) -> list[int]:
     """Send `first` to all that `find` returns, SIGKILL after `grace` seconds; returns what is left even then."""
-    for signum, seconds in ((first, grace), (signal.SIGKILL, 5.0)):
-        _signal(find, signum)
-        deadline = time.monotonic() + seconds
-        while (left := find()) and time.monotonic() < deadline:
-            _reap()
-            time.sleep(0.05)
-        if not left:
-            break
-    _reap()
-    return left
+    send(find, first)
+    if wait(find, grace):
+        send(find, signal.SIGKILL)
+    return wait(find, 5.0)
 
 
-def _signal(find: Callable[[], list[int]], signum: signal.Signals) -> None:
+def send(find: Find, signum: signal.Signals) -> None:
+    """Send `signum` to all that `find` returns, and to nobody who only got one of their pids."""
     handles: dict[int, int] = {}
     for pid in find():
         with suppress(OSError):
@@ -90,6 +87,17 @@ def _signal(find: Callable[[], list[int]], signum: signal.Signals) -> None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, signum)
         os.close(handle)
+
+
+def wait(find: Find, seconds: float) -> list[int]:
+    """Wait until `find` returns nothing, at most so long; returns what it still does."""
+    deadline = time.monotonic() + seconds
+    while True:
+        _reap()
+        left = find()
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
 
 
 def _reap() -> None:

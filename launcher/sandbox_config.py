@@ -145,7 +145,7 @@ def _nodes(shape: Shape, site: Site) -> list[str]:
     features = f" Features={','.join(shape.features)}" if shape.features else ""
     return [
         f"NodeName={name} NodeHostname={site.host} NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
-        f"RealMemory={shape.memory_gb * 1000}{gres}{features} State=UNKNOWN"
+        f"RealMemory={shape.memory_gb * 1024}{gres}{features} State=UNKNOWN"
         for name, port in zip(shape.node_names(), site.node_ports, strict=True)
     ]
 

@@ -66,12 +66,12 @@ def call(program: str, *arguments: str, environment: Mapping[str, str], timeout:
     return done.stdout
 
 
-def queue(environment: Mapping[str, str]) -> dict[str, JobState]:
+def queue(environment: Mapping[str, str], *, timeout: float = TIMEOUT) -> dict[str, JobState]:
     """This user's jobs that the controller still knows, the lately finished too, by id."""
     form = "%i|%T|%N|%S|%L|%r|%o"
     arguments = ("--noheader", "--states=all", f"--user={getpass.getuser()}", f"--format={form}")
     jobs = {}
-    for line in call("squeue", *arguments, environment=environment).splitlines():
+    for line in call("squeue", *arguments, environment=environment, timeout=timeout).splitlines():
         job, state, nodes, start, left, reason, command = line.split("|", 6)
         jobs[job] = JobState(
             id=job,

@@ -1,0 +1,259 @@
+"""Run directories: one folder a run, found again by name, prefix, job id, path or as the newest.
+
+`run.json` is the record; it is replaced whole, never edited, and a newer schema than ours is refused.
+"""
+
+import datetime
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import states
+from launcher.errors import Fault, Interrupted, SubmitError, UsageError
+from launcher.states import SCRIPT, State
+
+if TYPE_CHECKING:
+    from launcher.jobs import JobPlan
+
+SCHEMA = 1
+RECORD = "run.json"
+NEWEST = "newest"
+SUBMITTING = "SUBMITTING"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run directory and its record."""
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is unique in its place."""
+        return self.path.name
+
+    @property
+    def job(self) -> str:
+        """finetune, convert, ..."""
+        return str(self.record["job"])
+
+    @property
+    def cluster(self) -> str:
+        """Name of the profile."""
+        return str(self.record["profile"]["name"])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it runs as processes of one machine."""
+        return bool(self.record["profile"]["scheduler"] == "local")
+
+    @property
+    def created(self) -> str:
+        """When, as ISO text with a time zone."""
+        return str(self.record["created"])
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Every job submitted for this run, oldest first."""
+        return list(self.record["jobs"])
+
+    @property
+    def job_id(self) -> str | None:
+        """The newest job; None while its submission isn't known to have ended."""
+        return self.job_ids[-1] if self.job_ids else None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a Slurm command needs to reach this run's cluster."""
+        conf = self.record["profile"].get("slurm_conf")
+        return {"SLURM_CONF": conf} if conf else {}
+
+
+def new_path(plan: "JobPlan") -> Path:
+    """A run directory's path for `plan`, not made yet: name, time, and a suffix so that no two meet."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(plan.profile.paths.runs) / f"{plan.name}-{now}-{secrets.token_hex(2)}"
+
+
+def start(plan: "JobPlan", *, asked: Sequence[str] = (), path: Path | None = None) -> Run:
+    """Render, check, make the run directory, submit, record. Without a job, nothing stays behind."""
+    from launcher import lint, render, submit
+
+    path = path or new_path(plan)
+    text = render.render(plan, str(path))
+    lint.check(text)
+    run = create(plan, path, asked=asked)
+    (path / "config.yaml").write_text(render.config_text(plan))
+    try:
+        job_id = submit.submit(plan, text, path)
+    except Interrupted as interrupted:
+        _with_job(run, interrupted.job_id)
+        raise
+    except KeyboardInterrupt:
+        _settle(run)
+        raise
+    except submit.UncertainError:
+        raise
+    except (SubmitError, OSError):
+        shutil.rmtree(path)
+        raise
+    return _with_job(run, job_id)
+
+
+def _settle(run: Run) -> None:
+    """After a Ctrl-C around the submission: keep the run if it got a job, remove it if it surely didn't."""
+    if run.is_local:
+        states.cancel_local(run.path, "")
+        shutil.rmtree(run.path)
+    elif job_id := states.find_job(run.path / SCRIPT, run.environment):
+        _with_job(run, job_id)
+        raise Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
+    else:
+        shutil.rmtree(run.path)
+
+
+def create(plan: "JobPlan", path: Path, *, asked: Sequence[str] = ()) -> Run:
+    """Make the run directory with its record; `Fault` if it can't be made."""
+    record = {
+        "schema": SCHEMA,
+        "name": path.name,
+        "job": plan.job,
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "asked": list(asked),
+        "host": socket.gethostname(),
+        "nodes": plan.nodes,
+        "tasks_per_node": plan.tasks_per_node,
+        "layout": asdict(plan.layout) if plan.layout else None,
+        "config": plan.config,
+        "outputs": list(plan.outputs),
+        "resumable": plan.resumable,
+        "profile": plan.profile.model_dump(mode="json"),
+        "versions": {"mixlaunch": importlib.metadata.version("mixlaunch"), "python": platform.python_version()},
+        "jobs": [],
+        "cancelled": False,
+    }
+    try:
+        path.mkdir(parents=True)
+        (path / "logs").mkdir()  # Slurm writes its own output there and makes no folders
+    except OSError as error:
+        raise Fault(f"run directory {path}: {error.strerror}") from error
+    run = Run(path=path, record=record)
+    _write(run)
+    return run
+
+
+def read(path: Path) -> Run:
+    """The run in `path`; `UsageError` if it is none or made by a newer mixlaunch."""
+    try:
+        record = json.loads((path / RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path}: no run directory (it has no {RECORD})") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / RECORD}: {error}") from error
+    if record.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path / RECORD}: schema {record.get('schema')}, this mixlaunch reads {SCHEMA}; update it"
+        )
+    return Run(path=path, record=record)
+
+
+def every(roots: Iterable[Path]) -> list[Run]:
+    """All runs below `roots`, newest first; folders that are no runs are passed over."""
+    found = []
+    for record in {path.resolve() for root in roots for path in root.glob(f"*/{RECORD}")}:
+        try:
+            found.append(read(record.parent))
+        except UsageError:
+            continue
+    return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
+
+
+def find(reference: str, roots: Iterable[Path]) -> Run:
+    """The run that `reference` means: a path, a name, a job's id, "newest", or a prefix (its newest run)."""
+    if "/" in reference:
+        return read(Path(reference).expanduser().absolute())
+    runs = every(roots)
+    if not runs:
+        raise UsageError(f"there are no runs in {', '.join(map(str, roots))}")
+    if reference == NEWEST:
+        return runs[0]
+    for matches in (
+        [run for run in runs if run.name == reference],
+        [run for run in runs if reference in run.job_ids],
+        [run for run in runs if run.name.startswith(reference)],
+    ):
+        if matches:
+            return matches[0]
+    near = difflib.get_close_matches(reference, [run.name for run in runs], n=3, cutoff=0.3)
+    raise UsageError(f"no run {reference!r}; nearest: {', '.join(near or [run.name for run in runs[:3]])}")
+
+
+def state_of(run: Run) -> State:
+    """What one run is doing."""
+    return states_of([run])[run.path]
+
+
+def states_of(runs: Iterable[Run]) -> dict[Path, State]:
+    """What each run is doing, with one question to each cluster."""
+    found: dict[Path, State] = {}
+    clusters: dict[tuple[tuple[str, str], ...], dict[Path, str]] = {}
+    for run in runs:
+        current = run if run.job_id else _adopted(run)
+        if current.job_id is None:
+            found[run.path] = State(state=SUBMITTING, source="record", reason="its submission didn't end")
+        elif run.is_local:
+            host, cancelled = str(run.record["host"]), bool(run.record["cancelled"])
+            found[run.path] = states.of_local(run.path, host, cancelled=cancelled)
+        else:
+            clusters.setdefault(tuple(run.environment.items()), {})[run.path] = current.job_id
+    for environment, jobs in clusters.items():
+        found |= states.of_slurm(jobs, dict(environment))
+    return found
+
+
+def cancel(run: Run) -> bool:
+    """End the run's job; False if it has ended already. `Fault` if the scheduler refuses."""
+    current = run if run.job_id else _adopted(run)
+    if current.job_id is None or not state_of(current).active:
+        return False
+    if run.is_local:
+        if socket.gethostname() != run.record["host"]:
+            raise UsageError(f"{run.name} runs on {run.record['host']}; cancel it there")
+        _write(replace(current, record={**current.record, "cancelled": True}))
+        states.cancel_local(run.path, current.job_id)
+    else:
+        states.cancel_slurm([current.job_id], run.environment)
+    return True
+
+
+def _adopted(run: Run) -> Run:
+    """A run whose submission was cut off: its job, if Slurm has one, is found by its script's path."""
+    if run.is_local:
+        return run
+    try:
+        job_id = states.find_job(run.path / SCRIPT, run.environment)
+    except Fault:
+        return run
+    return _with_job(run, job_id) if job_id else run
+
+
+def _with_job(run: Run, job_id: str) -> Run:
+    changed = replace(run, record={**run.record, "jobs": [*run.job_ids, job_id]})
+    _write(changed)
+    return changed
+
+
+def _write(run: Run) -> None:
+    temporary = run.path / f".{RECORD}.{os.getpid()}"
+    temporary.write_text(json.dumps(run.record, indent=1))
+    temporary.replace(run.path / RECORD)

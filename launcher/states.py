@@ -1,0 +1,126 @@
+"""What a job is doing: asked of Slurm or this machine's processes, and of the run's own logs where both are mute.
+
+Ending a job is here too, because both need to know which processes are a run's.
+"""
+
+import re
+import signal
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import processes, slurm
+from launcher.errors import Fault
+
+SCRIPT = "job.sbatch"
+MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, with the run directory as its value
+FAREWELL = 15  # seconds that a cancelled local run gets: its script gives the ranks ten
+LOOK_TIMEOUT = 15
+LAST_WORD = re.compile(r"^mixlaunch: (?P<reason>.*?)(?:; exit (?P<code>\d+)|; (?P<again>requeued|starting again))$")
+UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """`state` in Slurm's words, for local jobs too; `source` says who told: slurm, processes or logs."""
+
+    state: str
+    source: str
+    reason: str = ""
+    nodes: str = ""
+    start: str = ""
+    time_left: str = ""
+    exit_code: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the job may still do something, as far as anyone knows."""
+        return self.state in slurm.ACTIVE
+
+
+def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[Path, State]:
+    """State of every run directory's job on one cluster; from logs alone where Slurm has forgotten or is silent."""
+    try:
+        known = slurm.states(jobs.values(), environment)
+    except Fault as fault:
+        return {run: from_logs(run, f"Slurm is silent: {fault}") for run in jobs}
+    return {run: _merged(run, known.get(job)) for run, job in jobs.items()}
+
+
+def of_local(run_dir: Path, host: str, *, cancelled: bool = False) -> State:
+    """State of a local run: its processes are looked for on this machine, its end is in its log."""
+    if host == socket.gethostname() and is_running(run_dir):
+        return State(state="RUNNING", source="processes", nodes=host)
+    found = from_logs(run_dir, "")
+    if cancelled:
+        return State(state="CANCELLED", source="processes", exit_code=found.exit_code, nodes=host)
+    if found.state == UNKNOWN and host == socket.gethostname():
+        return State(
+            state="FAILED", source="processes", reason="it was killed: its log has no last line", nodes=host
+        )
+    return found
+
+
+def from_logs(run_dir: Path, why: str) -> State:
+    """What the last line of the newest attempt's batch log says: a finished job leaves its exit code there."""
+    attempts = sorted((run_dir / "logs").glob("attempt_*/batch.log"), key=_attempt)
+    lines = attempts[-1].read_text(errors="replace").splitlines() if attempts else []
+    for line in reversed(lines):
+        if match := LAST_WORD.match(line):
+            if match["again"]:
+                return State(state=UNKNOWN, source="logs", reason=match["reason"])
+            code = int(match["code"])
+            state = "FAILED" if code else "COMPLETED"
+            return State(state=state, source="logs", reason=match["reason"], exit_code=code)
+    return State(state=UNKNOWN, source="logs", reason=why)
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether any process of a local run is alive on this machine."""
+    return bool(processes.marked(**{MARK: str(run_dir)}))
+
+
+def find_job(script: Path, environment: Mapping[str, str]) -> str | None:
+    """The id of the job that runs `script`, if Slurm has one; `Fault` if Slurm doesn't answer."""
+    found = [
+        job.id for job in slurm.queue(environment, timeout=LOOK_TIMEOUT).values() if job.command == str(script)
+    ]
+    return max(found, key=int, default=None)
+
+
+def cancel_slurm(job_ids: Iterable[str], environment: Mapping[str, str]) -> None:
+    """Ask Slurm to end jobs; `Fault` if it refuses."""
+    slurm.call("scancel", *job_ids, environment=environment)
+
+
+def cancel_local(run_dir: Path, job_id: str) -> None:
+    """End a local run: its script first, which lets the ranks leave, then by force whatever is left of it."""
+
+    def everything() -> list[int]:
+        return processes.marked(**{MARK: str(run_dir)})
+
+    processes.send(lambda: [pid for pid in everything() if str(pid) == job_id], signal.SIGTERM)
+    if processes.wait(everything, FAREWELL) and (left := processes.stop(everything, grace=1)):
+        raise Fault(f"these processes can't be ended: {left}")
+
+
+def _merged(run_dir: Path, job: slurm.JobState | None) -> State:
+    if job is None:
+        return from_logs(run_dir, "Slurm has no job of this id any more")
+    code = int(job.exit_code.split(":")[0]) if job.exit_code else None
+    if code is None and not job.active:
+        code = from_logs(run_dir, "").exit_code
+    return State(
+        state=job.state,
+        source="slurm",
+        reason=job.reason,
+        nodes=job.nodes,
+        start=job.start,
+        time_left=job.time_left if job.active else "",
+        exit_code=code,
+    )
+
+
+def _attempt(log: Path) -> int:
+    return int(log.parent.name.removeprefix("attempt_"))

@@ -1,0 +1,191 @@
+"""From a script to a job, through submitit: Slurm gets our text verbatim, this machine a process that outlives us.
+
+A submission ends in a job's id or in an error that says whether there is a job: never in two, nor in one unnoticed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from submitit import helpers
+from submitit.core import core
+from submitit.local import local
+from submitit.slurm import slurm as submitit_slurm
+
+from launcher import processes, slurm
+from launcher.errors import Fault, Interrupted, SubmitError
+from launcher.jobs import JobPlan
+from launcher.states import MARK, SCRIPT, find_job
+
+SBATCH_TIMEOUT = 60  # seconds
+GRACE = 15
+UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
+
+
+class UncertainError(SubmitError):
+    """sbatch didn't say whether it made a job; Slurm can't be asked now. The run directory stays, to be adopted."""
+
+
+class VerbatimExecutor(submitit_slurm.SlurmExecutor):
+    """submitit's Slurm executor with our text in place of the one it would write."""
+
+    def __init__(self, run_dir: Path, text: str, *, tasks: int, environment: Mapping[str, str]) -> None:
+        for program in ("sbatch", "srun"):
+            if slurm.which(program) is None:
+                raise SubmitError(f"{program}: not found on PATH; submit from a login node of the cluster")
+        super().__init__(_submitit_folder(run_dir))
+        self._script = run_dir / SCRIPT
+        self._text = text
+        self._tasks = tasks
+        self._environment = environment
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._text
+
+    def _num_tasks(self) -> int:
+        return self._tasks
+
+    def _submit_command(self, command: str) -> core.Job[Any]:
+        self._script.write_text(self._make_submission_file_text(command, ""))
+        job_id = _sbatch(self._make_submission_command(self._script), self._script, self._text, self._environment)
+        return self.job_class(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))
+
+
+class DetachedExecutor(local.LocalExecutor):
+    """submitit's local executor, its controller in a session of its own and running our script as it stands."""
+
+    def __init__(self, run_dir: Path, text: str, *, seconds: int, lead: int) -> None:
+        super().__init__(_submitit_folder(run_dir))
+        self._run_dir = run_dir
+        self._text = text
+        self._seconds = seconds
+        self._lead = lead
+
+    def _submit_command(self, command: str) -> local.LocalJob[Any]:
+        script = self._run_dir / SCRIPT
+        script.write_text(self._text)
+        environment = {
+            **os.environ,
+            MARK: str(self._run_dir),
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_NTASKS": "1",
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_COMMAND": f"bash {SCRIPT}",
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(self._seconds),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(self._lead),
+            "SUBMITIT_LOCAL_WITH_SHELL": "",
+            "SUBMITIT_STDERR_TO_STDOUT": "1",
+        }
+        argv = [sys.executable, "-m", "submitit.local._local", str(self.folder)]
+        pid = processes.start(argv, env=environment, cwd=self._run_dir, log=self.folder / "controller.log")
+        return local.LocalJob(folder=self.folder, job_id=str(pid))
+
+
+def submit(plan: JobPlan, text: str, run_dir: Path) -> str:
+    """Submit `text` as `run_dir`'s job and return its id. `run_dir` exists and is empty of jobs."""
+    executor: core.PicklingExecutor
+    if plan.profile.is_local:
+        executor = DetachedExecutor(run_dir, text, seconds=seconds(plan.time), lead=plan.profile.signal_lead)
+    else:
+        environment = plan.profile.slurm_environment
+        executor = VerbatimExecutor(run_dir, text, tasks=plan.world, environment=environment)
+    # What submitit records as the job's function: the script, run by hand.
+    return executor.submit(helpers.CommandFunction(["bash", str(run_dir / SCRIPT)])).job_id
+
+
+def seconds(limit: str) -> int:
+    """A Slurm time limit (minutes, H:M:S, D-H, D-H:M, D-H:M:S, M:S) in seconds."""
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minutes, rest = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, rest = parts
+    else:
+        hours, minutes, rest = (0, *parts, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _submitit_folder(run_dir: Path) -> Path:
+    folder = run_dir / "submitit"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _sbatch(argv: list[str], script: Path, text: str, environment: Mapping[str, str]) -> str:
+    """Run sbatch once, to its end, and return the job's id."""
+    process = subprocess.Popen(
+        argv,
+        env=_environment(text, environment),
+        cwd=script.parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # the terminal's Ctrl-C is for us: sbatch must end in a job or in none
+    )
+    interrupted = False
+    try:
+        output, complaint = process.communicate(timeout=SBATCH_TIMEOUT)
+    except KeyboardInterrupt:
+        interrupted = True
+        output, complaint = _finish(process)
+    except subprocess.TimeoutExpired:
+        output, complaint = _kill(process)
+        complaint = f"no answer within {SBATCH_TIMEOUT} s. {complaint}".strip()
+    job_id = _job_id(process.returncode, output, complaint, script, environment)
+    if interrupted:
+        raise Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
+    return job_id
+
+
+def _finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        return _kill(process)
+
+
+def _kill(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    process.kill()
+    return process.communicate()
+
+
+def _job_id(code: int, output: str, complaint: str, script: Path, environment: Mapping[str, str]) -> str:
+    """What sbatch's answer means; where it isn't plain, Slurm is asked whether there is a job of this script."""
+    match = re.search(r"^Submitted batch job (\d+)", output, re.MULTILINE)
+    if code == 0 and match:
+        return match[1]
+    said = f"sbatch: {complaint.strip() or output.strip() or f'exit {code}'}"
+    if code and UNREACHABLE.search(complaint):
+        raise SubmitError(f"{said}\nNothing was submitted.")
+    try:
+        found = find_job(script, environment)
+    except Fault as fault:
+        raise UncertainError(
+            f"{said}\nWhether there is a job isn't known, because Slurm doesn't answer ({fault}). "
+            f"`mixlaunch status {script.parent.name}` finds it once Slurm does; don't submit again before."
+        ) from fault
+    if found is None:
+        raise SubmitError(f"{said}\nNothing was submitted.")
+    return found
+
+
+def _environment(text: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment without what would override the script or tie the job to one that we run in."""
+    options = re.findall(r"^#SBATCH --([a-z0-9-]+)", text, re.MULTILINE)
+    decided = {"SBATCH_" + option.upper().replace("-", "_") for option in options}
+    # Not every variable is called after its option.
+    decided |= {"SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_OPEN_MODE"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in decided and (not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_JWT"))
+    }
+    return {**kept, **environment}
