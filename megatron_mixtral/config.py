@@ -152,6 +152,8 @@ class ConvertConfig:
     to: str = "megatron"  # or "hf"
     layout: Layout = field(default_factory=Layout)
     dtype: str | None = None  # None keeps the source's
+    verify: bool = False  # read what was written back and compare
+    check_finite: bool = False  # refuse NaN and infinity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,207 @@
+"""Copies runs of rows from a source of tensors into one new file, digesting them on the way, in little memory.
+
+It knows neither format: a source reads rows, a unit says which rows make up which file and where in it they go.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_mixtral.errors import InputError, JobError
+from megatron_mixtral.weights import Rows
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+BLOCK = 4 << 20  # bytes read at a time: fits the processor's cache, so that digesting and writing find it there
+BUFFERS = 4
+
+
+class Source(Protocol):
+    """Where tensors are read from, row by row."""
+
+    def dtype(self, name: str) -> str:
+        """One of ITEMSIZE."""
+
+    def row_bytes(self, name: str) -> int:
+        """Length of one row."""
+
+    def read(self, rows: Rows, out: memoryview) -> None:
+        """Fill `out` with the rows; `JobError` naming file and tensor when they can't be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows to read, and the hub tensor in whose digest they count."""
+
+    rows: Rows
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One contiguous block to write: a whole tensor, or the part of one that starts at `offsets`."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.sizes) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One file of the output: what a process writes, or writes again, as a whole."""
+
+    file: str
+    targets: tuple[Target, ...]
+    places: tuple[int, ...]  # of each target's first byte in the file
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.targets)
+
+
+class Files:
+    """Positioned reads from many files with few of them open.
+
+    Reads rather than memory maps: a mapped file that is cut short or lost with its network disk kills the process
+    (SIGBUS) where a read names the file, and mapped pages would count as this process's memory.
+    """
+
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read(self, path: Path, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset` on."""
+        try:
+            done = 0
+            while done < len(out):
+                count = os.preadv(self._descriptor(path), [out[done:]], offset + done)
+                if count == 0:
+                    raise JobError(f"{path}: ends at {offset + done}, {len(out) - done} bytes short")
+                done += count
+        except OSError as error:
+            raise JobError(f"{path}: {error.strerror} while reading at {offset}") from error
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._open:
+            if len(self._open) == self.LIMIT:
+                oldest = next(iter(self._open))
+                os.close(self._open.pop(oldest))
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self._open[path]
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+class Copier:
+    """Writes units with one thread reading and digesting while another writes."""
+
+    def __init__(self, source: Source, *, check_finite: bool = False, progress: Callable[[int], Any] = int) -> None:
+        self.source, self.check_finite, self.progress = source, check_finite, progress
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._buffers = [memoryview(bytearray(BLOCK)) for _ in range(BUFFERS)]
+
+    def write(self, unit: Unit, descriptor: int) -> dict[str, str]:
+        """Write the unit's tensors to their places in an open file; hub tensor -> SHA-256 of its written bytes."""
+        digests: dict[str, Any] = {}
+        pending: list[Future[None]] = []
+        try:
+            for number, (run, rows, place, dtype) in enumerate(self._blocks(unit)):
+                if len(pending) == BUFFERS:
+                    pending.pop(0).result()
+                data = self._read(rows, dtype, number % BUFFERS)
+                pending.append(self._writer.submit(write_all, descriptor, data, place))
+                digests.setdefault(run.digest, hashlib.sha256()).update(data)
+                self.progress(len(data))
+        finally:  # whatever happened, nobody may write to the file any more once this returns
+            for write in pending:
+                write.exception()
+        for write in pending:
+            write.result()
+        return {name: digest.hexdigest() for name, digest in digests.items()}
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def _blocks(self, unit: Unit) -> Iterator[tuple[Run, Rows, int, str]]:
+        """Each run cut into rows that fit a buffer, with their place in the file and the type to write."""
+        for target, first in zip(unit.targets, unit.places, strict=True):
+            place = first
+            for run in target.runs:
+                name = run.rows.name
+                width = self.source.row_bytes(name) // ITEMSIZE[self.source.dtype(name)]
+                step = max(1, BLOCK // (width * max(ITEMSIZE[target.dtype], ITEMSIZE[self.source.dtype(name)])))
+                for start in range(run.rows.start, run.rows.stop, step):
+                    rows = Rows(name, run.rows.index, start, min(start + step, run.rows.stop))
+                    yield run, rows, place, target.dtype
+                    place += len(rows) * width * ITEMSIZE[target.dtype]
+
+    def _read(self, rows: Rows, dtype: str, number: int) -> memoryview:
+        """The rows in type `dtype`, in buffer `number` or, converted, in memory of their own."""
+        length = len(rows) * self.source.row_bytes(rows.name)
+        if length > len(self._buffers[number]):  # one row longer than a buffer
+            self._buffers[number] = memoryview(bytearray(length))
+        data = self._buffers[number][:length]
+        self.source.read(rows, data)
+        stored = self.source.dtype(rows.name)
+        if stored == dtype and not self.check_finite:
+            return data
+        return converted(data, stored, dtype, name=rows.name, check_finite=self.check_finite)
+
+
+def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_finite: bool) -> memoryview:
+    """`data` in another type; `InputError` when a value isn't finite, or no longer is in the new type."""
+    import torch
+
+    before = torch.frombuffer(data, dtype=getattr(torch, stored))
+    if check_finite and not torch.isfinite(before).all():
+        raise InputError(f"{name}: holds NaN or infinity")
+    if stored == dtype:
+        return data
+    after = before.to(getattr(torch, dtype))
+    if dtype == "float16" and (torch.isinf(after) & torch.isfinite(before)).any():
+        raise InputError(f"{name}: has values beyond 65504, the largest of float16; use bfloat16 or float32")
+    return memoryview(after.view(torch.uint8).numpy())
+
+
+def digests(unit: Unit, path: Path) -> dict[str, str]:
+    """Hub tensor -> SHA-256 of its bytes as the unit's file has them now, read from the disk where that can be."""
+    found: dict[str, Any] = {}
+    files, buffer = Files(), memoryview(bytearray(BLOCK))
+    with path.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for target, first in zip(unit.targets, unit.places, strict=True):
+        place, row_bytes = first, target.nbytes // sum(len(run.rows) for run in target.runs)
+        for run in target.runs:
+            end = place + len(run.rows) * row_bytes
+            for start in range(place, end, BLOCK):
+                data = buffer[: min(BLOCK, end - start)]
+                files.read(path, start, data)
+                found.setdefault(run.digest, hashlib.sha256()).update(data)
+            place = end
+    files.close()
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def write_all(descriptor: int, data: memoryview | bytes, place: int) -> None:
+    """pwrite until everything is written; `JobError` when the disk refuses."""
+    view = memoryview(data)
+    try:
+        while view:
+            count = os.pwrite(descriptor, view, place)
+            view, place = view[count:], place + count
+    except OSError as error:
+        raise JobError(f"{os.readlink(f'/proc/self/fd/{descriptor}')}: {error.strerror}") from error

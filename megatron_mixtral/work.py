@@ -1,0 +1,204 @@
+"""Files that several processes write together into a folder that has its name only when all are complete.
+
+Until then they lie in NAME.partial, each finished file with a record of it, so that a run killed at any point goes
+on where it was. No process talks to another: who writes what is arithmetic, and the records say what is done.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import InputError, JobError
+from megatron_mixtral.weights_folder import replace_text
+
+STALL = 900.0  # seconds without a newly finished file after which the other processes are taken for dead
+POLL = 0.2
+RECORDS = ".work"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """Which of how many processes this is."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def from_environment(cls) -> "Crew":
+        return cls(rank=int(os.environ.get("RANK", 0)), size=int(os.environ.get("WORLD_SIZE", 1)))
+
+    def mine(self, sizes: Sequence[int]) -> list[int]:
+        """The places in `sizes` that fall to this process, in order: about as many bytes for each."""
+        loads = [0] * self.size
+        mine = []
+        for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[place]
+            if rank == self.rank:
+                mine.append(place)
+        return sorted(mine)
+
+
+class Published(Exception):
+    """The partial folder is gone: another process of this conversion found all done and gave it its name."""
+
+
+class Work:
+    """The output folder `output` in the making; `plan` is all that decides its contents."""
+
+    def __init__(self, output: Path, plan: dict[str, Any]) -> None:
+        self.output, self.plan = output, json.loads(json.dumps(plan))
+        self.partial = output.with_name(output.name + ".partial")
+        self.records = self.partial / RECORDS
+
+    def is_published(self, marker: Path) -> bool:
+        """Whether the output is there already, made by this plan; `InputError` when something else is."""
+        if not self.output.exists():
+            return False
+        if not self.output.is_dir():
+            raise InputError(f"{self.output}: is a file")
+        if (self.output / marker).is_file():
+            made_by = json.loads((self.output / marker).read_text()).get("conversion")
+            if made_by == self.plan:
+                shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # left when killed just after publishing
+                return True
+            raise InputError(f"{self.output}: holds another conversion ({difference(self.plan, made_by)})")
+        if held := next(self.output.iterdir(), None):
+            raise InputError(f"{self.output}: holds something else ({held.name}); give a new folder")
+        return False
+
+    def begin(self, total: int, crew: Crew, folder: Path) -> None:
+        """Make `folder` in the partial one, or go on with it; `InputError` when it's another's or the disk full.
+
+        The first process makes it; the others wait for that.
+        """
+        if crew.rank > 0:
+            self._wait_begun()
+            return self._check_plan()
+        if self._plan.exists():
+            self._check_plan()
+        elif self.partial.exists() and any(p.name != RECORDS for p in self.partial.iterdir()):
+            raise InputError(f"{self.partial}: holds something else; move it away")
+        self._check_space(total)
+        self.records.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        replace_text(self._plan, json.dumps(self.plan, indent=1))
+        return None
+
+    @property
+    def _plan(self) -> Path:
+        return self.records / "plan.json"
+
+    def _check_plan(self) -> None:
+        try:
+            other = json.loads(self._plan.read_text())
+        except FileNotFoundError:
+            raise Published from None
+        if other != self.plan:
+            found = difference(self.plan, other)
+            raise InputError(f"{self.partial}: holds another conversion, unfinished ({found}); remove it")
+
+    def _wait_begun(self) -> None:
+        end = time.monotonic() + STALL
+        while not self._plan.exists():
+            if self.output.exists() and any(self.output.iterdir()):
+                raise Published
+            if time.monotonic() > end:
+                raise JobError(f"{self.partial}: rank 0 hasn't begun it within {STALL:.0f} s")
+            time.sleep(POLL)
+
+    def _check_space(self, total: int) -> None:
+        parent = next(p for p in self.partial.parents if p.exists())
+        have = sum(p.stat().st_blocks * 512 for p in self.partial.rglob("*") if p.is_file())
+        free, needed = shutil.disk_usage(parent).free, max(0, total - have)
+        if free < needed + needed // 100:
+            raise InputError(
+                f"{parent}: {needed / 1e9:.1f} GB to write and {free / 1e9:.1f} GB free; "
+                "make room or give another --output"
+            )
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What `keep` was given for the file; None when it isn't finished."""
+        try:
+            return json.loads((self.records / f"{name}.json").read_text())
+        except FileNotFoundError:
+            if not self.records.exists():
+                raise Published from None
+            return None
+
+    def claim(self, path: Path) -> int:
+        """Open the empty, rough version of `path` for this process alone; `InputError` when another writes it."""
+        rough = rough_name(path)
+        while True:
+            try:
+                descriptor = os.open(rough, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                raise Published from None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_ino == rough.stat().st_ino:
+                    os.ftruncate(descriptor, 0)
+                    return descriptor
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise InputError(f"{rough}: another process is writing it: this conversion runs already") from error
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # it was finished and renamed between the two lines
+
+    def keep(self, path: Path, descriptor: int, record: dict[str, Any]) -> None:
+        """The rough version is whole: on to the disk and to its name with it, then its record."""
+        os.fsync(descriptor)
+        rough_name(path).rename(path)
+        os.close(descriptor)
+        replace_text(self.records / f"{path.name}.json", json.dumps(record))
+
+    def wait(self, names: Sequence[str], tell: Callable[[int], Any]) -> None:
+        """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
+        missing, last = set(names), time.monotonic()
+        while missing:
+            found = {name for name in missing if (self.records / f"{name}.json").exists()}
+            if found:
+                missing -= found
+                last = time.monotonic()
+                tell(len(names) - len(missing))
+            elif time.monotonic() - last > STALL:
+                raise JobError(
+                    f"{self.partial}: no other process finished a file for {STALL:.0f} s: {min(missing)}"
+                )
+            else:
+                time.sleep(POLL)
+
+    def publish(self) -> None:
+        """Give the complete folder its name."""
+        for rough in self.partial.rglob("*.rough"):
+            rough.unlink()
+        self.partial.rename(self.output)
+        shutil.rmtree(self.output / RECORDS)
+
+    def wait_published(self, marker: Path) -> None:
+        """Until the first process has published; `JobError` when it doesn't."""
+        end = time.monotonic() + STALL
+        while not (self.output / marker).exists():
+            if time.monotonic() > end:
+                raise JobError(f"{self.output}: rank 0 hasn't completed it within {STALL:.0f} s")
+            time.sleep(POLL)
+
+
+def rough_name(path: Path) -> Path:
+    """What a file is called while it is being written."""
+    return path.with_name(f".{path.name}.rough")
+
+
+def difference(plan: dict[str, Any], other: Any) -> str:
+    """Which parts of two plans differ, in words."""
+    if not isinstance(other, dict):
+        return "not made by convert"
+    keys = sorted(k for k in plan.keys() | other.keys() if plan.get(k) != other.get(k))
+    return "other " + ", ".join(keys)
