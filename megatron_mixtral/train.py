@@ -9,6 +9,7 @@ from megatron_mixtral import stop
 stop.listen()  # before the slow imports: a signal that comes while they run must not kill the rank
 
 import dataclasses  # noqa: E402
+import gc  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
@@ -80,6 +81,7 @@ class Trainer:
     def run(self) -> None:
         """Steps until the last one, a stop, or too many skipped in a row."""
         self._announce()
+        gc.freeze()  # what is there now stays: looking through it again makes every collection slow
         skipped_in_a_row = 0
         while self.progress.step < self.config.steps:
             outcome = self._step()
