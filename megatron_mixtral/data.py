@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from megatron_mixtral.config import PrepareConfig
 from megatron_mixtral.documents import Bad, Document, Fields, Piece
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.events import EventLog
+from megatron_mixtral.progress import Progress
 
 FORMAT = 1
 NAMED_BAD = 10  # bad lines named in an error
@@ -95,7 +95,7 @@ def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path
     task = partial(convert_piece, fields=fields, tokenizer_path=config.tokenizer, work=work)
     parts: list[Part] = []
     bad: list[tuple[Piece, Bad]] = []
-    progress = _Progress(sum(p.end - p.start for p in cut), events)
+    progress = Progress(sum(p.end - p.start for p in cut), label="prepare", events=events)
     with _mapper(workers) as run_all:
         for piece, part in zip(cut, run_all(task, enumerate(cut)), strict=True):
             parts.append(part)
@@ -234,33 +234,3 @@ def _line(piece: Piece, bad: Bad) -> int:
     """Line number within the file: counts what lies before the piece, which only errors pay for."""
     before = documents.lines(Piece(file=piece.file, start=0, end=piece.start, size=piece.size))
     return bad.line + (sum(1 for _ in before) if piece.start else 0)
-
-
-class _Progress:
-    """One line that rewrites itself on a terminal, a line every ten seconds in a log, events in both."""
-
-    def __init__(self, total: int, events: EventLog) -> None:
-        self._total, self._done, self._events = max(total, 1), 0, events
-        self._begun = self._said = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def add(self, size: int) -> None:
-        self._done += size
-        if time.monotonic() - self._said > (0.2 if self._terminal else 10):
-            self._said = time.monotonic()
-            self._events.write("progress", done=self._done, total=self._total, unit="bytes")
-            self._say("\r" if self._terminal else "\n")
-
-    def finish(self) -> None:
-        self._events.write("progress", done=self._total, total=self._total, unit="bytes")
-        self._say("\n")
-
-    def _say(self, end: str) -> None:
-        seconds = max(time.monotonic() - self._begun, 1e-6)
-        rate, part = self._done / seconds / 1e6, self._done / self._total
-        print(
-            f"prepare {part:4.0%} of {self._total / 1e6:.1f} MB, {rate:.1f} MB/s",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )

@@ -44,8 +44,9 @@ class Progress:
         self._line = now
         speed = (self.done - self.skipped) / max(now - self._begun, 1e-3)
         left = f", {(self.total - self.done) / speed:.0f} s left" if speed and self.done < self.total else ""
-        size = f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB"
-        print(f"{self.label}: {size}, {speed / 1e9:.2f} GB/s{left}", file=sys.stderr, flush=True)
+        unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
+        size = f"{self.done / unit:.2f} of {self.total / unit:.2f} {name}"
+        print(f"{self.label}: {size}, {speed / unit:.2f} {name}/s{left}", file=sys.stderr, flush=True)
 
     def _tell(self, now: float) -> None:
         self._event = now
