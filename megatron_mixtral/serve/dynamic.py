@@ -4,6 +4,8 @@ Ours differs in three methods: sampling (any mix of settings, the same draws on 
 of prompts (all logits only in the steps that need them) and cancelling.
 """
 
+import faulthandler
+import signal
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 GIB = 1024**3
+for _number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(_number)  # importing the engine makes them print stacks; here they mean a drain
 # The context, the wrapped model, and what else the controller and the engine are made with.
 Parts = tuple[DynamicInferenceContext, GPTInferenceWrapper, dict[str, Any], dict[str, Any]]
 if not mcore.HAVE_GPU:

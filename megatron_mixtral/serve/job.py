@@ -44,10 +44,10 @@ def run(config: ServeConfig, run_dir: Path) -> None:
 
 def load(config: ServeConfig, log: EventLog) -> tuple[Any, MixtralShape, Path]:
     """This rank's replica of the model, the model's shape, and the folder of weights it came from."""
-    from megatron_mixtral import checkpoint, mcore, model
+    from megatron_mixtral import checkpoint, mcore, model, weights_folder
     from megatron_mixtral.serve.replica import Replica, Sizes
 
-    folder = checkpoint.resolve(Path(config.model))
+    folder = weights_folder.resolve(Path(config.model))
     shape = MixtralShape.from_folder(folder)
     if config.max_tokens > shape.max_position_embeddings:
         raise InputError(f"max_tokens {config.max_tokens}: the model's context is {shape.max_position_embeddings}")

@@ -10,3 +10,15 @@ def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory):
+    """(hub folder, converted folder) of the small Mixtral that servers are tested with."""
+    import jobs
+    import serving
+
+    folder = tmp_path_factory.mktemp("served")
+    hub = serving.make_model(folder / "hub")
+    jobs.run("convert", {"source": str(hub), "output": str(folder / "megatron")}, folder / "convert")
+    return hub, folder / "megatron"
