@@ -154,6 +154,7 @@ class ConvertConfig:
     dtype: str | None = None  # None keeps the source's
     verify: bool = False  # read what was written back and compare
     check_finite: bool = False  # refuse NaN and infinity
+    max_shard_gb: float = 5.0  # of one file in the hub's layout
 
 
 @dataclass(frozen=True, kw_only=True)

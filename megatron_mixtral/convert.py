@@ -24,7 +24,7 @@ from megatron_mixtral.weights_folder import MARKER
 from megatron_mixtral.work import Crew, Published, Work, rough_name
 
 UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
-SMALLEST_UNIT_BYTES = 8 << 20
+SMALLEST_UNIT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,8 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:
     """All that decides the output's bytes."""
-    return {"to": config.to, "dtype": config.dtype, "shape": asdict(conversion.shape), "files": conversion.identity}
+    asked = {"to": config.to, "dtype": config.dtype, "max_shard_gb": config.max_shard_gb}
+    return {**asked, "shape": asdict(conversion.shape), "files": conversion.identity}
 
 
 def plan(config: ConvertConfig) -> Conversion:
@@ -159,6 +160,8 @@ def plan(config: ConvertConfig) -> Conversion:
     if config.dtype is not None and config.dtype not in ITEMSIZE:
         raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
     directions = {"megatron": plan_to_megatron, "hf": plan_to_hub}
+    if config.max_shard_gb <= 0:
+        raise InputError(f"max_shard_gb: {config.max_shard_gb} isn't a size")
     if config.to not in directions:
         raise InputError(f"to: {config.to!r} isn't one of {', '.join(directions)}")
     source = Path(config.source).expanduser().absolute()
@@ -260,7 +263,7 @@ def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
     shape = MixtralShape.from_folder(newest)
     source = torch_dist.TorchDistFolder(newest)
     source.check(tensors.shapes(shape), tensors.PADDED)
-    units = hub.shards(hub_targets(shape, source, config.dtype))
+    units = hub.shards(hub_targets(shape, source, config.dtype), limit=int(config.max_shard_gb * 1e9))
 
     def finish(out: Path) -> None:
         if len(units) > 1:

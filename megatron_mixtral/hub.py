@@ -20,7 +20,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-SHARD_BYTES = 5 * 10**9  # the hub's own limit for one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +192,7 @@ def _nbytes(stored: Stored) -> int:
     return prod(stored.shape) * ITEMSIZE[stored.dtype]
 
 
-def shards(targets: Iterable[Target], *, limit: int = SHARD_BYTES) -> list[Unit]:
+def shards(targets: Iterable[Target], *, limit: int) -> list[Unit]:
     """The targets, in order, as files of about equal size below `limit`, named as the hub names them."""
     targets = list(targets)
     total = sum(t.nbytes for t in targets)

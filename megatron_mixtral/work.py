@@ -180,7 +180,7 @@ class Work:
         for rough in self.partial.rglob("*.rough"):
             rough.unlink()
         self.partial.rename(self.output)
-        shutil.rmtree(self.output / RECORDS)
+        shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # others may be clearing it already
 
     def wait_published(self, marker: Path) -> None:
         """Until the first process has published; `JobError` when it doesn't."""

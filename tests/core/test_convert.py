@@ -1,0 +1,254 @@
+"""Conversion both ways: bit for bit, through torch's own reader and megatron-core's layouts, by many processes."""
+
+import json
+from pathlib import Path
+
+import hub_folders
+import jobs
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from ranks import ranks
+from test_model import megatron_tensors
+
+from megatron_mixtral import convert, tensors
+from megatron_mixtral.config import ConvertConfig, MixtralShape
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.weights import Names, hub_shapes
+
+NAMES = {"hub": Names(), "transformers 5": Names(block="mlp", fused=True), "fused": Names(fused=True)}
+
+
+def run(source, output, run_dir, **config):
+    convert.run(ConvertConfig(source=str(source), output=str(output), **config), run_dir)
+
+
+@st.composite
+def models(draw):
+    groups = draw(st.sampled_from([1, 2, 4]))
+    return {
+        "num_hidden_layers": draw(st.integers(1, 5)),
+        "hidden_size": draw(st.sampled_from([8, 24])),
+        "intermediate_size": draw(st.sampled_from([1, 16])),
+        "num_attention_heads": groups * draw(st.integers(1, 3)),
+        "num_key_value_heads": groups,
+        "head_dim": draw(st.sampled_from([2, 6])),
+        "num_local_experts": draw(st.integers(1, 8)),
+        "vocab_size": draw(st.integers(1, 300)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example({"num_hidden_layers": 5}, "hub", "bfloat16", 2)
+@example({"vocab_size": 32003}, "hub", "float32", 1)
+@example({"num_local_experts": 4, "num_key_value_heads": 1}, "transformers 5", "float16", 3)
+@given(
+    models(), st.sampled_from(sorted(NAMES)), st.sampled_from(["bfloat16", "float16", "float32"]), st.integers(1, 3)
+)
+def test_there_and_back_is_bit_identical(tmp_path_factory, model, names, dtype, shards):
+    folder = tmp_path_factory.mktemp("model")
+    hub_folders.write(folder / "hub", names=NAMES[names], dtype=dtype, shards=shards, **model)
+    run(folder / "hub", folder / "megatron", folder, verify=True)
+    run(folder / "megatron", folder / "back", folder, to="hf", verify=True)
+    back = hub_folders.read(folder / "back")
+    expected = hub_folders.read(folder / "hub")
+    if NAMES[names].fused:
+        back = fused(back, MixtralShape.from_folder(folder / "hub"), NAMES[names])
+    hub_folders.assert_same(back, expected)
+    assert (folder / "back" / "config.json").read_bytes() == (folder / "hub" / "config.json").read_bytes()
+    assert (folder / "back" / "tokenizer.model").read_bytes() == b"tokenizer"
+
+
+def fused(given, shape, names):
+    """The hub's own tensors, with each layer's experts put together as transformers 5 has them."""
+    result = {}
+    for name in hub_shapes(shape, names):
+        prefix = name.split(".experts.")[0].replace(f".{names.block}", ".block_sparse_moe")
+        one_by_one = [
+            {w: given.get(f"{prefix}.experts.{e}.{w}.weight") for w in ("w1", "w2", "w3")}
+            for e in range(shape.num_local_experts)
+        ]
+        if name.endswith("gate_up_proj"):
+            result[name] = torch.stack([torch.cat([e["w1"], e["w3"]]) for e in one_by_one])
+        elif name.endswith("down_proj"):
+            result[name] = torch.stack([e["w2"] for e in one_by_one])
+        else:
+            result[name] = given[name.replace(f".{names.block}.gate", ".block_sparse_moe.gate")]
+    return result
+
+
+def test_torchs_own_reader_finds_every_tensor_where_megatron_has_it(tmp_path):
+    names = NAMES["transformers 5"]
+    given = hub_folders.write(tmp_path / "hub", names=names, head_dim=6)
+    run(tmp_path / "hub", tmp_path / "out", tmp_path)
+    shape = MixtralShape.from_folder(tmp_path / "hub")
+    found = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in tensors.shapes(shape).items()}
+    dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "out" / "release"), no_dist=True)
+    # test_model's mapping was written apart from the table of links.
+    expected = megatron_tensors(given, {**hub_folders.SHAPE, "head_dim": 6})
+    hub_folders.assert_same(found, expected)
+    metadata = dcp.FileSystemReader(tmp_path / "out" / "release").read_metadata()
+    objects = [n for n, grid in tensors.extra_states(shape).items() for _ in range(torch.Size(grid).numel())]
+    assert len(metadata.state_dict_metadata) == len(expected) + len(objects)
+
+
+def layouts_load(folder, layouts):
+    """On each rank: whether every part of the model loaded at each layout is the part that it should be."""
+    from test_model import local_part, sharded_tensors
+
+    from megatron_mixtral import checkpoint, mcore, model
+    from megatron_mixtral.config import Layout
+
+    shape = MixtralShape.from_folder(Path(folder, "hub"))
+    expected = torch.load(Path(folder, "expected.pt"))
+    wrong = []
+    for layout in layouts:
+        mcore.initialize(Layout(**layout), timeout=60)
+        built = model.build(shape, Layout(**layout), precision="fp32", random_weights=False)
+        checkpoint.load_weights(built, Path(folder, "megatron", "release"))
+        wrong += [
+            (layout, t.key) for t in sharded_tensors(built) if not torch.equal(t.data, local_part(t, expected))
+        ]
+        checkpoint.save(Path(folder, "_".join(f"{k}{v}" for k, v in layout.items()) or "alone"), built)
+    mcore.shutdown()
+    return wrong
+
+
+ON_TWO = [
+    {"pipeline": 2},  # 3 layers: uneven
+    {"expert": 2},
+    {"tensor": 2, "expert_tensor": 2},  # vocabulary of 67: padded
+    {"tensor": 2, "expert": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def saved_at_layouts(tmp_path_factory):
+    """A folder with hub weights, converted ones, and what a model loaded from those saved at each layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    names = NAMES["transformers 5"]
+    given = hub_folders.write(folder / "hub", names=names, dtype="float32")
+    torch.save(megatron_tensors(given, {**hub_folders.SHAPE, "head_dim": 4}), folder / "expected.pt")
+    run(folder / "hub", folder / "megatron", folder)
+    return folder, given, ranks(2, layouts_load, str(folder), ON_TWO)
+
+
+def test_every_layout_loads_what_was_converted(saved_at_layouts):
+    assert saved_at_layouts[2] == [[], []]
+
+
+@pytest.mark.parametrize("layout", ON_TWO, ids=lambda layout: "_".join(f"{k}{v}" for k, v in layout.items()))
+def test_what_any_layout_saved_comes_back_bit_identical(saved_at_layouts, tmp_path, layout):
+    folder, given, _ = saved_at_layouts
+    saved = folder / "_".join(f"{k}{v}" for k, v in layout.items())
+    (saved / "config.json").write_bytes((folder / "hub" / "config.json").read_bytes())
+    run(saved, tmp_path / "back", tmp_path, to="hf")
+    shape = MixtralShape.from_folder(folder / "hub")
+    back = fused(hub_folders.read(tmp_path / "back"), shape, NAMES["transformers 5"])
+    hub_folders.assert_same(back, given)
+
+
+def contents(folder: Path):
+    """Relative name -> bytes of every file; the marker alone tells where its source lay."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf"])
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, to):
+    hub_folders.write(tmp_path / "hub", shards=2, hidden_size=64, intermediate_size=512, num_local_experts=8)
+    source = tmp_path / "hub"
+    if to == "hf":
+        run(source, tmp_path / "megatron", tmp_path)
+        source = tmp_path / "megatron"
+    for ranks_, folder in ((1, tmp_path / "one"), (3, tmp_path / "three")):
+        config = {"source": str(source), "output": str(folder / "out"), "to": to, "max_shard_gb": 0.001}
+        jobs.run("convert", config, folder, ranks=ranks_)
+    one, three = contents(tmp_path / "one" / "out"), contents(tmp_path / "three" / "out")
+    assert one == three
+    assert len([name for name in one if name.endswith((".distcp", ".safetensors"))]) > 3
+    assert not list((tmp_path / "three").glob("*.partial"))
+
+
+def marker(folder):
+    path = folder / "release" if (folder / "release").exists() else folder
+    return json.loads((path / "mixlaunch.json").read_text())
+
+
+def test_digests_go_by_the_hubs_names_whatever_the_way(tmp_path):
+    hub_folders.write(tmp_path / "hub")
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf")
+    there, back = marker(tmp_path / "megatron"), marker(tmp_path / "back")
+    assert there["digests"] == back["digests"]
+    assert there["digests"].keys() == hub_shapes(MixtralShape.from_folder(tmp_path / "hub")).keys()
+    assert (there["kind"], back["kind"]) == ("weights", "hub")
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
+)
+def test_another_type_is_rounded_as_torch_rounds(tmp_path, stored, asked):
+    given = hub_folders.write(tmp_path / "hub", dtype=stored)
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path, dtype=asked, verify=True)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf")
+    hub_folders.assert_same(
+        hub_folders.read(tmp_path / "back"), {n: t.to(getattr(torch, asked)) for n, t in given.items()}
+    )
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == asked
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    given = hub_folders.write(tmp_path / "hub", dtype="float32")
+    given["model.norm.weight"][3] = 70000.0
+    hub_folders.write_shards(tmp_path / "hub", given, 1)
+    with pytest.raises(InputError, match=r"model\.norm\.weight: has values beyond 65504"):
+        run(tmp_path / "hub", tmp_path / "out", tmp_path, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_passes_unless_it_is_asked_for(tmp_path):
+    given = hub_folders.write(tmp_path / "hub")
+    given["model.layers.1.block_sparse_moe.experts.2.w3.weight"][3, 4] = float("nan")
+    hub_folders.write_shards(tmp_path / "hub", given, 1)
+    with pytest.raises(InputError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3\.weight: holds NaN"):
+        run(tmp_path / "hub", tmp_path / "out", tmp_path, check_finite=True)
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "hub", tmp_path / "other", tmp_path, check_finite=False)
+
+
+def test_mixed_types_that_share_no_tensor_stay_as_they_are(tmp_path):
+    given = hub_folders.write(tmp_path / "hub")
+    for name in given:
+        if "gate" in name or "norm" in name:
+            given[name] = given[name].float()
+    hub_folders.write_shards(tmp_path / "hub", given, 2)
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf")
+    hub_folders.assert_same(hub_folders.read(tmp_path / "back"), given)
+
+
+def test_mixed_types_within_one_tensor_ask_for_dtype(tmp_path):
+    given = hub_folders.write(tmp_path / "hub")
+    name = "model.layers.2.self_attn.k_proj.weight"
+    given[name] = given[name].float()
+    hub_folders.write_shards(tmp_path / "hub", given, 1)
+    with pytest.raises(InputError, match=r"q_proj.* is bfloat16, .*layers\.2.*k_proj.* is float32.*--dtype"):
+        run(tmp_path / "hub", tmp_path / "out", tmp_path)
+
+
+def test_a_tied_model_may_store_its_output_layer_if_it_is_the_embedding(tmp_path):
+    given = hub_folders.write(tmp_path / "hub", tie_word_embeddings=True)
+    doubled = {**given, "lm_head.weight": given["model.embed_tokens.weight"].clone()}
+    hub_folders.write_shards(tmp_path / "hub", doubled, 1)
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf")
+    hub_folders.assert_same(hub_folders.read(tmp_path / "back"), given)
+    doubled["lm_head.weight"][5] += 1
+    hub_folders.write_shards(tmp_path / "hub", doubled, 1)
+    with pytest.raises(InputError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
+        run(tmp_path / "hub", tmp_path / "other", tmp_path)
