@@ -55,6 +55,8 @@ def from_validation(error: RequestValidationError) -> Problem:
     where = [str(part) for part in finding["loc"] if part != "body"]
     if finding["type"] == "json_invalid":
         return Problem(400, f"the body isn't JSON: {finding.get('ctx', {}).get('error', 'syntax error')}")
+    if not where and finding["type"] in ("model_attributes_type", "model_type", "dict_type", "missing"):
+        return Problem(400, "the body must be a JSON object, sent with Content-Type: application/json")
     if finding["type"] == "extra_forbidden":
         return Problem(400, f"unrecognized or unsupported request argument: {'.'.join(where)}", param=where[0])
     message = finding["msg"].removeprefix("Value error, ")

@@ -92,7 +92,14 @@ class Running:
 @contextmanager
 def server(run_dir: Path, model: Path, *, ranks: int = 1, env: dict[str, str] | None = None, **config):
     """`Running`, stopped at the end whatever happened."""
-    settings = {"model": str(model), "port": 0, "precision": "fp32", "max_tokens": 256, "max_batch": 8, "name": "tiny"}
+    settings = {
+        "model": str(model),
+        "port": 0,
+        "precision": "fp32",
+        "max_tokens": 256,
+        "max_batch": 8,
+        "name": "tiny",
+    }
     job = Job("serve", settings | config, run_dir, ranks=ranks, env=env)
     try:
         job.wait_for("ready", timeout=90)
