@@ -13,10 +13,11 @@ from launcher import quoting, settings
 from launcher.errors import LayoutError, UsageError
 from launcher.layout import Layout, Placement, Shape
 from launcher.profile import REFERENCE, ClusterProfile, time_limit
+from launcher.settings import MODEL
 
-MODEL = "mistralai/Mixtral-8x7B-v0.1"
 API_KEY = "MIXLAUNCH_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+CONVERTERS = 8  # processes a node that convert, unless told otherwise
 PRESETS = {  # of `convert`, by what the weights are for
     "train": Layout(pipeline=4, expert=8),
     "inference": Layout(pipeline=2),
@@ -133,7 +134,7 @@ def plan_download(
     """A repository of the hub into the shared models folder. It resumes where it stopped."""
     if "/" not in model or _is_path(model):
         raise UsageError(f"REPO: {quoting.shown(model)} isn't a repository of the hub; such as {MODEL}")
-    target = _path(output, "--output") if output else _hub_folder(profile, model)
+    target = _path(output, "--output") if output is not None else _hub_folder(profile, model)
     config = {"repo": quoting.checked(model, "REPO"), "output": target, **settings.check("download", values)}
     if revision:
         config["revision"] = quoting.checked(revision, "--revision")
@@ -153,18 +154,17 @@ def plan_prepare(
     if not files:
         raise UsageError("FILES: give at least one file of text (.jsonl, .txt)")
     tokenizer = _hub_folder(profile, model)
-    prefix = _path(output, "--output") if output else _data_prefix(profile)
+    prefix = _path(output, "--output") if output is not None else _data_prefix(profile)
     config = {
         "inputs": [_path(f, "FILES") for f in files],
         "output": prefix,
         "tokenizer": tokenizer,
         **settings.check("prepare", values),
     }
-    if profile.node.cpus:
-        config.setdefault("workers", profile.node.cpus)
     inputs = [Input(path=p, what="text") for p in config["inputs"]]
     inputs.append(Input(path=tokenizer, what="tokenizer", hint=f"`mixlaunch download {model}` fetches it"))
-    return _single("prepare", profile, ask, config, inputs=tuple(inputs), outputs=(os.path.dirname(prefix),))
+    folder = os.path.dirname(prefix)
+    return _single("prepare", profile, ask, config, inputs=tuple(inputs), outputs=(folder,), resumable=True)
 
 
 def plan_convert(
@@ -191,11 +191,12 @@ def plan_convert(
         source, hint = _hub_folder(profile, model), f"`mixlaunch download {model}` fetches it"
     else:
         source, hint = _weights(profile, model), f"`mixlaunch convert --model {model}` makes it"
-    target = _path(output, "--output") if output else _converted_name(profile, model, to)
+    target = _path(output, "--output") if output is not None else _converted_name(profile, model, to)
     config = {"source": source, "output": target, "to": to, "layout": asdict(layout)}
     return JobPlan(
         **_common("convert", profile, ask),
-        placement=Placement(nodes=ask.nodes or 1, tasks_per_node=_at_least_one(processes, "--processes")),
+        placement=Placement(nodes=ask.nodes or 1, tasks_per_node=_processes(profile, processes)),
+        resumable=True,
         layout=layout,
         config=config | settings.check("convert", values),
         inputs=(Input(path=source, what="weights", hint=hint),),
@@ -218,7 +219,7 @@ def plan_finetune(
     _check_shape(shape or layouts.known_shape(model), layout)
     placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
     weights = _weights(profile, model)
-    prefix = _path(data, "--data") if data else _data_prefix(profile)
+    prefix = _path(data, "--data") if data is not None else _data_prefix(profile)
     chosen = settings.check("finetune", values)
     _check_batch(chosen, layout.data_parallel(placement.world))
     return JobPlan(
@@ -277,9 +278,9 @@ PLANS: dict[str, Callable[..., JobPlan]] = {
 }
 
 
-def shape_folder(job: str, profile: ClusterProfile, model: str) -> str | None:
-    """Where a `config.json` tells the shape of `model` for `job`, if it is there yet."""
-    return None if job not in ("convert", "finetune", "serve") else _hub_folder(profile, model)
+def model_folders(profile: ClusterProfile, model: str) -> tuple[str, ...]:
+    """Where `model` may lie: in the hub's layout, and in Megatron's or as a run."""
+    return tuple(dict.fromkeys((_hub_folder(profile, model), _weights(profile, model))))
 
 
 def _single(job: str, profile: ClusterProfile, ask: Ask, config: dict[str, Any], **rest: Any) -> JobPlan:
@@ -299,10 +300,11 @@ def _common(job: str, profile: ClusterProfile, ask: Ask) -> dict[str, Any]:
     return {"job": job, "name": quoting.name(ask.name or job, "--name"), "profile": profile, "time": limit}
 
 
-def _at_least_one(value: int | None, option: str) -> int:
-    if value is not None and value < 1:
-        raise UsageError(f"{option}: {value} must be at least 1")
-    return value or 1
+def _processes(profile: ClusterProfile, given: int | None) -> int:
+    """Processes a node that copy weights: one feeds this machine's disk, several a parallel file system."""
+    if given is not None and given < 1:
+        raise UsageError(f"--processes: {given} must be at least 1")
+    return given or (1 if profile.is_local else CONVERTERS)
 
 
 def _gpus(profile: ClusterProfile, placement: Placement) -> int:

@@ -12,15 +12,15 @@ from launcher.errors import MixlaunchError
 
 # Long options of sbatch 22.05, the oldest Slurm supported, and those that later versions added.
 SLURM_22_05 = """
-account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container contiguous
-core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution error
-exclude exclusive export export-file extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket
-gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type mail-user
-mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill no-requeue nodefile nodelist nodes ntasks
-ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket open-mode output overcommit oversubscribe parsable
-partition power prefer priority profile propagate qos quiet reboot requeue reservation signal sockets-per-node
-spread-job switches test-only thread-spec threads-per-core time time-min tmp uid use-min-nodes verbose wait wait-all-nodes
-wckey wrap
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container
+contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency
+distribution error exclude exclusive export export-file extra-node-info get-user-env gid gpu-bind gpu-freq
+gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-
+invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice
+no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-
+socket open-mode output overcommit oversubscribe parsable partition power prefer priority profile propagate
+qos quiet reboot requeue reservation signal sockets-per-node spread-job switches test-only thread-spec
+threads-per-core time time-min tmp uid use-min-nodes verbose wait wait-all-nodes wckey wrap
 """
 SINCE: dict[str, frozenset[str]] = {}
 HEREDOC = re.compile(r"<<'(\w+)'")

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -159,7 +159,7 @@ class ClusterProfile(Part):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        return quoting.name(value, "name")
+        return _as_value_error(quoting.name, value)
 
     @field_validator("time")
     @classmethod
@@ -170,7 +170,7 @@ class ClusterProfile(Part):
     @classmethod
     def _variables(cls, environment: dict[str, str]) -> dict[str, str]:
         for name in environment:
-            quoting.variable(name, "environment")
+            _as_value_error(quoting.variable, name)
         return environment
 
     @field_validator("extra")
@@ -237,9 +237,14 @@ def find(cluster: str) -> Path:
     return found[cluster]
 
 
+def default() -> str:
+    """The cluster that is meant when none is named."""
+    return os.environ.get("MIXLAUNCH_CLUSTER") or DEFAULT
+
+
 def load(cluster: str | None = None) -> ClusterProfile:
     """The profile named by `cluster`, else by $MIXLAUNCH_CLUSTER, else `local`."""
-    return read(find(cluster or os.environ.get("MIXLAUNCH_CLUSTER") or DEFAULT))
+    return read(find(cluster or default()))
 
 
 def read(path: Path) -> ClusterProfile:
@@ -248,17 +253,26 @@ def read(path: Path) -> ClusterProfile:
         text = path.read_text()
         raw = yaml.load(text, Loader=PlainLoader)
         lines = dict(_lines(yaml.compose(text, Loader=PlainLoader)))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ProfileError(f"cluster profile {path}: {error}") from error
     if not isinstance(raw, dict):
         raise ProfileError(f"cluster profile {path}: expected keys and values, such as `scheduler: slurm`")
-    raw.setdefault("name", path.stem)
     try:
-        return ClusterProfile.model_validate(_expanded(raw))
+        return ClusterProfile.model_validate(_expanded({"name": path.stem, **raw}))
     except ValidationError as error:
         raise ProfileError(_explain(path, lines, error)) from error
     except _BadValue as error:
         raise ProfileError(f"{_where(path, lines, error.location)}{error}") from error
+    except RecursionError as error:
+        raise ProfileError(f"cluster profile {path}: a value contains itself") from error
+
+
+def _as_value_error(check: Callable[[str, str], str], value: str) -> str:
+    """`quoting`'s refusal as the error that pydantic gathers with the others."""
+    try:
+        return check(value, "value")
+    except UsageError as error:
+        raise ValueError(str(error).removeprefix("value: ")) from None
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -277,7 +291,7 @@ PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"-?(0|[1-
 
 class _BadValue(ValueError):
     def __init__(self, location: tuple[str | int, ...], message: str) -> None:
-        super().__init__(f"{'.'.join(map(str, location))}: {message}")
+        super().__init__(message)
         self.location = location
 
 
@@ -289,11 +303,13 @@ def _expanded(value: Any, location: tuple[str | int, ...] = ()) -> Any:
         return [_expanded(v, (*location, i)) for i, v in enumerate(value)]
     if not isinstance(value, str):
         return value
+    field = ".".join(map(str, location))
     try:
-        return quoting.checked(REFERENCE.sub(_lookup, value), "value")
-    except (KeyError, UsageError) as error:
-        reason = f"${error.args[0]} isn't set in the environment" if isinstance(error, KeyError) else str(error)
-        raise _BadValue(location, reason) from error
+        return quoting.checked(REFERENCE.sub(_lookup, value), field)
+    except KeyError as error:
+        raise _BadValue(location, f"{field}: ${error.args[0]} isn't set in the environment") from error
+    except UsageError as error:
+        raise _BadValue(location, str(error)) from error
 
 
 def _lookup(match: re.Match[str]) -> str:

@@ -23,7 +23,7 @@ class Quoted(str):
 
 
 def checked(value: str, field: str) -> str:
-    """`value` itself; `UsageError` naming `field` for what quoting can't carry: control characters, excess length."""
+    """`value` itself; `UsageError` naming `field` for control characters and excess length."""
     for character in value:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             raise UsageError(f"{field}: the character {character!a} can't be part of a script; remove it")

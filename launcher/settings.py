@@ -19,20 +19,25 @@ class Setting:
     name: str
     help: str
     default: Any
-    kind: type[int] | type[float] | type[str] = int
+    kind: type[int] | type[float] | type[str] | type[bool] = int
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    typed: str = ""  # the option, where the name's own is taken
 
     @property
     def option(self) -> str:
         """As typed: `--micro-batch`."""
-        return "--" + self.name.replace("_", "-")
+        return self.typed or "--" + self.name.replace("_", "-")
 
     def checked(self, value: Any) -> Any:
         """`value` in this setting's type; `UsageError` naming the option and what is valid."""
         if self.kind is str:
             return self._checked_text(value)
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise UsageError(f"{self.option}: {value!r} isn't true or false")
+            return value
         try:
             number = int(value) if self.kind is int else float(value)
         except (TypeError, ValueError):
@@ -58,9 +63,19 @@ def _float(name: str, default: float, help: str, maximum: float | None = None) -
     return Setting(name=name, default=default, help=help, kind=float, minimum=0, maximum=maximum)
 
 
+def _text(name: str, default: str, help: str) -> Setting:
+    return Setting(name=name, default=default, help=help, kind=str)
+
+
+def _flag(name: str, help: str) -> Setting:
+    return Setting(name=name, default=False, help=help, kind=bool)
+
+
 def _choice(name: str, default: str | None, help: str, *choices: str) -> Setting:
     return Setting(name=name, default=default, help=help, kind=str, choices=choices)
 
+
+MODEL = "mistralai/Mixtral-8x7B-v0.1"  # what every job works on unless told otherwise
 
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     "tiny": (
@@ -77,8 +92,20 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("seed", 1234, "Seed of the random weights.", 0),
     ),
     "download": (),
-    "prepare": (_int("workers", 1, "Processes that tokenize."),),
-    "convert": (_choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float32"),),
+    "prepare": (
+        _int("workers", 0, "Processes that tokenize; 0 is one a core.", 0),
+        _text("text_key", "text", "Key of plain text in a JSON line."),
+        _text("messages_key", "messages", "Key of a conversation."),
+        _text("prompt_key", "prompt", "Key of a prompt, whose answer is learnt."),
+        _text("completion_key", "completion", "Key of that answer."),
+        _int("max_bad", 0, "Bad lines to leave out before giving up.", 0),
+        _int("show", 0, "Documents to print with their mask.", 0),
+    ),
+    "convert": (
+        _choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float32"),
+        _flag("verify", "Read what was written back and compare."),
+        _flag("check_finite", "Refuse NaN and infinity."),
+    ),
     "finetune": (
         _int("steps", 500, "Optimizer steps."),
         _int("sequence_length", 4096, "Tokens a sequence."),
@@ -95,6 +122,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("eval_interval", 100, "Steps between evaluations."),
         _int("eval_steps", 10, "Batches an evaluation.", 0),
         _int("save_interval", 100, "Steps between checkpoints."),
+        _int("keep_checkpoints", 2, "Newest checkpoints to keep.", 2),
         _int("log_interval", 1, "Steps between lines of the log."),
         _int("seed", 1234, "Seed of the data's order.", 0),
     ),
@@ -102,6 +130,15 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
         _int("max_batch", 64, "Requests answered at once."),
         _int("max_tokens", 4096, "Longest prompt and answer together."),
+        _int("queue", 256, "Requests that may wait beyond those."),
+        _float("drain_seconds", 20.0, "How long answers may take to end when the server is told to."),
+        Setting(
+            name="name",
+            typed="--served-name",
+            default=None,
+            kind=str,
+            help="What clients call the model; its folder's name unless given.",
+        ),
     ),
 }
 

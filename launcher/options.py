@@ -1,0 +1,223 @@
+"""The options of every job command, built once and shared by submission, `export` and `rehearse`.
+
+`planned` turns what was typed into a JobPlan; nothing is written and nobody is asked on the way.
+"""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.errors import UsageError
+from launcher.settings import MODEL, SETTINGS, Setting
+
+if TYPE_CHECKING:
+    from launcher.jobs import JobPlan
+
+AXES = (
+    ("tensor", "tp", "Tensor parallel size."),
+    ("pipeline", "pp", "Pipeline parallel size."),
+    ("expert", "ep", "Expert parallel size."),
+    ("expert_tensor", "etp", "Tensor parallel size inside an expert."),
+    ("context", "cp", "Context parallel size."),
+)
+PARALLEL = ("convert", "finetune", "serve")
+HELP = {  # a line for the list of commands, and what more there is to say
+    "tiny": "Make a small Mixtral with random weights.\n\nIt lies in the hub's layout, real tokenizer and all.",
+    "download": "Fetch a model from the hub.\n\nIt goes into the cluster's models folder; run it again to resume.",
+    "prepare": "Tokenize text for training.\n\nFILES of text or conversations become Megatron's .bin and .idx.",
+    "convert": "Convert weights, to Megatron's layout or back.\n\nOne conversion serves every parallel layout.",
+    "finetune": "Train on prepared data.\n\nFrom converted weights, or from another run's newest checkpoint.",
+    "serve": "Serve a model over HTTP.\n\nThe OpenAI and the Megatron way, and a page to try it in a browser.",
+}
+
+
+class SectionedOption(click.Option):
+    """An option that `--help` lists under its own heading."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """A command whose help keeps together what belongs together."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A setting's own check, so that the command line and a program hear the same words."""
+
+    name = "value"
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.setting.checked(value)
+        except UsageError as error:
+            raise click.UsageError(str(error), ctx=ctx) from None
+
+
+def job_command(job: str, action: Callable[..., None], *, more: tuple[click.Parameter, ...] = ()) -> click.Command:
+    """The command of `job` that hands its plan, and the values of `more`, to `action`."""
+    names = [str(parameter.name) for parameter in more]
+
+    def callback(**typed: Any) -> None:
+        own = {name: typed.pop(name) for name in names}
+        action(planned(job, typed), **own)
+
+    return SectionedCommand(
+        job,
+        callback=callback,
+        params=[*_WHAT[job](), *_layout(job), *_job(job), *more, *map(_setting, SETTINGS[job])],
+        help=HELP[job],
+        context_settings={"max_content_width": 110},
+    )
+
+
+def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
+    """The plan of `job` for the options as click read them."""
+    from launcher import inputs, jobs, profile
+
+    cluster = profile.load(typed.pop("cluster"))
+    given = {name: value for name, value in typed.items() if value is not None}
+    options: dict[str, Any] = {
+        "ask": jobs.Ask(**{name: given.pop(name) for name in ("name", "nodes", "time") if name in given}),
+        "values": {s.name: given.pop(_key(s)) for s in SETTINGS[job] if _key(s) in given},
+    }
+    if job in PARALLEL:
+        options["axes"] = jobs.Axes(**{axis: given.pop(short) for axis, short, _ in AXES if short in given})
+        options["shape"] = inputs.shape(cluster, given.get("model", MODEL))
+    return jobs.PLANS[job](cluster, **options, **given)
+
+
+def _option(section: str, name: str, help: str, default: str = "", **rest: Any) -> click.Option:
+    """An option that has no value unless given: `default` only says what the plan then does."""
+    return SectionedOption(
+        [name], section=section, help=f"{help}  [default: {default}]" if default else help, **rest
+    )
+
+
+def _what(name: str, help: str, default: str = "", **rest: Any) -> click.Option:
+    return _option("What", name, help, default, **rest)
+
+
+def _model(help: str = "Repository, path, or name of a run.") -> click.Option:
+    return _what("--model", help, MODEL)
+
+
+def _tiny() -> list[click.Parameter]:
+    return [_what("--output", "Folder to make.", metavar="DIR", required=True)]
+
+
+def _download() -> list[click.Parameter]:
+    return [
+        click.Argument(["model"], metavar="[REPO]", required=False),
+        _what("--output", "Where to.", "the models folder", metavar="DIR"),
+        _what("--revision", "Branch, tag or commit."),
+    ]
+
+
+def _prepare() -> list[click.Parameter]:
+    return [
+        click.Argument(["files"], nargs=-1, required=True, metavar="FILES..."),
+        _model("Whose tokenizer: repository or path."),
+        _what("--output", "Prefix of the two files.", "finetune, in the data folder", metavar="PREFIX"),
+    ]
+
+
+def _convert() -> list[click.Parameter]:
+    return [
+        _model(),
+        _what("--to", "Layout to write.", "megatron", type=click.Choice(["megatron", "hf"])),
+        _what("--output", "Where to.", "the models folder", metavar="DIR"),
+        _what("--processes", "Processes a node that share it.", "1 here, 8 on a cluster", **_whole("--processes")),
+    ]
+
+
+def _finetune() -> list[click.Parameter]:
+    return [_model(), _what("--data", "What `prepare` wrote.", "finetune, in the data folder", metavar="PREFIX")]
+
+
+def _serve() -> list[click.Parameter]:
+    return [
+        _model(),
+        _what("--host", "Address to listen on.", "the profile's"),
+        _what("--port", "Port to listen on.", "the profile's", **_whole("--port", 65535)),
+    ]
+
+
+_WHAT: dict[str, Callable[[], list[click.Parameter]]] = {
+    "tiny": _tiny,
+    "download": _download,
+    "prepare": _prepare,
+    "convert": _convert,
+    "finetune": _finetune,
+    "serve": _serve,
+}
+
+
+def _layout(job: str) -> list[click.Parameter]:
+    if job not in PARALLEL:
+        return []
+    help = "train is TP1 EP8 PP4, inference is TP1 EP1 PP2."
+    preset = _option("Layout", "--preset", help, type=click.Choice(["train", "inference"]))
+    axes: list[click.Parameter] = [
+        _option("Layout", f"--{short}", help, **_whole(f"--{short}")) for _, short, help in AXES
+    ]
+    return [preset, *axes] if job == "convert" else axes
+
+
+def _job(job: str) -> list[click.Parameter]:
+    """What every job can be asked for."""
+    cluster = "$MIXLAUNCH_CLUSTER, else local"
+    fewest = "1" if job == "convert" else "the fewest that the layout needs"
+    nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))
+    return [
+        _option("Job", "--cluster", "Profile of the cluster.", cluster, metavar="NAME|FILE.yaml"),
+        *([nodes] if job in PARALLEL else []),
+        _option("Job", "--name", "Name of the run.", job),
+        _option("Job", "--time", "Minutes, HH:MM:SS or D-HH:MM:SS.", "the profile's", metavar="LIMIT"),
+    ]
+
+
+def _key(setting: Setting) -> str:
+    """Settings and a command's own options never share a name."""
+    return f"set_{setting.name}"
+
+
+def _setting(setting: Setting) -> click.Option:
+    names = [setting.option, _key(setting)]
+    if setting.kind is bool:
+        return SectionedOption(names, section="Settings", is_flag=True, default=None, help=setting.help)
+    default = "" if setting.default is None else f"  [default: {_plain(setting.default)}]"
+    kind: dict[str, Any] = (
+        {"type": click.Choice(setting.choices)}
+        if setting.choices
+        else {"type": SettingType(setting), "metavar": {int: "N", float: "X", str: "TEXT"}[setting.kind]}
+    )
+    return SectionedOption(names, section="Settings", help=setting.help + default, **kind)
+
+
+def _whole(option: str, maximum: int | None = None) -> dict[str, Any]:
+    """Type and metavar of an option that takes a positive whole number."""
+    setting = Setting(name="", typed=option, help="", default=None, minimum=1, maximum=maximum)
+    return {"type": SettingType(setting), "metavar": "N"}
+
+
+def _plain(value: Any) -> str:
+    """As people write it: `1e-4`, not `0.0001`; `20`, not `20.0`."""
+    if isinstance(value, float) and 0 < value < 1e-3:
+        return re.sub(r"e-0*", "e-", f"{value:.0e}")
+    return f"{value:g}" if isinstance(value, float) else str(value)

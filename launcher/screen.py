@@ -1,0 +1,203 @@
+"""What people see in the terminal: one place for colour, tables and the shape of a plan.
+
+rich is imported on first use; it leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing
+that came from users is read as markup.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launcher.jobs import JobPlan
+    from launcher.profile import ClusterProfile
+
+
+@functools.cache
+def console(stderr: bool = False) -> "Console":
+    """The terminal. A pipe gets whole lines, never wrapped ones."""
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    terminal = Console(**plain)
+    return terminal if terminal.is_terminal else Console(**plain, width=10_000)
+
+
+def say(text: str, style: str = "") -> None:
+    """One line on stdout."""
+    console().print(text, style=style or None, soft_wrap=True)
+
+
+def done(text: str) -> None:
+    """Something that went well."""
+    _marked("✓", "green", text)
+
+
+def failed(text: str) -> None:
+    """Something that didn't."""
+    _marked("✗", "red", text)
+
+
+def _marked(mark: str, style: str, text: str) -> None:
+    from rich.text import Text
+
+    mark = mark if console().encoding.lower().startswith("utf") else "*"
+    console().print(Text.assemble((mark, f"bold {style}"), " ", text), soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """A title over what follows."""
+    console().print(f"\n{text}", style="bold cyan", soft_wrap=True)
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values in two columns; names are dim, values whole."""
+    from rich.text import Text
+
+    kept = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0)
+    for name, value in kept:
+        line = Text(f"  {name:<{width}}  ", style="dim")
+        line.append(value, style="not dim")
+        console().print(line, soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table without lines: readable by people, and by `cut` and `awk`."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD if console().is_terminal else None, pad_edge=False, header_style="bold")
+    for column in columns:
+        grid.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console().print(grid)
+
+
+def code(text: str, language: str) -> None:
+    """A script or a configuration, coloured on a terminal and exactly itself elsewhere."""
+    if not console().is_terminal:
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    from rich.syntax import Syntax
+
+    console().print(Syntax(text, language, theme="ansi_dark", background_color="default", word_wrap=True))
+
+
+def plan_facts(plan: "JobPlan") -> list[tuple[str, str]]:
+    """A plan in a few lines: where, how many, how cut, how long."""
+    profile = plan.profile
+    ranks = f"{plan.world} rank{'s' * (plan.world != 1)}"
+    spread = f"{ranks} on this machine" if profile.is_local else f"{plan.nodes} x {plan.tasks_per_node} = {ranks}"
+    parallel = plan.layout is not None and plan.job in ("finetune", "serve")
+    return [
+        ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
+        ("nodes", spread),
+        ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
+        ("limit", "" if profile.is_local else plan.time),
+        ("retried", "after a fault or a preemption" if plan.resumable else "never"),
+        *((i.what, _with_state(i.path)) for i in plan.inputs),
+        *(("output", path) for path in plan.outputs),
+    ]
+
+
+def _with_state(path: str) -> str:
+    return path if Path(path).exists() else f"{path}  (isn't there)"
+
+
+def profile_facts(profile: "ClusterProfile") -> list[tuple[str, str]]:
+    """A profile in a few lines."""
+    node, container = profile.node, profile.container
+    shape = [
+        f"{node.gpus} GPUs" if node.gpus else "",
+        f"of {node.gpu_memory_gb:g} GB" if node.gpu_memory_gb else "",
+        f"{node.cpus} cores" if node.cpus else "",
+        f"{node.memory_gb} GB" if node.memory_gb else "",
+    ]
+    return [
+        ("scheduler", profile.scheduler),
+        ("partition", profile.partition or ""),
+        ("account", profile.account or ""),
+        ("node", ", ".join(filter(None, shape)).replace(", of", " of")),
+        ("container", f"{container.runtime}: {container.image}" if profile.in_container else "none"),
+        ("limit", profile.time),
+        ("models", profile.paths.models),
+        ("data", profile.paths.data),
+        ("runs", profile.paths.runs),
+    ]
+
+
+def count(number: float) -> str:
+    """`12.3k`, `4.5G`: as much as one reads at a glance."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+@contextlib.contextmanager
+def progress(title: str) -> "Iterator[Moving | Lines]":
+    """A line that moves on a terminal, and elsewhere lines that come now and then."""
+    if not console().is_terminal:
+        yield Lines(title)
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", style="bold", markup=False), BarColumn(24))
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+        console=console(),
+        transient=True,
+    ) as bar:
+        yield Moving(bar, bar.add_task(title, total=None, text="starting"))
+
+
+class Moving:
+    """Progress on a terminal."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, text: str, done: float, total: float) -> None:
+        """Where it stands now."""
+        self._bar.update(self._task, text=text, completed=done, total=total)
+
+    def above(self, text: str) -> None:
+        """A line that stays."""
+        self._bar.console.print(f"  {text}", soft_wrap=True)
+
+    def tick(self) -> None:
+        """Time passes; the bar redraws by itself."""
+
+
+class Lines:
+    """Progress in a log: the newest state, at most every few seconds, and always the last."""
+
+    EVERY = 10.0
+
+    def __init__(self, title: str) -> None:
+        self._title, self._said, self._waiting = title, time.monotonic() - self.EVERY, ""
+
+    def update(self, text: str, done: float, total: float) -> None:
+        """Where it stands now."""
+        self._waiting = text
+        self.tick(last=done >= total)
+
+    def above(self, text: str) -> None:
+        """A line that is always said."""
+        say(f"{self._title}: {text}")
+
+    def tick(self, last: bool = False) -> None:
+        """Say what waits when it's time."""
+        if self._waiting and (last or time.monotonic() - self._said > self.EVERY):
+            say(f"{self._title}: {self._waiting}")
+            self._said, self._waiting = time.monotonic(), ""

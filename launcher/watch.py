@@ -1,0 +1,150 @@
+"""From a submission to its end: says what was submitted, shows how far it is, and ends with the job's own verdict.
+
+On a terminal one line moves; elsewhere a line comes now and then, for people and programs that read logs.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from launcher import logs, runs, screen
+
+if TYPE_CHECKING:
+    from launcher.jobs import JobPlan
+    from launcher.runs import Run
+
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+ASK_SLURM_EVERY = 3.0
+ASK_HERE_EVERY = 0.5
+LAST_LINES = 15
+MISTAKE = 2
+
+
+def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool, follow: bool) -> int:
+    """Submit, say so, and with `wait` stay until the end; the exit code for the shell."""
+    run = runs.start(plan, asked=asked)
+    where = "this machine" if run.is_local else f"{run.cluster} as job {run.job_id}"
+    screen.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
+    screen.facts([(name, value) for name, value in screen.plan_facts(plan) if name in ("nodes", "layout", "limit")])
+    screen.facts([("run", str(run.path))])
+    if not wait:
+        screen.facts([("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")])
+        return 0
+    return to_the_end(run, follow=follow)
+
+
+def to_the_end(run: "Run", *, follow: bool) -> int:
+    """Watch `run` until it has ended. Ctrl-C ends a run on this machine, and only the watching of one elsewhere."""
+    try:
+        if follow:
+            _print_log(run)
+        else:
+            _print_progress(run)
+    except KeyboardInterrupt:
+        if run.is_local:
+            runs.cancel(run)
+            screen.say(f"cancelled {run.name}")
+        else:
+            screen.say(f"{run.name} goes on; mixlaunch logs -f {run.name}")
+        return 130
+    return verdict(run)
+
+
+def verdict(run: "Run") -> int:
+    """Say how `run` ended; 0, 2 for a mistake in what was asked, 1 for anything else."""
+    state = runs.state_of(run)
+    if state.state == "COMPLETED":
+        screen.done(f"{run.job} done: {run.path}")
+        return 0
+    code = state.exit_code
+    screen.failed(f"{run.job} ended as {state.state}{f', exit {code}' if code is not None else ''}")
+    log = _blamed(run)
+    if log is not None and log.is_file():
+        screen.facts([("log", str(log))])
+        for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
+            screen.say(f"  {line}", "dim")
+    return MISTAKE if code == MISTAKE else 1
+
+
+def _blamed(run: "Run") -> Any:
+    """The log of the rank that failed first, or the batch script's own when no rank came so far."""
+    there = logs.attempts(run.path)
+    if not there:
+        return None
+    folder = logs.path(run.path, there[-1]).parent
+    with contextlib.suppress(OSError, IndexError):
+        return folder / f"rank_{(folder / 'first_exit').read_text().split()[1]}.log"
+    return logs.path(run.path, there[-1], logs.BATCH)
+
+
+def active(run: "Run") -> Callable[[], bool]:
+    """Whether the run still goes on, asking its scheduler no more often than is polite."""
+    asked, answer = 0.0, True
+    every = ASK_HERE_EVERY if run.is_local else ASK_SLURM_EVERY
+
+    def ask() -> bool:
+        nonlocal asked, answer
+        if time.monotonic() - asked > every:
+            answer, asked = runs.state_of(run).active, time.monotonic()
+        return answer
+
+    return ask
+
+
+def _print_log(run: "Run") -> None:
+    for line in logs.follow(run.path, active=active(run)):
+        print(line, flush=True)
+
+
+def events(run: "Run") -> Iterator[dict[str, Any]]:
+    """Events as they are written, with an empty one whenever there is time to look up, until the run has ended."""
+    going_on, position, path = active(run), 0, run.path / logs.EVENTS
+    while True:
+        going = going_on()
+        with contextlib.suppress(OSError), path.open("rb") as stream:
+            stream.seek(position)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break
+                position += len(line)
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+        if not going:
+            return
+        yield {}
+        time.sleep(logs.POLL)
+
+
+def _print_progress(run: "Run") -> None:
+    with screen.progress(run.job) as line:
+        for event in events(run):
+            if not event:
+                line.tick()
+            elif (text := describe(event)) and event["event"] in ("step", "progress"):
+                line.update(text, *_fraction(event))
+            elif text:
+                line.above(text)
+
+
+def _fraction(event: dict[str, Any]) -> tuple[float, float]:
+    return (event["step"], event["steps"]) if event["event"] == "step" else (event["done"], event["total"])
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One event in a few words; nothing for those that people needn't see."""
+    match event:
+        case {"event": "step", "step": step, "steps": steps, "loss": float(loss), "tokens_per_s": speed}:
+            return f"step {step}/{steps}  loss {loss:.3f}  {screen.count(speed)} tok/s"
+        case {"event": "eval", "step": step, "loss": float(loss)}:
+            return f"step {step}: validation loss {loss:.3f}"
+        case {"event": "checkpoint", "step": step, "seconds": float(seconds)}:
+            return f"step {step}: saved in {seconds:.1f} s"
+        case {"event": "progress", "done": done, "total": total, "unit": unit}:
+            return f"{screen.count(done)} of {screen.count(total)} {unit}"
+        case {"event": "ready", "url": url}:
+            return f"ready at {url}"
+        case {"event": "exit", "reason": str(reason), "code": int(code)} if code:
+            return f"left: {reason}"
+    return ""

@@ -1,0 +1,155 @@
+"""Plans: what is asked for, on a cluster, becomes a configuration that the job reads, or is refused."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from launcher import inputs, jobs, profile, render, settings
+from launcher.errors import LayoutError, UsageError
+from megatron_mixtral import config as core
+
+ASKED = {
+    "tiny": {"output": "/x/tiny"},
+    "download": {},
+    "prepare": {"files": ("/x/a.jsonl", "b.txt")},
+    "convert": {"preset": "train"},
+    "finetune": {},
+    "serve": {},
+}
+
+
+@pytest.mark.parametrize("cluster_name", ["local", "selene", "sandbox"])
+@pytest.mark.parametrize("job", ASKED)
+def test_every_plan_is_a_configuration_that_its_job_reads(job, cluster_name):
+    plan = jobs.PLANS[job](profile.load(cluster_name), **ASKED[job])
+    core.parse(core.JOBS[job], yaml.safe_load(render.config_text(plan)), where=job)
+
+
+@pytest.mark.parametrize("job", ASKED)
+def test_every_setting_is_the_jobs_own_with_its_default(job):
+    theirs = {f.name: f.default for f in dataclasses.fields(core.JOBS[job])}
+    for setting in settings.SETTINGS[job]:
+        assert setting.name in theirs, f"settings.py: {job} has no {setting.name} any more"
+        assert setting.default == theirs[setting.name], f"settings.py: {job}.{setting.name} has another default"
+
+
+# Keys that plans decide rather than a setting.
+PLANNED = {
+    "tiny": {"output"},
+    "download": {"repo", "output", "revision"},
+    "prepare": {"inputs", "output", "tokenizer"},
+    "convert": {"source", "output", "to", "layout"},
+    "finetune": {"model", "data", "layout"},
+    "serve": {"model", "layout", "host", "port"},
+}
+
+
+@pytest.mark.parametrize("job", ASKED)
+def test_every_key_of_a_job_can_be_reached(job):
+    theirs = {f.name for f in dataclasses.fields(core.JOBS[job])}
+    ours = {s.name for s in settings.SETTINGS[job]} | PLANNED[job]
+    assert theirs == ours, f"settings.py lacks {sorted(theirs - ours)}"
+
+
+def test_paths_follow_one_another_without_being_named(cluster):
+    download = jobs.plan_download(cluster)
+    convert = jobs.plan_convert(cluster)
+    prepare = jobs.plan_prepare(cluster, files=("/x/a.txt",))
+    finetune = jobs.plan_finetune(cluster)
+    assert convert.config["source"] == download.config["output"] == "/shared/models/Mixtral-8x7B-v0.1"
+    assert prepare.config["tokenizer"] == download.config["output"]
+    assert finetune.config["model"] == convert.config["output"] == "/shared/models/Mixtral-8x7B-v0.1-megatron"
+    assert finetune.config["data"] == prepare.config["output"] == "/shared/data/finetune"
+    assert jobs.plan_serve(cluster).config["model"] == finetune.config["model"]
+
+
+def test_a_model_is_a_repository_a_path_or_a_run(cluster):
+    assert jobs.plan_serve(cluster, model="me/Mine").config["model"] == "/shared/models/Mine-megatron"
+    assert jobs.plan_serve(cluster, model="/x/y").config["model"] == "/x/y"
+    assert jobs.plan_serve(cluster, model="finetune-1234").config["model"] == "/shared/runs/finetune-1234"
+
+
+def test_the_way_back_starts_from_a_run(cluster):
+    plan = jobs.plan_convert(cluster, to="hf", model="finetune-1234")
+    assert plan.config["source"] == "/shared/runs/finetune-1234"
+    assert plan.config["output"] == "/shared/models/finetune-1234-hf"
+
+
+def test_presets(cluster):
+    def layout(plan):
+        return plan.config["layout"]["tensor"], plan.config["layout"]["expert"], plan.config["layout"]["pipeline"]
+
+    assert layout(jobs.plan_convert(cluster, preset="train")) == (1, 8, 4)
+    assert layout(jobs.plan_convert(cluster, preset="inference")) == (1, 1, 2)
+    assert layout(jobs.plan_finetune(cluster)) == (1, 8, 4)
+    assert layout(jobs.plan_serve(cluster)) == (1, 1, 2)
+    assert layout(jobs.plan_finetune(profile.load("local"))) == (1, 1, 1)
+
+
+def test_finetune_takes_whole_nodes(cluster):
+    plan = jobs.plan_finetune(cluster, ask=jobs.Ask(nodes=4))
+    assert (plan.nodes, plan.tasks_per_node, plan.gpus_per_node, plan.world) == (4, 8, 8, 32)
+    with pytest.raises(LayoutError, match="multiples of 4"):
+        jobs.plan_finetune(cluster, ask=jobs.Ask(nodes=3))
+
+
+def test_serve_takes_two_gpus_and_makes_a_key_beyond_this_machine(cluster):
+    plan = jobs.plan_serve(cluster)
+    assert (plan.nodes, plan.gpus_per_node, plan.config["port"]) == (1, 2, 5000)
+    assert plan.config["host"] == "0.0.0.0"
+    assert plan.secrets_made == ("MIXLAUNCH_API_KEY",)
+    assert jobs.plan_serve(cluster, host="127.0.0.1").secrets_made == ()
+    assert jobs.plan_serve(profile.load("local")).secrets_made == ()
+
+
+def test_a_rank_gets_its_share_of_a_node(cluster):
+    plan = jobs.plan_serve(cluster)
+    assert (plan.cpus_per_task, plan.memory) == (8, "128G")
+    assert jobs.plan_convert(cluster).cpus_per_task == 8
+    assert jobs.plan_prepare(cluster, files=("a",)).cpus_per_task == 64
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (lambda c: jobs.plan_finetune(c, values={"step": 3}), r"no setting 'step'; did you mean steps\?"),
+        (lambda c: jobs.plan_finetune(c, values={"steps": 0}), "--steps: 0 must be at least 1"),
+        (lambda c: jobs.plan_finetune(c, values={"precision": "fp8"}), "--precision: 'fp8' isn't one of bf16, fp32"),
+        (lambda c: jobs.plan_finetune(c, values={"global_batch": 12}), r"--global-batch: 12 = micro batch 1 x DP 8 x 1.5"),
+        (lambda c: jobs.plan_finetune(c, data="$DATA/x"), r"--data: '\$DATA/x' holds \$DATA"),
+        (lambda c: jobs.plan_convert(c, output=""), "--output: empty"),
+        (lambda c: jobs.plan_finetune(c, ask=jobs.Ask(name="a b")), "--name: 'a b' isn't a name"),
+        (lambda c: jobs.plan_finetune(c, ask=jobs.Ask(time="soon")), "--time: 'soon' isn't a time limit"),
+        (lambda c: jobs.plan_finetune(c, axes=jobs.Axes(expert=3)), "experts / EP = 8 / 3"),
+        (lambda c: jobs.plan_serve(c, model="a/b/c"), "--model: "),
+        (lambda c: jobs.plan_download(c, model="Mixtral"), "isn't a repository of the hub"),
+        (lambda c: jobs.plan_prepare(c, files=()), "FILES: give at least one"),
+        (lambda c: jobs.plan_convert(c, to="onnx"), "--to: 'onnx' isn't one of megatron, hf"),
+        (lambda c: jobs.plan_convert(c, preset="fast"), "--preset: 'fast' isn't one of train, inference"),
+        (lambda c: jobs.plan_prepare(c, files=("a",), ask=jobs.Ask(nodes=2)), "prepare runs on one node"),
+    ],
+)
+def test_a_mistake_is_named(cluster, plan, said):
+    with pytest.raises(UsageError, match=said):
+        plan(cluster)
+
+
+def test_the_shape_comes_from_the_model_when_it_is_there(tmp_path, cluster):
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "config.json").write_text(
+        '{"num_hidden_layers": 4, "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 2,'
+        ' "intermediate_size": 512}'
+    )
+    shape = inputs.shape(cluster, str(tmp_path))
+    assert shape is not None
+    with pytest.raises(LayoutError, match="layers / PP = 4 / 8"):
+        jobs.plan_finetune(cluster, model=str(tmp_path), shape=shape, axes=jobs.Axes(pipeline=8, expert=1))
+
+
+def test_missing_inputs_are_all_named_with_what_makes_them(cluster):
+    with pytest.raises(UsageError) as caught:
+        inputs.require(jobs.plan_finetune(cluster))
+    message = str(caught.value)
+    assert "weights: /shared/models/Mixtral-8x7B-v0.1-megatron doesn't exist; `mixlaunch convert" in message
+    assert "data: /shared/data/finetune.idx doesn't exist; `mixlaunch prepare" in message
