@@ -88,7 +88,8 @@ class Files:
             while done < len(out):
                 count = os.preadv(self._descriptor(path), [out[done:]], offset + done)
                 if count == 0:
-                    raise JobError(f"{path}: ends at {offset + done}, {len(out) - done} bytes short")
+                    size = os.fstat(self._descriptor(path)).st_size
+                    raise JobError(f"{path}: ends at {size}, {offset + len(out) - size} bytes short")
                 done += count
         except OSError as error:
             raise JobError(f"{path}: {error.strerror} while reading at {offset}") from error

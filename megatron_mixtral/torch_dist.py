@@ -231,9 +231,10 @@ def find_bytes(chunk: Chunk, name: str, dtype: str) -> int:
             part = io.BufferedReader(_Part(stream, chunk.place, chunk.length))  # type: ignore[type-var]
             with zipfile.ZipFile(part) as archive:
                 root = archive.namelist()[0].split("/", 1)[0]
-                description = _Description(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
-                begin = _begin_of_record(part, archive.getinfo(f"{root}/data/0"))
-                size = archive.getinfo(f"{root}/data/0").file_size
+                about, data = archive.getinfo(f"{root}/data.pkl"), archive.getinfo(f"{root}/data/0")
+                part.seek(_begin_of_record(part, about))  # unchecked: torch may write it without its checksum
+                description = _Description(io.BytesIO(part.read(about.file_size))).load()
+                begin, size = _begin_of_record(part, data), data.file_size
     except Exception as error:  # damaged bytes can raise anything
         raise CheckpointError(f"{chunk.path}: tensor {name} at {chunk.place}: damaged: {error!r}") from error
     storage, start, shape, stride = description

@@ -1,0 +1,354 @@
+"""What `convert` refuses, on real files: one message naming file and tensor, nothing under the output's name."""
+
+import json
+import os
+import shutil
+
+import hub_folders
+import jobs
+import pytest
+
+from megatron_mixtral import convert, work
+from megatron_mixtral.config import ConvertConfig
+from megatron_mixtral.errors import CheckpointError, InputError, JobError
+
+TENSOR = "model.layers.1.self_attn.k_proj.weight"
+FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+
+
+def run(source, output, **config):
+    output.parent.mkdir(exist_ok=True)
+    convert.run(ConvertConfig(source=str(source), output=str(output), **config), output.parent)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub_folders.write(tmp_path / "hub", shards=2)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where nothing may appear."""
+    yield tmp_path / "made" / "out"
+    left = sorted(p.name for p in (tmp_path / "made").iterdir()) if (tmp_path / "made").exists() else []
+    assert left == []
+
+
+def rewrite(hub, change):
+    """The folder's tensors after `change(tensors)`, in two shards again."""
+    tensors = hub_folders.read(hub)
+    change(tensors)
+    hub_folders.write_shards(hub, tensors, 2)
+
+
+def edit_header(path, change):
+    """Change a safetensors header in place of the old one."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def truncated(hub):
+    os.truncate(hub / SECOND, (hub / SECOND).stat().st_size - 1)
+
+
+def cut_within_header(hub):
+    os.truncate(hub / FIRST, 100)
+
+
+def empty(hub):
+    os.truncate(hub / FIRST, 0)
+
+
+def garbage(hub):
+    (hub / FIRST).write_bytes(b"\x10\0\0\0\0\0\0\0" + b"not a header at all")
+
+
+def huge_header(hub):
+    (hub / FIRST).write_bytes(b"\xff" * 64)
+
+
+def longer(hub):
+    with (hub / FIRST).open("ab") as stream:
+        stream.write(b"\0" * 7)
+
+
+def overlap(hub):
+    def change(header):
+        for entry in header.values():
+            entry["data_offsets"] = [0, entry["data_offsets"][1] - entry["data_offsets"][0]]
+
+    edit_header(hub / FIRST, change)
+
+
+def odd_type(hub):
+    def change(header):
+        next(iter(header.values()))["dtype"] = "F8_E4M3"
+
+    edit_header(hub / FIRST, change)
+
+
+def missing_file(hub):
+    (hub / SECOND).unlink()
+
+
+def missing_tensor(hub):
+    rewrite(hub, lambda tensors: tensors.pop(TENSOR))
+
+
+def extra_tensor(hub):
+    rewrite(hub, lambda tensors: tensors.update({"model.layers.7.mlp.bias": tensors[TENSOR].clone()}))
+
+
+def wrong_shape(hub):
+    rewrite(hub, lambda tensors: tensors.update({TENSOR: tensors[TENSOR][:-1].clone()}))
+
+
+def not_in_the_index(hub):
+    path = hub / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][TENSOR]
+    path.write_text(json.dumps(index))
+
+
+def index_places_it_elsewhere(hub):
+    path = hub / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.nothing"] = FIRST
+    path.write_text(json.dumps(index))
+
+
+def index_damaged(hub):
+    (hub / "model.safetensors.index.json").write_text('{"weight_map": {')
+
+
+def index_leaves_the_folder(hub):
+    (hub / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+
+
+def pickles(hub):
+    for path in hub.glob("*.safetensors*"):
+        path.unlink()
+    (hub / "pytorch_model-00001-of-00001.bin").write_bytes(b"\x80\x02")
+
+
+def no_weights(hub):
+    for path in hub.glob("*.safetensors*"):
+        path.unlink()
+
+
+def no_config(hub):
+    (hub / "config.json").unlink()
+
+
+def other_model(hub):
+    (hub / "config.json").write_text('{"model_type": "llama"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncated, rf"{SECOND}: truncated: tensor \S+ ends at \d+, the file at \d+"),
+        (cut_within_header, rf"{FIRST}: truncated"),
+        (empty, rf"{FIRST}: truncated"),
+        (garbage, rf"{FIRST}: damaged header"),
+        (huge_header, rf"{FIRST}: truncated or no safetensors"),
+        (longer, rf"{FIRST}: 7 bytes behind the last tensor"),
+        (overlap, rf"{FIRST}: tensor \S+ begins at"),
+        (odd_type, rf"{FIRST}: tensor \S+ is F8_E4M3; supported are BF16, F16, F32"),
+        (missing_file, rf"index.json: names {SECOND}, which isn't there"),
+        (missing_tensor, rf"tensor {TENSOR} is missing"),
+        (extra_tensor, r"model-\d+-of-00002.safetensors: tensor model.layers.7.mlp.bias isn't part of the model"),
+        (wrong_shape, rf"tensor {TENSOR} has shape \[7, 16\]; config.json makes it \[8, 16\]"),
+        (not_in_the_index, rf"tensor {TENSOR} isn't in the index"),
+        (index_places_it_elsewhere, rf"{FIRST}: tensor model.nothing, which \S+ places here, is missing"),
+        (index_damaged, r"model.safetensors.index.json: not an index"),
+        (index_leaves_the_folder, r"plain file names"),
+        (pickles, r"pytorch_model-00001-of-00001.bin: weights in a pickle"),
+        (no_weights, r"hub: holds no \*.safetensors"),
+        (no_config, r"config.json"),
+        (other_model, r"model_type is 'llama'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_bad_hub_folder_is_refused_by_file_and_tensor(hub, out, damage, words):
+    damage(hub)
+    with pytest.raises(InputError, match=words):
+        run(hub, out)
+
+
+@pytest.fixture
+def megatron(hub, tmp_path):
+    run(hub, tmp_path / "first" / "megatron")
+    return tmp_path / "first" / "megatron"
+
+
+def release_file(folder, number=0):
+    return folder / "release" / f"__{number}_0.distcp"
+
+
+def truncated_shard(folder):
+    os.truncate(release_file(folder), release_file(folder).stat().st_size // 2)
+
+
+def missing_shard(folder):
+    release_file(folder).unlink()
+
+
+def damaged_archive(folder):
+    data = bytearray(release_file(folder).read_bytes())
+    at = data.index(b"_rebuild_tensor_v2")
+    data[at : at + 8] = b"evil_fun"
+    release_file(folder).write_bytes(data)
+
+
+def damaged_metadata(folder):
+    (folder / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
+
+
+def no_metadata(folder):
+    (folder / "release" / ".metadata").unlink()
+
+
+def incomplete(folder):
+    (folder / "release" / "mixlaunch.json").unlink()
+
+
+def another_shape(folder):
+    path = folder / "release" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 25}))
+
+
+def fewer_layers(folder):
+    path = folder / "release" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncated_shard, r"__0_0.distcp: truncated: tensor \S+ ends at"),
+        (missing_shard, r"__0_0.distcp: missing; holds a part of tensor"),
+        (damaged_metadata, r".metadata: damaged"),
+        (no_metadata, r".metadata: missing"),
+        (incomplete, r"no complete checkpoint|no mixlaunch.json|not finished"),
+        (
+            another_shape,
+            r"tensor \S+linear_fc1.weight has shape \[3, 4, 48, 16\]; config.json makes it \[3, 4, 50, 16\]",
+        ),
+        (fewer_layers, r"tensor output_layer.weight isn't part of the model"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_bad_weights_folder_is_refused_by_file_and_tensor(megatron, out, damage, words):
+    damage(megatron)
+    with pytest.raises(CheckpointError, match=words):
+        run(megatron, out, to="hf")
+
+
+def test_an_archive_that_would_run_code_is_refused_unread(megatron, tmp_path):
+    damaged_archive(megatron)
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: tensor embedding\S+ at \d+: damaged.*doesn't belong"):
+        run(megatron, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"to": "gguf"}, "'gguf' isn't one of megatron, hf"),
+        ({"dtype": "int8"}, "'int8' isn't one of bfloat16, float16, float32"),
+        ({"max_shard_gb": 0.0}, "isn't a size"),
+    ],
+)
+def test_a_wrong_option_names_the_valid_ones(hub, out, config, words):
+    with pytest.raises(InputError, match=words):
+        run(hub, out, **config)
+
+
+def test_a_layout_that_cannot_hold_the_model_is_refused(hub, out):
+    from megatron_mixtral.config import Layout
+
+    with pytest.raises(InputError, match="4 / 3"):
+        run(hub, out, layout=Layout(expert=3))
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(hub, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"out: holds something else \(thesis.tex\)"):
+        run(hub, out)
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    partial = tmp_path / "new.partial"
+    out.rename(partial)
+    with pytest.raises(InputError, match=r"new.partial: holds something else"):
+        run(hub, tmp_path / "new")
+    assert [p.name for p in partial.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_taken(hub, tmp_path):
+    (tmp_path / "out").mkdir()
+    run(hub, tmp_path / "out")
+    assert (tmp_path / "out" / "release" / "mixlaunch.json").exists()
+
+
+def test_the_same_again_is_done_already_and_another_conversion_is_refused(hub, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(hub, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    run(hub, out)
+    assert "done already" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"out: holds another conversion \(other dtype\)"):
+        run(hub, out, dtype="float32")
+    rewrite(hub, lambda tensors: tensors[TENSOR].mul_(2))
+    with pytest.raises(InputError, match=r"out: holds another conversion \(other files\)"):
+        run(hub, out)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_an_unfinished_other_conversion_is_refused(hub, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(work.Work, "publish", lambda self: (_ for _ in ()).throw(JobError("killed")))
+        with pytest.raises(JobError, match="killed"):
+            run(hub, out)
+    with pytest.raises(InputError, match=r"out.partial: holds another conversion, unfinished \(other dtype\)"):
+        run(hub, out, dtype="float32")
+    run(hub, out)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(hub, out, monkeypatch):
+    usage = shutil.disk_usage(hub)
+    monkeypatch.setattr(work.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"GB to write and 0.0 GB free"):
+        run(hub, out)
+
+
+def test_a_file_lost_halfway_is_a_fault_that_names_it(hub, tmp_path, monkeypatch):
+    checked = convert.hub.HubFolder.check
+
+    def lose(self, wanted):
+        checked(self, wanted)
+        os.truncate(hub / SECOND, 5000)
+
+    monkeypatch.setattr(convert.hub.HubFolder, "check", lose)
+    with pytest.raises(JobError, match=rf"{SECOND}: ends at 5000, \d+ bytes short") as raised:
+        run(hub, tmp_path / "out")
+    assert raised.value.exit_code == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_job_exits_2_with_one_line_and_no_traceback(hub, tmp_path):
+    truncated(hub)
+    job = jobs.Job("convert", {"source": str(hub), "output": str(tmp_path / "out")}, tmp_path / "run", ranks=2)
+    assert job.wait() == [2, 2]
+    said = job.outputs[0].read_text()
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))

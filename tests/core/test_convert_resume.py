@@ -1,0 +1,118 @@
+"""`convert` killed (SIGKILL) at random points, then run again: the same bytes, and no work done twice."""
+
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import hub_folders
+import jobs
+import pytest
+from test_convert import contents, run
+
+from megatron_mixtral import convert, weights_folder
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def fresh_processes():
+    """Processes that have torch loaded already, so that a kill falls into the conversion, not into imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.checkpoint", "megatron_mixtral.convert"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    hub_folders.write(folder / "hub", shards=2, hidden_size=64, intermediate_size=1024, num_local_experts=8)
+    run(folder / "hub", folder / "megatron", folder)
+    return folder
+
+
+def finished(partial: Path) -> dict[str, int]:
+    """Name -> time of change of each weights file under its final name."""
+    return {p.name: p.stat().st_mtime_ns for p in partial.rglob("*") if p.suffix in (".distcp", ".safetensors")}
+
+
+@pytest.mark.parametrize(("name", "to"), [("hub", "megatron"), ("megatron", "hf")])
+def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_processes, source, tmp_path, name, to):
+    def start(output):
+        options = {"to": to, "max_shard_gb": 0.001}
+        process = fresh_processes.Process(target=run, args=(source / name, output, tmp_path), kwargs=options)
+        process.start()
+        return process
+
+    def undisturbed(output):
+        begun = time.monotonic()
+        process = start(output)
+        process.join(60)
+        assert process.exitcode == 0
+        return time.monotonic() - begun
+
+    undisturbed(tmp_path / "warm")
+    seconds = undisturbed(tmp_path / "whole")
+    expected, pick, went_on = contents(tmp_path / "whole"), random.Random(4), 0
+    for kill in range(KILLS):
+        output, partial = tmp_path / f"out{kill}", tmp_path / f"out{kill}.partial"
+        process = start(output)
+        time.sleep(pick.uniform(0.1, 1.0) * seconds)
+        process.kill()
+        process.join()
+        done = finished(partial)
+        went_on += bool(done)
+        assert output.exists() != partial.exists() or not done  # never both, never a half-made one under the name
+        undisturbed(output)
+        assert contents(output) == expected
+        kept = finished(output)
+        again = [name for name in done if kept[name] != done[name]]
+        assert len(again) <= 1  # at most the one that had its name already and no record yet
+        shutil.rmtree(output)
+    assert went_on >= KILLS // 4, f"only {went_on} of {KILLS} kills fell into the writing"
+
+
+def test_a_rank_killed_ends_the_others_and_the_next_attempt_finishes(source, tmp_path, monkeypatch):
+    config = {"source": str(source / "hub"), "output": str(tmp_path / "out")}
+    with jobs.Job("convert", config, tmp_path / "run", ranks=2) as job:
+        while not (tmp_path / "out.partial").exists():
+            time.sleep(0.01)
+        job.processes[1].kill()
+        time.sleep(1.0)
+        # Rank 0 waits for what rank 1 didn't write; srun and the local loop end it, as this does.
+        ended = [p.poll() for p in job.processes]
+    assert not (tmp_path / "out").exists() or ended[0] == 0
+    jobs.run("convert", config, tmp_path / "run", ranks=2)
+    assert (tmp_path / "out" / "release" / weights_folder.MARKER).exists()
+    run(source / "hub", tmp_path / "alone", tmp_path)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_process_that_waits_for_a_dead_one_gives_up(source, tmp_path, monkeypatch):
+    from megatron_mixtral import errors, work
+
+    monkeypatch.setattr(work, "STALL", 0.5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(errors.JobError, match=r"no other process finished a file for .* s: __\d+_0.distcp"):
+        run(source / "hub", tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_conversion_twice_at_once_is_refused(source, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    seen = {}
+
+    def second(self, unit, descriptor):
+        try:
+            run(source / "hub", output, tmp_path)
+        except Exception as error:
+            seen["error"] = error
+        monkeypatch.undo()
+        return self.write(unit, descriptor)
+
+    monkeypatch.setattr(convert.Copier, "write", second)
+    run(source / "hub", output, tmp_path)
+    assert "another process is writing it" in str(seen["error"])
+    assert contents(output).keys() == contents(source / "megatron").keys()
