@@ -20,6 +20,7 @@ SECTIONS = {
     "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat"),
     "Before you submit": ("export", "rehearse", "clusters", "sandbox"),
     "Your runs": ("status", "logs", "cancel"),
+    "To see it all": ("demo",),
 }
 
 
@@ -48,9 +49,7 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl(
-                    [(n, self.commands[n].get_short_help_str(70)) for n in names if n in self.commands]
-                )
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(70)) for name in names])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -140,6 +139,59 @@ def _export(plan: "JobPlan") -> None:
 
 for _job in HELP:
     export.add_command(job_command(_job, _export))
+
+
+@cli.group()
+def rehearse() -> None:
+    """Run a job's script on a private Slurm first.
+
+    The very script the cluster would get, with its topology: rendezvous, layout, data, three steps, an early warning,
+    a save and a resume, with a tiny model on this machine's processors.
+    """
+
+
+def _rehearse(plan: "JobPlan", *, keep: bool) -> None:
+    from launcher import rehearse as rehearsing
+
+    sys.exit(rehearsing.run(plan, keep=keep))
+
+
+KEEP = SectionedOption(["--keep"], section="Job", is_flag=True, help="Keep the rehearsal's folder.")
+rehearse.add_command(job_command("finetune", _rehearse, more=(KEEP,)))
+
+
+@cli.command()
+@click.argument("server", required=False)
+@click.option("-p", "--prompt", help="Ask this and leave.  [default: a conversation, or what is piped in]")
+@click.option("--system", help="What the model is told before all else.")
+@click.option("--raw", is_flag=True, help="Continue the text instead of answering it.")
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 always says the likeliest.")
+@click.option("--seed", type=int, metavar="N", help="Makes a sampled answer repeatable.")
+def chat(server: str | None, prompt: str | None, system: str | None, raw: bool, **how: Any) -> None:
+    """Talk to a server.
+
+    SERVER is HOST:PORT, a URL or the server's run; by default the one that was started last.
+    """
+    from launcher import chat as chatting
+    from launcher import servers
+
+    found = servers.find(server, _roots(None))
+    chatting.run(found, prompt=prompt, system=system, raw=raw, settings=chatting.Settings(**how))
+
+
+@cli.command()
+@click.option("--text", type=click.Path(path_type=Path), help="Text of your own.  [default: Python's docstrings]")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("demo"), help="Where to.  [default: demo]")
+def demo(text: Path | None, folder: Path) -> None:
+    """Run the whole chain on this machine, small.
+
+    It needs no Slurm and no GPU: it makes a small Mixtral, prepares text, converts, trains on 4 processes, converts
+    back, serves and asks.
+    """
+    from launcher import demo as whole_chain
+
+    whole_chain.run(text, folder)
 
 
 # --- runs --------------------------------------------------------------------------------------------------------

@@ -94,12 +94,12 @@ def code(text: str, language: str) -> None:
 def plan_facts(plan: "JobPlan") -> list[tuple[str, str]]:
     """A plan in a few lines: where, how many, how cut, how long."""
     profile = plan.profile
-    ranks = f"{plan.world} rank{'s' * (plan.world != 1)}"
-    spread = f"{ranks} on this machine" if profile.is_local else f"{plan.nodes} x {plan.tasks_per_node} = {ranks}"
+    nodes = f"{plan.nodes} node{'s' * (plan.nodes != 1)} x {plan.tasks_per_node}"
+    spread = f"{plan.world} on this machine" if profile.is_local else f"{plan.world} = {nodes}"
     parallel = plan.layout is not None and plan.job in ("finetune", "serve")
     return [
         ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
-        ("nodes", spread),
+        ("ranks", spread),
         ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
         ("limit", "" if profile.is_local else plan.time),
         ("retried", "after a fault or a preemption" if plan.resumable else "never"),

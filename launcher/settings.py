@@ -105,6 +105,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float32"),
         _flag("verify", "Read what was written back and compare."),
         _flag("check_finite", "Refuse NaN and infinity."),
+        _float("max_shard_gb", 5.0, "Largest file of the hub's layout, GB."),
     ),
     "finetune": (
         _int("steps", 500, "Optimizer steps."),

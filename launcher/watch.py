@@ -27,12 +27,10 @@ def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool, follow: bool)
     run = runs.start(plan, asked=asked)
     where = "this machine" if run.is_local else f"{run.cluster} as job {run.job_id}"
     screen.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
-    screen.facts([(name, value) for name, value in screen.plan_facts(plan) if name in ("nodes", "layout", "limit")])
-    screen.facts([("run", str(run.path))])
-    if not wait:
-        screen.facts([("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")])
-        return 0
-    return to_the_end(run, follow=follow)
+    facts = [(name, value) for name, value in screen.plan_facts(plan) if name in ("ranks", "layout", "limit")]
+    later = [("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")]
+    screen.facts([*facts, ("run", str(run.path)), *([] if wait else later)])
+    return to_the_end(run, follow=follow) if wait else 0
 
 
 def to_the_end(run: "Run", *, follow: bool) -> int:
@@ -142,7 +140,8 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "checkpoint", "step": step, "seconds": float(seconds)}:
             return f"step {step}: saved in {seconds:.1f} s"
         case {"event": "progress", "done": done, "total": total, "unit": unit}:
-            return f"{screen.count(done)} of {screen.count(total)} {unit}"
+            suffix = "B" if unit == "bytes" else f" {unit}"
+            return f"{screen.count(done)}{suffix} of {screen.count(total)}{suffix}"
         case {"event": "ready", "url": url}:
             return f"ready at {url}"
         case {"event": "exit", "reason": str(reason), "code": int(code)} if code:
