@@ -90,14 +90,24 @@ def send(find: Find, signum: signal.Signals) -> None:
 
 
 def wait(find: Find, seconds: float) -> list[int]:
-    """Wait until `find` returns nothing, at most so long; returns what it still does."""
+    """Wait until `find` returns nothing twice in a row, at most so long; returns what it still does.
+
+    Twice, because a process in the middle of its exec has no environment to be known by.
+    """
     deadline = time.monotonic() + seconds
+    empty = 0
     while True:
         _reap()
         left = find()
-        if not left or time.monotonic() > deadline:
+        empty = 0 if left else empty + 1
+        if empty == 2 or time.monotonic() > deadline:
             return left
-        time.sleep(0.05)
+        time.sleep(0.03)
+
+
+def ended(pid: int) -> bool:
+    """Whether a process that `start` started here has ended."""
+    return all(process.pid != pid or process.poll() is not None for process in _started)
 
 
 def _reap() -> None:

@@ -55,13 +55,16 @@ def sh(value: object, field: str = "value") -> Quoted:
 
 
 def directive(value: object, field: str = "value") -> Quoted:
-    """The right-hand side of an `#SBATCH --option=`: its reader isn't a shell, but it knows backslashes."""
+    """The right-hand side of an `#SBATCH --option=`; its reader knows double quotes, and backslashes only in them."""
     text = checked(str(value), field)
     if not text:
         raise UsageError(f"{field}: empty; leave it out instead")
     if len(text.encode()) > LONGEST_DIRECTIVE:
         raise UsageError(f"{field}: {len(text.encode())} bytes on an #SBATCH line; at most {LONGEST_DIRECTIVE}")
-    return Quoted("".join(c if c.isalnum() or _PLAIN_IN_DIRECTIVE.match(c) else f"\\{c}" for c in text))
+    if all(c.isalnum() or _PLAIN_IN_DIRECTIVE.match(c) for c in text):
+        return Quoted(text)
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return Quoted(f'"{escaped}"')
 
 
 def heredoc(text: str, delimiter: str) -> Quoted:

@@ -227,9 +227,9 @@ def _free_ports(count: int) -> list[int]:
 
 def _lay_out(shape: Shape, site: Site) -> None:
     folder = site.folder
-    folder.chmod(0o711)  # munged wants its socket reachable for all; everything else is in closed folders
+    folder.chmod(0o700)
     for name in ("state", "spool", "logs", "run", "gpus", "database"):
-        (folder / name).mkdir(mode=0o700)
+        (folder / name).mkdir()
     for index in range(shape.gpus):
         (folder / "gpus" / f"gpu{index}").touch()
     _private(folder / "munge.key", secrets.token_bytes(128))
@@ -254,7 +254,13 @@ def _munged(folder: Path) -> list[str]:
         "pid-file": "run/munged.pid",
         "log-file": "logs/munged.log",
     }
-    return ["munged", "--foreground", *(f"--{option}={folder / name}" for option, name in options.items())]
+    # --force, because munged wants a socket that all users can reach, and this one is for its owner alone.
+    return [
+        "munged",
+        "--foreground",
+        "--force",
+        *(f"--{option}={folder / name}" for option, name in options.items()),
+    ]
 
 
 def _start_database(sandbox: Sandbox, deadline: float) -> None:
@@ -290,7 +296,7 @@ def _start_database(sandbox: Sandbox, deadline: float) -> None:
     user = getpass.getuser()
     for entry in (
         ["cluster", "sandbox"],
-        *(["qos", name] for name in sandbox.shape.qos),
+        *(["qos", name] for name in sandbox.shape.qos if name != "normal"),  # which is there from the start
         *(["account", name, "cluster=sandbox"] for name in (ACCOUNT, *sandbox.shape.accounts)),
         [
             "user",
@@ -325,7 +331,7 @@ def _launch(sandbox: Sandbox, name: str, program: str, *arguments: str) -> None:
 def _wait(sandbox: Sandbox, condition: Any, deadline: float) -> None:
     while not condition():
         for name, pid in sandbox.processes.items():
-            if not processes.is_marked(pid, **{MARK: sandbox.mark}):
+            if processes.ended(pid):
                 raise Fault(f"{name} ended at once")
         if time.monotonic() > deadline:
             raise Fault("it took too long")

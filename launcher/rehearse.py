@@ -1,0 +1,284 @@
+"""The dress rehearsal: the very script a cluster would get, on a private Slurm of its shape, with a tiny model.
+
+It goes through what kills first nights: the request, the rendezvous, the layout, the data, three steps, the early
+warning, a save, the requeue and the resume. Everything is this rehearsal's own, and gone afterwards.
+"""
+
+import contextlib
+import getpass
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher import logs, rehearsal, runs, sandbox, screen, slurm
+from launcher.errors import Fault, UsageError
+from launcher.jobs import JobPlan
+from launcher.runs import Run
+from launcher.sandbox_state import Sandbox
+
+STEPS = 3  # before the warning
+AFTER = 2  # after the resume
+SILENCE = 600  # seconds without a new event: the slowest part is 32 Pythons importing torch on two cores
+RANK_MEMORY = 400 << 20  # bytes that one rank of the tiny model takes
+NEEDED = {"torch": "mixtral", "megatron": "mixtral", "transformers": "mixtral", "mistral_common": "dev"}
+TEXT = 200_000  # bytes
+
+
+class Failed(Fault):
+    """The rehearsal found something; its folder stays, to look at."""
+
+
+def run(plan: JobPlan, *, keep: bool = False) -> int:
+    """Rehearse `plan` and say how it went: 0 when all went well, 1 otherwise."""
+    _check(plan)
+    folder = Path(tempfile.mkdtemp(prefix="mixlaunch-rehearsal-"))
+    keep_folder = keep
+    try:
+        with _ended_by_signals(), _sandbox(plan, folder / "slurm") as site:
+            _rehearse(plan, site, folder)
+    except Failed as failure:
+        keep_folder = True
+        screen.say(f"FAILED: {failure}", "bold red")
+        return 1
+    finally:
+        if keep_folder:
+            screen.say(f"everything of this rehearsal is in {folder}")
+        else:
+            shutil.rmtree(folder)
+    screen.say("The rehearsal went well.", "bold green")
+    return 0
+
+
+def _rehearse(plan: JobPlan, site: Sandbox, folder: Path) -> None:
+    assert plan.layout is not None
+    model, data = _prepare(plan, folder)
+    mirrored = rehearsal.rehearsed(
+        plan, folder=folder, slurm_conf=site.slurm_conf, python=sys.executable, model=model, data=data
+    )
+    path = runs.new_path(mirrored)
+    _show_differences(plan, mirrored, path)
+    screen.heading("the rehearsal")
+    started = runs.start(mirrored, asked=sys.argv[1:], path=path)
+    _say("submitted", f"job {started.job_id}, accepted by sbatch as it would be there")
+    first = _first_attempt(started)
+    _warn_and_requeue(started, first)
+    _second_attempt(started)
+
+
+def _first_attempt(run: Run) -> dict[str, Any]:
+    """Up to three steps; the newest step's event."""
+    start = _await(run, lambda e: e["event"] == "start", "the ranks to meet and build the model")
+    _say("rendezvous", f"{start['world']} ranks met")
+    layout = ", ".join(f"{axis} {size}" for axis, size in start["layout"].items())
+    _say("layout", layout)
+    _say("data", f"{start['tokens']:,} tokens")
+    first = _await(run, lambda e: e["event"] == "step", "the first step")
+    newest = _await(run, lambda e: e["event"] == "step" and e["step"] >= STEPS, f"step {STEPS}")
+    _say(f"{STEPS} steps", f"loss {first['loss']:.3f} -> {newest['loss']:.3f}")
+    return newest
+
+
+def _warn_and_requeue(run: Run, newest: dict[str, Any]) -> None:
+    """The warning that a time limit or a preemption sends, as Slurm sends it: to the batch script."""
+    assert run.job_id is not None
+    slurm.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
+    saved = _await(run, lambda e: e["event"] == "checkpoint", "the save after the early warning")
+    _say("early warning", f"saved step {saved['step']} in {saved['seconds']} s")
+    # The resumed run is to end by itself, two steps further on.
+    config_file = run.path / "config.yaml"
+    config = yaml.safe_load(config_file.read_text())
+    config_file.write_text(yaml.safe_dump({**config, "steps": saved["step"] + AFTER}, sort_keys=False))
+    left = _await(run, lambda e: e["event"] == "exit", "the ranks to leave")
+    if left["code"] != 85:
+        raise Failed(f"the ranks left with {left['code']} ({left['reason']}) instead of 85")
+
+
+def _second_attempt(run: Run) -> None:
+    resumed = _await(
+        run, lambda e: e["event"] == "start" and e.get("attempt") == 1, "the requeued job to start again"
+    )
+    _say("requeue", "the job started again by itself")
+    _say("resume", f"from step {resumed['step']}, {resumed['source']}")
+    _await(run, lambda e: e["event"] == "exit" and e["code"] == 0, "the resumed run's end")
+    deadline = time.monotonic() + 60
+    while (state := runs.state_of(run)).active and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if state.state != "COMPLETED":
+        raise Failed(f"the job ended as {state.state} {state.reason}{_tails(run)}")
+    _say("end", f"job {run.job_id} is {state.state}, exit {state.exit_code}")
+
+
+def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    """The first event that is `wanted`; `Failed` when the job ends before, or nothing happens for too long."""
+    seen, quiet_since = 0, time.monotonic()
+    while True:
+        ended = not runs.state_of(run).active  # asked before reading, so that the last events aren't missed
+        events = list(logs.events(run.path))
+        if found := next(filter(wanted, events), None):
+            return found
+        if len(events) > seen:
+            seen, quiet_since = len(events), time.monotonic()
+        if ended:
+            raise Failed(f"the job ended ({runs.state_of(run).state}) while waiting for {what}{_tails(run)}")
+        if time.monotonic() - quiet_since > SILENCE:
+            raise Failed(f"nothing happened for {SILENCE} s while waiting for {what}{_tails(run)}")
+        time.sleep(0.5)
+
+
+def _tails(run: Run) -> str:
+    """The end of the batch script's log and of the log of the rank that left first."""
+    numbers = logs.attempts(run.path)
+    if not numbers:
+        texts = [path for path in (run.path / "logs").glob("*.out")]
+    else:
+        folder = run.path / "logs" / f"attempt_{numbers[-1]}"
+        first = folder / "first_exit"
+        rank = first.read_text().split()[1] if first.exists() else "0"
+        texts = [folder / "batch.log", folder / f"rank_{rank}.log"]
+    found = ""
+    for path in texts:
+        with contextlib.suppress(OSError):
+            lines = path.read_text(errors="replace").splitlines()[-15:]
+            found += f"\n--- {path.name}\n" + "\n".join(lines)
+    return found
+
+
+def _show_differences(plan: JobPlan, mirrored: JobPlan, path: Path) -> None:
+    screen.heading(f"what {plan.profile.name} would get, and what runs here")
+    screen.code(rehearsal.script_diff(plan, mirrored, path), "diff")
+    screen.heading("what differs from the real thing")
+    for line in rehearsal.differences(plan.profile, mirrored.profile):
+        screen.say(f"  {line}")
+    screen.say(
+        "  GPUs: processors and gloo instead of GPUs and NCCL; memory and speed say nothing about the cluster"
+    )
+    screen.say(
+        "  nodes: all of them are this machine, at one address; the network and the file system aren't tried"
+    )
+    screen.say(f"  model: {_described(mirrored)}; batches are one micro batch a replica")
+
+
+def _described(mirrored: JobPlan) -> str:
+    assert mirrored.layout is not None
+    small = rehearsal.tiny(mirrored.layout)
+    return f"{small.layers} layers of {small.hidden}, {small.experts} experts, random weights"
+
+
+def _prepare(plan: JobPlan, folder: Path) -> tuple[Path, Path]:
+    """A tiny model in Megatron's layout and some text, made by the same jobs that make the real ones."""
+    assert plan.layout is not None
+    for name in ("models", "data", "runs", "jobs"):
+        (folder / name).mkdir()
+    hub, model, data = folder / "models" / "tiny", folder / "models" / "tiny-megatron", folder / "data" / "text"
+    screen.heading("a tiny model and some text")
+    _core("tiny", rehearsal.tiny(plan.layout).config(hub), folder)
+    text = folder / "data" / "text.jsonl"
+    _write_text(text)
+    _core("prepare", {"inputs": [str(text)], "output": str(data), "tokenizer": str(hub)}, folder)
+    _core("convert", {"source": str(hub), "output": str(model), "layout": plan.config["layout"]}, folder)
+    return model, data
+
+
+def _core(job: str, config: dict[str, Any], folder: Path) -> None:
+    """Run one job of the core package in this process's place, its output kept in a file."""
+    place = folder / "jobs" / job
+    place.mkdir()
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    argv = [sys.executable, "-P", "-m", "megatron_mixtral", job, "--config", str(place / "config.yaml")]
+    log = place / "log"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **rehearsal.ON_PROCESSORS},
+        )
+    if done.returncode:
+        raise Failed(f"{job} ended with {done.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
+    _say(job, "done")
+
+
+def _write_text(path: Path) -> None:
+    from launcher import demo
+
+    size = 0
+    with path.open("w") as stream:
+        for text in demo.docstrings():
+            size += stream.write(json.dumps({"text": text}) + "\n")
+            if size > TEXT:
+                return
+
+
+def _check(plan: JobPlan) -> None:
+    """Refuse what can't be rehearsed here, before anything starts."""
+    if plan.job != "finetune":
+        raise UsageError(f"rehearse: {plan.job} has no rehearsal; finetune has")
+    if plan.profile.is_local:
+        raise UsageError(f"rehearse: {plan.profile.name} has no scheduler to rehearse for; give --cluster")
+    if packages := sandbox.missing_packages():
+        raise UsageError(f"rehearse: it needs Slurm's daemons; on Debian: apt-get install {' '.join(packages)}")
+    for module, extra in NEEDED.items():
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"rehearse: this Python lacks {module}; pip install 'mixlaunch[{extra}]'")
+    if (free := _free_memory()) < plan.world * RANK_MEMORY:
+        raise UsageError(
+            f"rehearse: {plan.world} ranks take about {plan.world * RANK_MEMORY / 2**30:.0f} GiB, "
+            f"{free / 2**30:.0f} GiB are free; fewer --nodes rehearse the same script"
+        )
+
+
+def _free_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, value, *_ = line.split()
+        if name == "MemAvailable:":
+            return int(value) * 1024
+    raise Fault("/proc/meminfo names no MemAvailable")
+
+
+@contextlib.contextmanager
+def _sandbox(plan: JobPlan, folder: Path) -> Iterator[Sandbox]:
+    """A sandbox that mirrors the plan's cluster, down again at the end."""
+    screen.heading(f"a private Slurm in the shape of {plan.profile.name}")
+    try:
+        site = sandbox.up(folder, rehearsal.shape(plan))
+        shape = site.shape
+        _say("sandbox", f"{shape.nodes} nodes x {shape.gpus} GPUs, partition {shape.partitions[0][0]}")
+        if name := plan.profile.reservation:
+            what = ("starttime=now", "duration=1-00:00:00", f"users={getpass.getuser()}", "nodes=ALL")
+            slurm.call(
+                "scontrol", "create", "reservation", f"reservationname={name}", *what, environment=site.environment
+            )
+        yield site
+    finally:
+        sandbox.down(folder)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a rehearsal as Ctrl-C does: with its Slurm taken down."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(what: str, text: str) -> None:
+    screen.facts([(f"{what:<14}", text)])
