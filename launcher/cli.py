@@ -145,8 +145,8 @@ for _job in HELP:
 def rehearse() -> None:
     """Run a job's script on a private Slurm first.
 
-    The very script the cluster would get, with its topology: rendezvous, layout, data, three steps, an early warning,
-    a save and a resume, with a tiny model on this machine's processors.
+    The very script the cluster would get, with its topology: rendezvous, layout, data, three steps, an early
+    warning, a save and a resume, with a tiny model on this machine's processors.
     """
 
 

@@ -8,21 +8,9 @@ import subprocess
 import unicodedata
 from collections.abc import Iterator
 
+from launcher.capabilities import NEWEST, known_options
 from launcher.errors import MixlaunchError
 
-# Long options of sbatch 22.05, the oldest Slurm supported, and those that later versions added.
-SLURM_22_05 = """
-account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container
-contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency
-distribution error exclude exclusive export export-file extra-node-info get-user-env gid gpu-bind gpu-freq
-gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-
-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice
-no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-
-socket open-mode output overcommit oversubscribe parsable partition power prefer priority profile propagate
-qos quiet reboot requeue reservation signal sockets-per-node spread-job switches test-only thread-spec
-threads-per-core time time-min tmp uid use-min-nodes verbose wait wait-all-nodes wckey wrap
-"""
-SINCE: dict[str, frozenset[str]] = {}
 HEREDOC = re.compile(r"<<'(\w+)'")
 CODE = "END_OF_RANK"  # the heredoc whose body is again a script
 
@@ -31,30 +19,18 @@ class LintError(MixlaunchError):
     """A script that mustn't be submitted; the message has one line a finding."""
 
 
-def check(text: str, slurm_version: str = "22.05") -> None:
+def check(text: str, slurm_version: str = NEWEST) -> None:
     """Raise `LintError` unless `text` is a script that can be submitted to a Slurm of this version."""
     if found := list(findings(text, slurm_version)):
         raise LintError("the script isn't fit to run:\n" + "\n".join(f"  {line}" for line in found))
 
 
-def findings(text: str, slurm_version: str = "22.05") -> Iterator[str]:
+def findings(text: str, slurm_version: str = NEWEST) -> Iterator[str]:
     """Every finding, each beginning with the line it is on."""
     yield from _control_characters(text)
     yield from _directives(text, slurm_version)
     yield from _frozen_variables(text)
     yield from _syntax(text)
-
-
-def known_options(slurm_version: str) -> frozenset[str]:
-    """The long options that sbatch of this version takes."""
-    version = _number(slurm_version)
-    return frozenset(SLURM_22_05.split()).union(
-        *(options for since, options in SINCE.items() if _number(since) <= version)
-    )
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _control_characters(text: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from launcher import quoting
+from launcher import capabilities, quoting
 from launcher.errors import ProfileError, UsageError
 
 DEFAULT = "local"
@@ -146,6 +146,7 @@ class ClusterProfile(Part):
         default="python", description="the one with megatron_mixtral, in the container if there is one"
     )
     paths: Paths
+    slurm_version: Text = Field(default=capabilities.OLDEST, description="decides which sbatch options there are")
     slurm_conf: str | None = Field(default=None, description="SLURM_CONF for every call of Slurm's commands")
     signal_lead: int = Field(
         default=300, ge=10, description="seconds of warning before the limit: more than a save takes"
@@ -182,6 +183,25 @@ class ClusterProfile(Part):
             if option in OWNED:
                 raise ValueError(f"{option!r} is the launcher's own; the profile's keys decide it")
         return extra
+
+    @field_validator("slurm_version")
+    @classmethod
+    def _version(cls, version: str) -> str:
+        if not re.fullmatch(r"\d\d\.\d\d(\.\d+)?", version) or capabilities.number(version) < (22, 5):
+            raise ValueError(f"{version!r} isn't a version from {capabilities.OLDEST} on, such as '23.11'")
+        return version
+
+    @model_validator(mode="after")
+    def _known(self) -> "ClusterProfile":
+        known = capabilities.known_options(self.slurm_version)
+        for option in self.extra:
+            if option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"extra: sbatch of Slurm {self.slurm_version} has no --{option}{hint}")
+        if self.is_local and self.container.runtime == "pyxis":
+            raise ValueError("container.runtime: pyxis is a part of Slurm, and this cluster has none")
+        return self
 
     @property
     def is_local(self) -> bool:
@@ -362,6 +382,8 @@ def _mistake(error: Any) -> str:
     if kind == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(message)
     given = "" if kind == "value_error" else f" (got {error['input']!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
 

@@ -55,7 +55,7 @@ def sh(value: object, field: str = "value") -> Quoted:
 
 
 def directive(value: object, field: str = "value") -> Quoted:
-    """The right-hand side of an `#SBATCH --option=`; its reader knows double quotes, and backslashes only in them."""
+    """The right-hand side of an `#SBATCH --option=`; sbatch knows double quotes, and backslashes only in them."""
     text = checked(str(value), field)
     if not text:
         raise UsageError(f"{field}: empty; leave it out instead")

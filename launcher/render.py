@@ -60,6 +60,8 @@ def _directives(plan: JobPlan, run_dir: str | None) -> Iterator[tuple[str, str |
         if (value := getattr(profile, name)) is not None:
             yield name, value
     yield "nodes", str(plan.nodes)
+    if profile.gpu_request == "gpus-per-task" and plan.gpus_per_node:
+        yield "ntasks", str(plan.world)  # Slurm refuses GPUs by the task without it
     yield "ntasks-per-node", str(plan.tasks_per_node)
     if plan.cpus_per_task:
         yield "cpus-per-task", str(plan.cpus_per_task)

@@ -115,8 +115,14 @@ def test_a_rank_gets_its_share_of_a_node(cluster):
     [
         (lambda c: jobs.plan_finetune(c, values={"step": 3}), r"no setting 'step'; did you mean steps\?"),
         (lambda c: jobs.plan_finetune(c, values={"steps": 0}), "--steps: 0 must be at least 1"),
-        (lambda c: jobs.plan_finetune(c, values={"precision": "fp8"}), "--precision: 'fp8' isn't one of bf16, fp32"),
-        (lambda c: jobs.plan_finetune(c, values={"global_batch": 12}), r"--global-batch: 12 = micro batch 1 x DP 8 x 1.5"),
+        (
+            lambda c: jobs.plan_finetune(c, values={"precision": "fp8"}),
+            "--precision: 'fp8' isn't one of bf16, fp32",
+        ),
+        (
+            lambda c: jobs.plan_finetune(c, values={"global_batch": 12}),
+            r"--global-batch: 12 = micro batch 1 x DP 8 x 1.5",
+        ),
         (lambda c: jobs.plan_finetune(c, data="$DATA/x"), r"--data: '\$DATA/x' holds \$DATA"),
         (lambda c: jobs.plan_convert(c, output=""), "--output: empty"),
         (lambda c: jobs.plan_finetune(c, ask=jobs.Ask(name="a b")), "--name: 'a b' isn't a name"),

@@ -26,7 +26,10 @@ def test_a_world_that_does_not_fit_gets_the_whole_equation():
     assert "Nearest that fit: 32 ranks" in message
 
 
-@given(st.builds(Layout, tensor=SIZES, pipeline=SIZES, expert=SIZES, expert_tensor=SIZES, context=SIZES), st.integers(1, 300))
+@given(
+    st.builds(Layout, tensor=SIZES, pipeline=SIZES, expert=SIZES, expert_tensor=SIZES, context=SIZES),
+    st.integers(1, 300),
+)
 def test_a_world_fits_exactly_when_both_quotients_are_whole(layout, world):
     # The two conditions of megatron-core's parallel_state, written out.
     model = layout.tensor * layout.pipeline * layout.context
@@ -46,9 +49,11 @@ def test_nodes_are_filled_when_their_number_is_given():
 
 
 def test_too_few_nodes_are_refused_with_those_that_fit():
-    with pytest.raises(LayoutError, match=r"3 nodes x 8 GPUs = 24 ranks don't fit: DP = .*multiples of 4; nearest 4$"):
+    with pytest.raises(
+        LayoutError, match=r"3 nodes x 8 GPUs = 24 ranks don't fit: DP = .*multiples of 4; nearest 4$"
+    ):
         place(TRAIN, nodes=3, gpus=8)
-    with pytest.raises(LayoutError, match="nearest 4 or 8$"):
+    with pytest.raises(LayoutError, match=r"nearest 4 or 8$"):
         place(TRAIN, nodes=5, gpus=8)
 
 

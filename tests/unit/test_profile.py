@@ -24,7 +24,11 @@ def test_times_stay_text(write_profile):
 
 
 def test_no_stays_a_word(write_profile):
-    assert profile.read(write_profile("environment: {A: no, B: 08, C: 1}")).environment == {"A": "no", "B": "08", "C": "1"}
+    assert profile.read(write_profile("environment: {A: no, B: 08, C: 1}")).environment == {
+        "A": "no",
+        "B": "08",
+        "C": "1",
+    }
 
 
 def test_an_unknown_key_names_its_line_and_the_nearest_valid_one(write_profile):
@@ -51,6 +55,10 @@ def test_an_unknown_nested_key_is_found_too(write_profile):
         ("environment: {A-B: 1}", "'A-B' isn't the name of an environment variable"),
         ("extra: {nodes: 3}", "'nodes' is the launcher's own"),
         ("extra: {--nice: 3}", "isn't a long sbatch option"),
+        ("extra: {nyce: 3}", "extra: sbatch of Slurm 22.05 has no --nyce; did you mean 'nice'?"),
+        ("extra: {oom-kill-step: 1}\nslurm_version: 23.11", "extra: sbatch of Slurm 23.11 has no --oom-kill-step"),
+        ("slurm_version: 20.11", "slurm_version: '20.11' isn't a version from 22.05 on"),
+        ("scheduler: local\ncontainer: {runtime: pyxis, image: x}", "pyxis is a part of Slurm"),
         ("paths: {models: m, data: /d, runs: /r}", "paths.models: 'm' isn't absolute"),
         ("paths: {models: /m, data: /d}", "paths.runs is missing"),
         ("account: $NO_SUCH_VARIABLE", "account: $NO_SUCH_VARIABLE isn't set"),

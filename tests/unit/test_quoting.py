@@ -19,13 +19,16 @@ CARRIED = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), ma
 def test_bash_reads_back_exactly_the_value(values):
     words = " ".join(quoting.sh(value) for value in values)
     done = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True, env={**os.environ, "LC_ALL": "C"}
+        ["bash", "-c", f"printf '%s\\0' {words}"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "LC_ALL": "C"},
     )
     assert done.stdout.decode().split("\0")[:-1] == values
 
 
 def slurm_reads(text: str) -> str:
-    """sbatch's reader of a directive's words: backslash escapes, quotes group, blanks and # end."""
+    """How sbatch reads a word of a directive; tests/slurm holds this to the real one."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters = True, "#"
     return next(lexer)
