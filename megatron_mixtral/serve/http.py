@@ -15,7 +15,7 @@ from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.serve.service import Service, Stop
 from megatron_mixtral.serve.wire import Event
 
-LAST_WORDS_SECONDS = 1.0  # for the errors of cancelled clients to leave
+LAST_WORDS_SECONDS = 0.3  # for the errors of cancelled clients to leave
 
 
 def bind(host: str, port: int) -> socket.socket:
