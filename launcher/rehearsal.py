@@ -21,11 +21,11 @@ from launcher.sandbox_config import Shape
 
 SEQUENCE = 64
 NEVER = 1_000_000  # steps: the rehearsal ends the run, not the run itself
-ON_PROCESSORS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ON_PROCESSORS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 REASONS = {
     "container": "the ranks run in this machine's Python",
     "python": "the ranks run in this machine's Python",
-    "environment": "ranks are on processors, one thread each",
+    "environment": "ranks are on processors, one thread each, and meet at the loopback",
     "paths": "models, data and runs are the rehearsal's own",
     "slurm_conf": "the sandbox is another Slurm",
     "extra": "options that only the real cluster knows the meaning of",

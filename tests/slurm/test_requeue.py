@@ -1,0 +1,98 @@
+"""What the batch script decides on the host of a real Slurm: requeue, give up, pass signals on, end."""
+
+from running import rank_logs, wait_until
+
+from launcher import logs, processes, runs, slurm
+
+COUNT = 'echo "rank $RANK attempt $MIXLAUNCH_ATTEMPT restart ${SLURM_RESTART_COUNT:-0}"'
+SAVE = (
+    'at="$MIXLAUNCH_RUN/checkpoints/iter_000000$MIXLAUNCH_ATTEMPT"; mkdir -p "$at"; echo {} >"$at/mixlaunch.json"'
+)
+
+
+def batch_log(run, attempt=0) -> str:
+    return logs.path(run.path, attempt, "batch").read_text()
+
+
+def test_85_is_requeued_and_the_log_goes_on_in_the_next_attempt(plan, stub, finish):
+    run = runs.start(plan(stub(f'{COUNT}; [ "$MIXLAUNCH_ATTEMPT" = 1 ] || exit 85')))
+    read = list(logs.follow(run.path, active=lambda: runs.state_of(run).active))
+    assert read == ["rank 0 attempt 0 restart 0", "rank 0 attempt 1 restart 1"]
+    assert finish(run).state == "COMPLETED"
+    assert logs.attempts(run.path) == [0, 1]
+    assert "everything is saved; requeued" in batch_log(run, 0)
+    assert batch_log(run, 1).rstrip().endswith("done; exit 0")
+
+
+def test_a_users_mistake_is_never_retried(plan, stub, finish):
+    run = runs.start(plan(stub(f'{COUNT}; [ "$RANK" = 2 ] && exit 2; sleep 30')))
+    state = finish(run)
+    assert (state.state, state.exit_code) == ("FAILED", 2)
+    assert logs.attempts(run.path) == [0]
+    assert "rank 2 on sandbox1 was the first to leave, with 2" in batch_log(run)
+
+
+def test_faults_are_retried_while_there_is_progress_and_thrice_without(plan, stub, finish):
+    """The first attempt saves and fails, the next three fail at the same place: four in all."""
+    save_once = f'[ "$RANK" != 0 ] || [ "$MIXLAUNCH_ATTEMPT" != 1 ] || {{ {SAVE}; }}'
+    run = runs.start(plan(stub(f"{COUNT}; {save_once}; exit 1"), nodes=1))
+    state = finish(run, 120)
+    assert (state.state, state.exit_code) == ("FAILED", 1)
+    assert logs.attempts(run.path) == [0, 1, 2, 3]
+    assert "fault 1 with none" in batch_log(run, 0)
+    assert "fault 1 with iter_0000001" in batch_log(run, 1)
+    assert "3 faults without a newer checkpoint than iter_0000001; exit 1" in batch_log(run, 3)
+
+
+def test_the_early_warning_reaches_every_rank(plan, stub, finish):
+    """As Slurm sends it before the time limit: to the batch script alone, which passes it on."""
+    wait = "trap 'echo warned; exit 85' USR2; echo ready; while :; do sleep 0.2; done"
+    run = runs.start(plan(stub(f'if [ "$MIXLAUNCH_ATTEMPT" = 0 ]; then {wait}; fi')))
+    wait_until(lambda: _all_ready(run), run=run)
+    slurm.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
+    assert finish(run).state == "COMPLETED"
+    assert rank_logs(run) == ["ready\nwarned\n"] * 4
+    assert "signal USR2, passed on" in batch_log(run)
+
+
+def test_the_time_limit_warns_before_it_ends(plan, stub, finish, cluster):
+    """Not our scancel but Slurm's own: a limit of one minute with its warning at once."""
+    wait = "trap 'echo warned; exit 85' USR2; echo ready; while :; do sleep 0.2; done"
+    run = runs.start(plan(stub(f'if [ "$MIXLAUNCH_ATTEMPT" = 0 ]; then {wait}; fi'), signal_lead=55, nodes=1))
+    wait_until(lambda: _all_ready(run), run=run)
+    assert finish(run, 90).state == "COMPLETED"
+    assert rank_logs(run) == ["ready\nwarned\n"] * 2
+
+
+def test_cancelled_means_ended_even_when_the_ranks_ask_for_more(plan, stub, finish):
+    run = runs.start(plan(stub("trap 'exit 85' TERM USR2; echo ready; while :; do sleep 0.2; done")))
+    wait_until(lambda: _all_ready(run), run=run)
+    assert runs.cancel(run)
+    assert finish(run).state == "CANCELLED"
+    assert not runs.cancel(run)
+    assert logs.attempts(run.path) == [0]
+
+
+def test_a_preempted_job_saves_in_its_grace_time_and_comes_back(plan, stub, finish, site):
+    """A job of the partition `high` takes all nodes from one of `low`, whose ranks are told with SIGTERM."""
+    wait = "trap 'echo told; exit 85' TERM USR2; echo ready; while :; do sleep 0.2; done"
+    made = plan(stub(f'if [ "$MIXLAUNCH_ATTEMPT" = 0 ]; then {wait}; fi'), partition="low", exclusive=True, nodes=4)
+    run = runs.start(made)
+    wait_until(lambda: _all_ready(run, 8), run=run)
+    urgent = plan(stub("sleep 1"), partition="high", exclusive=True, nodes=4)
+    other = runs.start(urgent)
+    assert finish(other).state == "COMPLETED"
+    assert finish(run, 120).state == "COMPLETED"
+    assert "told" in rank_logs(run)[0]
+    assert len(logs.attempts(run.path)) == 2
+
+
+def test_every_process_of_a_failed_job_is_gone(plan, stub, finish):
+    run = runs.start(plan(stub('[ "$RANK" = 1 ] && exit 2; exec sleep 300')))
+    assert finish(run).state == "FAILED"
+    wait_until(lambda: not processes.marked(SLURM_JOB_ID=run.job_id), 15, run)
+
+
+def _all_ready(run, ranks: int = 4) -> bool:
+    ready = [path for path in (run.path / "logs" / "attempt_0").glob("rank_*.log") if "ready" in path.read_text()]
+    return len(ready) == ranks
