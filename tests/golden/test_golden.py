@@ -75,7 +75,7 @@ def test_nothing_recorded_is_left_over():
 @pytest.mark.parametrize("case", ASKED)
 def test_the_submitted_form_differs_only_in_the_run_directory(case, cluster):
     plan = planned(case, profile.load(cluster))
-    exported, submitted = render.render(plan), render.render(plan, "/home/me/state/runs/RUN")
+    exported, submitted = render.render(plan), render.render(plan, f"{plan.profile.paths.runs}/RUN")
     lint.check(submitted)
     changed = [
         line[1:]
