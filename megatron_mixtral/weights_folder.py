@@ -102,7 +102,7 @@ def write_marker(folder: Path, marker: dict[str, Any]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write `path` so that a reader finds the old text or the new one, never a part."""
-    rough = path.with_name(f".{path.name}.{os.getpid()}")
+    rough = path.with_name(f".{path.name}.{os.getpid()}.rough")
     rough.write_text(text)
     _sync(rough)
     rough.replace(path)

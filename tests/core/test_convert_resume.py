@@ -37,6 +37,14 @@ def finished(partial: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in partial.rglob("*") if p.suffix in (".distcp", ".safetensors")}
 
 
+def written(partial: Path) -> int:
+    """Bytes in the folder so far, files that are half-way included."""
+    try:
+        return sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
+    except FileNotFoundError:  # a file that got its name between the two
+        return 0
+
+
 @pytest.mark.parametrize(("name", "to"), [("hub", "megatron"), ("megatron", "hf")])
 def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_processes, source, tmp_path, name, to):
     def start(output):
@@ -46,19 +54,19 @@ def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_process
         return process
 
     def undisturbed(output):
-        begun = time.monotonic()
         process = start(output)
         process.join(60)
         assert process.exitcode == 0
-        return time.monotonic() - begun
 
-    undisturbed(tmp_path / "warm")
-    seconds = undisturbed(tmp_path / "whole")
+    undisturbed(tmp_path / "whole")
     expected, pick, went_on = contents(tmp_path / "whole"), random.Random(4), 0
+    size = sum(map(len, expected.values()))
     for kill in range(KILLS):
         output, partial = tmp_path / f"out{kill}", tmp_path / f"out{kill}.partial"
-        process = start(output)
-        time.sleep(pick.uniform(0.1, 1.0) * seconds)
+        process, enough = start(output), pick.uniform(0, 1.0) * size
+        while process.is_alive() and written(partial) < enough:
+            time.sleep(0.0005)
+        time.sleep(pick.uniform(0, 0.003))
         process.kill()
         process.join()
         done = finished(partial)
