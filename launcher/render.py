@@ -43,7 +43,7 @@ def _variables(plan: JobPlan, run_dir: str | None) -> dict[str, Any]:
         "run_dir": run_dir,
         "directives": list(_directives(plan, run_dir)),
         "config": config_text(plan),
-        "mounts": list(_mounts(plan, run_dir)),
+        "mounts": list(_mounts(plan, run_dir)) if profile.in_container else [],
         "environment": profile.environment,
         "pass_through": [*RANK_VARIABLES, *profile.environment],
         "memory_gb": profile.node.memory_gb,

@@ -1,0 +1,162 @@
+"""Rendered scripts on the real Slurm: values arrive as they were given, and plain sbatch is enough."""
+
+import os
+import subprocess
+
+import pytest
+import yaml
+from running import wait_until
+
+from launcher import jobs, profile, render, runs, sandbox, slurm
+from launcher.sandbox_config import Shape
+
+CANARY = "canary"
+HOSTILE = [
+    "plain",
+    "two words",
+    "  blanks around  ",
+    "it's",
+    'a "quoted" word',
+    "'",
+    '"',
+    "\\",
+    "back\\slash",
+    "mixed \\\" \\' ends\\\\",
+    "semi; touch canary",
+    "and && touch canary",
+    "pipe | touch canary",
+    "$(touch canary)",
+    "`touch canary`",
+    "> canary",
+    "& touch canary &",
+    "#hash",
+    "word #hash",
+    "%j %x %% 100%",
+    "*",
+    "?[a-z]{1,2}",
+    "~",
+    "!history",
+    "-leading",
+    "--nodes=9",
+    "=equals=",
+    "comma,colon:at@",
+    "END_OF_CONFIG",
+    "END_OF_RANK",
+    "#SBATCH --nodes=9",
+    "ünïcödé ✓ 漢字 🐙",
+    "x" * 1000,
+]
+
+
+@pytest.fixture
+def sbatch(site, tmp_path):
+    """sbatch as a user types it, in a folder of its own; what it printed."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+
+    def submit(text: str, *options: str) -> str:
+        script = folder / "script.sh"
+        script.write_text(text)
+        done = subprocess.run(
+            ["sbatch", *options, script.name],
+            cwd=folder,
+            env={**os.environ, **site.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return submit
+
+
+def test_hostile_values_arrive_intact_in_the_running_job(cluster, stub, finish, tmp_path):
+    environment = {f"V{index}": value for index, value in enumerate(HOSTILE)}
+    changed = {"python": stub('env -0 >"$MIXLAUNCH_RUN/env"'), "environment": environment}
+    files = tuple(str(tmp_path / value.replace("/", "_")) for value in HOSTILE)
+    plan = jobs.plan_prepare(
+        cluster.model_copy(update=changed), files=files, values={"text_key": "$(touch canary)"}
+    )
+    run = runs.start(plan)
+    assert finish(run).state == "COMPLETED"
+    arrived = dict(item.split("=", 1) for item in (run.path / "env").read_text().split("\0") if "=" in item)
+    assert {name: arrived[name] for name in environment} == environment
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config["inputs"] == [os.path.normpath(f) for f in files]
+    assert config["text_key"] == "$(touch canary)"
+    assert not list(tmp_path.rglob(CANARY))
+
+
+@pytest.mark.parametrize("value", [v for v in HOSTILE if v.strip() == v], ids=lambda v: ascii(v)[:30])
+def test_hostile_words_of_a_directive_arrive_intact(cluster, sbatch, site, value):
+    plan = jobs.plan_prepare(cluster.model_copy(update={"comment": value}), files=("/a",))
+    job = sbatch(render.render(plan), "--hold").split()[3]
+    try:
+        shown = slurm.call("scontrol", "--oneliner", "show", "job", job, environment=site.environment)
+        assert f" Comment={value} " in shown
+        assert " NumNodes=1" in shown
+    finally:
+        slurm.call("scancel", job, environment=site.environment)
+
+
+def test_an_exported_script_needs_plain_sbatch_and_nothing_else(plan, stub, sbatch, site, tmp_path):
+    text = render.render(plan(stub('echo "$RANK of $WORLD_SIZE"; cat "$MIXLAUNCH_RUN/config.yaml"')))
+    job = sbatch(text).split()[3]
+    run = tmp_path / "runs" / f"finetune-{job}"
+    log = run / "logs" / "attempt_0" / "batch.log"
+    wait_until(lambda: log.exists() and "done; exit 0" in log.read_text(), 60)
+    for rank in range(4):
+        said, *config = (run / "logs" / "attempt_0" / f"rank_{rank}.log").read_text().splitlines(keepends=True)
+        assert said == f"{rank} of 4\n"
+        assert "".join(config) == (run / "config.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def mirrors(tmp_path_factory):
+    """A sandbox in a profile's own geometry, one for each that is asked for."""
+    up = {}
+
+    def mirror(cluster: profile.ClusterProfile) -> dict[str, str]:
+        if cluster.name not in up:
+            shape = Shape(
+                gpus=cluster.node.gpus,
+                cpus=cluster.node.cpus or 64,
+                memory_gb=cluster.node.memory_gb or 512,
+                partitions=((cluster.partition or "batch", 1),),
+                accounts=(cluster.account,) if cluster.account else (),
+                qos=(cluster.qos,) if cluster.qos else (),
+                features=(cluster.constraint,) if cluster.constraint else (),
+            )
+            up[cluster.name] = sandbox.up(tmp_path_factory.mktemp("mirror"), shape)
+        return up[cluster.name].environment
+
+    yield mirror
+    for made in up.values():
+        sandbox.down(made.folder)
+
+
+ASKED = {
+    "tiny": {"output": "/x"},
+    "download": {},
+    "prepare": {"files": ("/x",)},
+    "convert": {"preset": "train"},
+    "finetune": {},
+    "serve": {},
+}
+
+
+@pytest.mark.parametrize("name", [n for n in profile.available() if n not in ("local", "sandbox")])
+def test_sbatch_accepts_every_job_of_every_cluster_in_its_own_geometry(name, mirrors, tmp_path):
+    cluster = profile.load(name)
+    for job, asked in ASKED.items():
+        script = tmp_path / f"{job}.sh"
+        script.write_text(render.render(jobs.PLANS[job](cluster, **asked)))
+        done = subprocess.run(
+            ["sbatch", "--test-only", str(script)],
+            env={**os.environ, **mirrors(cluster)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{job}: {done.stderr}"
