@@ -47,7 +47,7 @@ def missing(plan: "JobPlan") -> list["Input"]:
 def require(plan: "JobPlan") -> None:
     """`UsageError` naming every input that isn't there and how one gets it."""
     if absent := missing(plan):
-        lines = [f"{i.what}: {i.path} doesn't exist{f'; {i.hint}' if i.hint else ''}" for i in absent]
+        lines = (f"{i.what}: {i.path} doesn't exist\n  {i.hint}".rstrip() for i in absent)
         raise UsageError("\n".join(lines))
 
 

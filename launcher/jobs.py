@@ -162,7 +162,7 @@ def plan_prepare(
         **settings.check("prepare", values),
     }
     inputs = [Input(path=p, what="text") for p in config["inputs"]]
-    inputs.append(Input(path=tokenizer, what="tokenizer", hint=f"`mixlaunch download {model}` fetches it"))
+    inputs.append(Input(path=tokenizer, what="tokenizer", hint=_hint("download", model)))
     folder = os.path.dirname(prefix)
     return _single("prepare", profile, ask, config, inputs=tuple(inputs), outputs=(folder,), resumable=True)
 
@@ -188,9 +188,9 @@ def plan_convert(
     layout = axes.over(PRESETS[preset] if preset else Layout())
     _check_shape(shape or layouts.known_shape(model), layout)
     if to == "megatron":
-        source, hint = _hub_folder(profile, model), f"`mixlaunch download {model}` fetches it"
+        source, hint = _hub_folder(profile, model), _hint("download", model)
     else:
-        source, hint = _weights(profile, model), f"`mixlaunch convert --model {model}` makes it"
+        source, hint = _weights(profile, model), _hint("convert --model", model)
     target = _path(output, "--output") if output is not None else _converted_name(profile, model, to)
     config = {"source": source, "output": target, "to": to, "layout": asdict(layout)}
     return JobPlan(
@@ -230,8 +230,8 @@ def plan_finetune(
         config={"model": weights, "data": prefix, "layout": asdict(layout), **chosen},
         resumable=True,
         inputs=(
-            Input(path=weights, what="weights", hint=f"`mixlaunch convert --model {model}` makes them"),
-            Input(path=f"{prefix}.idx", what="data", hint="`mixlaunch prepare FILES` makes it"),
+            Input(path=weights, what="weights", hint=_hint("convert --model", model)),
+            Input(path=f"{prefix}.idx", what="data", hint="" if data else "`mixlaunch prepare FILES` makes it"),
         ),
         notes=(layout.describe(placement.world),),
     )
@@ -262,7 +262,7 @@ def plan_serve(
         gpus_per_node=_gpus(profile, placement),
         config=config | settings.check("serve", values),
         resumable=True,
-        inputs=(Input(path=weights, what="weights", hint=f"`mixlaunch convert --model {model}` makes them"),),
+        inputs=(Input(path=weights, what="weights", hint=_hint("convert --model", model)),),
         secrets_made=() if host in LOOPBACK else (API_KEY,),
         notes=(layout.describe(placement.world),),
     )
@@ -326,6 +326,14 @@ def _check_batch(values: Mapping[str, Any], data_parallel: int) -> None:
             f"{batch / micro / data_parallel:.3g} accumulated steps, which isn't whole; "
             f"use a multiple of {micro * data_parallel}"
         )
+
+
+def _hint(command: str, model: str) -> str:
+    """What makes a repository's folder; a path's or a run's is the user's own affair."""
+    if _is_path(model) or "/" not in model:
+        return ""
+    verb, *option = command.split()
+    return f"`mixlaunch {' '.join([verb] if model == MODEL else [verb, *option, model])}` makes it"
 
 
 def _is_path(model: str) -> bool:

@@ -29,20 +29,18 @@ class Layout:
         if world % self.unit:
             below = world - world % self.unit
             near = f"{below} or {below + self.unit}" if below else str(self.unit)
-            raise LayoutError(f"{world} ranks don't fit: {self.equation(world)}. Nearest that fit: {near} ranks")
+            raise LayoutError(f"{world} ranks don't fit:\n{self.equation(world)}\nNearest that fit: {near} ranks")
         return world // (self.tensor * self.pipeline * self.context)
 
     def equation(self, world: int) -> str:
-        """Names and values of everything that must come out whole, marked where it doesn't."""
-        model = self.tensor * self.pipeline * self.context
-        axes = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context}"
-        dense = f"DP = {world} / ({axes}) = {_quotient(world, model)}"
-        expert = self.expert_tensor * self.expert
-        if world % self.pipeline:
-            return dense
+        """Names and values of what must come out whole, a line each, marked where it doesn't."""
+        dense = self.tensor * self.pipeline * self.context
+        sparse = self.expert_tensor * self.expert * self.pipeline
+        dense_axes = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context}"
+        sparse_axes = f"ETP {self.expert_tensor} x EP {self.expert} x PP {self.pipeline}"
         return (
-            f"{dense}; expert DP = {world} / PP {self.pipeline} / (EP {self.expert} x ETP {self.expert_tensor}) = "
-            + (_quotient(world // self.pipeline, expert))
+            f"  DP = {world} / ({dense_axes}) = {_quotient(world, dense)}\n"
+            f"  expert DP = {world} / ({sparse_axes}) = {_quotient(world, sparse)}"
         )
 
     def describe(self, world: int) -> str:
@@ -115,8 +113,8 @@ def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:
     world = nodes * gpus
     if world % layout.unit:
         raise LayoutError(
-            f"{nodes} node{'s' * (nodes != 1)} x {gpus} GPUs = {world} ranks don't fit: {layout.equation(world)}. "
-            f"{_nearest_nodes(layout, nodes, gpus)}"
+            f"{nodes} node{'s' * (nodes != 1)} x {gpus} GPUs = {world} ranks don't fit:\n"
+            f"{layout.equation(world)}\n{_nearest_nodes(layout, nodes, gpus)}"
         )
     return Placement(nodes=nodes, tasks_per_node=gpus)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from launcher.states import State
 
 COLUMNS = ("RUN", "JOB", "CLUSTER", "ID", "STATE", "PROGRESS", "LOSS", "TOK/S", "LEFT", "AGE")
+WORDS = {"step": "progress", "eval": "validation", "ready": "server"}  # what people call those events
 RIGHT = ("PROGRESS", "LOSS", "TOK/S", "LEFT", "AGE")
 
 
@@ -79,11 +80,11 @@ def details(found: Sequence["Run"]) -> None:
         attempts = logs.attempts(run.path)
         pairs = [
             ("job", f"{run.job} on {run.cluster}{f', id {run.job_id}' if run.job_id else ''}"),
-            ("reason", state.reason),
+            ("reason", "" if state.state == "COMPLETED" else state.reason),
             ("nodes", state.nodes),
             ("starts", state.start if state.state == "PENDING" else ""),
             ("left", state.time_left),
-            *((kind, text) for kind in newest if (text := watch.describe(newest[kind]))),
+            *((WORDS.get(kind, kind), text) for kind in newest if (text := watch.describe(newest[kind]))),
             ("attempts", str(len(attempts)) if len(attempts) > 1 else ""),
             ("run", str(run.path)),
             ("logs", str(logs.path(run.path, attempts[-1]).parent) if attempts else ""),

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from launcher.jobs import JobPlan
     from launcher.profile import ClusterProfile
 
+STYLES = {  # of the states that Slurm knows
+    "COMPLETED": "green",
+    "RUNNING": "cyan",
+    "PENDING": "yellow",
+    "FAILED": "red",
+    "TIMEOUT": "red",
+    "NODE_FAIL": "red",
+    "OUT_OF_MEMORY": "red",
+    "CANCELLED": "magenta",
+}
+
 
 @functools.cache
 def console(stderr: bool = False) -> "Console":
@@ -67,17 +78,18 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
         console().print(line, soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table without lines: readable by people, and by `cut` and `awk`."""
-    from rich import box
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table without lines: people read it, and so do `cut` and `awk`. Columns that hold nothing are left out."""
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD if console().is_terminal else None, pad_edge=False, header_style="bold")
-    for column in columns:
+    shown = [place for place, column in enumerate(columns) if any(row[place] for row in rows)]
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for place in shown:
+        column = columns[place]
         grid.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(row[place], style=STYLES.get(row[place].split(" ")[0], "")) for place in shown))
     console().print(grid)
 
 
@@ -165,10 +177,11 @@ class Moving:
     """Progress on a terminal."""
 
     def __init__(self, bar: Any, task: Any) -> None:
-        self._bar, self._task = bar, task
+        self._bar, self._task, self._text = bar, task, ""
 
     def update(self, text: str, done: float, total: float) -> None:
         """Where it stands now."""
+        self._text = text
         self._bar.update(self._task, text=text, completed=done, total=total)
 
     def above(self, text: str) -> None:
@@ -177,6 +190,11 @@ class Moving:
 
     def tick(self) -> None:
         """Time passes; the bar redraws by itself."""
+
+    def end(self) -> None:
+        """The bar is gone; where it stood stays."""
+        if self._text:
+            say(f"  {self._text}")
 
 
 class Lines:
@@ -201,3 +219,7 @@ class Lines:
         if self._waiting and (last or time.monotonic() - self._said > self.EVERY):
             say(f"{self._title}: {self._waiting}")
             self._said, self._waiting = time.monotonic(), ""
+
+    def end(self) -> None:
+        """Say what still waits."""
+        self.tick(last=True)

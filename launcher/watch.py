@@ -124,6 +124,7 @@ def _print_progress(run: "Run") -> None:
                 line.update(text, *_fraction(event))
             elif text:
                 line.above(text)
+    line.end()
 
 
 def _fraction(event: dict[str, Any]) -> tuple[float, float]:

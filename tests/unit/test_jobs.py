@@ -157,5 +157,5 @@ def test_missing_inputs_are_all_named_with_what_makes_them(cluster):
     with pytest.raises(UsageError) as caught:
         inputs.require(jobs.plan_finetune(cluster))
     message = str(caught.value)
-    assert "weights: /shared/models/Mixtral-8x7B-v0.1-megatron doesn't exist; `mixlaunch convert" in message
-    assert "data: /shared/data/finetune.idx doesn't exist; `mixlaunch prepare" in message
+    assert "weights: /shared/models/Mixtral-8x7B-v0.1-megatron doesn't exist\n  `mixlaunch convert" in message
+    assert "data: /shared/data/finetune.idx doesn't exist\n  `mixlaunch prepare" in message
