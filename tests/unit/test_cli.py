@@ -249,16 +249,36 @@ def test_colour_on_a_terminal_unless_unwanted(monkeypatch):
     assert "\x1b[31m" not in terminal("finetune", "--cluster", "nowhere", NO_COLOR="1")
 
 
+SMALL = ["--layers", "1", "--hidden", "64", "--heads", "2", "--kv-heads", "1"]
+
+
 def test_a_job_on_this_machine_runs_to_its_end(mixlaunch, home):
-    result = mixlaunch(
-        "tiny", "--output", home / "model", "--layers", "1", "--hidden", "64", "--heads", "2", "--kv-heads", "1"
-    )
-    assert result.exit_code == 0, result.output
-    assert "tiny done" in result.stdout
+    made = mixlaunch("tiny", "--output", home / "model", *SMALL)
+    assert made.exit_code == 0, made.output
+    assert "tiny done" in made.stdout
     assert json.loads((home / "model" / "config.json").read_text())["num_hidden_layers"] == 1
-    shown = mixlaunch("status").stdout
-    assert "COMPLETED" in shown
-    assert mixlaunch("logs", "tiny", "--batch").stdout.rstrip().endswith("done; exit 0")
+    converted = mixlaunch("convert", "--model", home / "model", "--follow")
+    assert converted.exit_code == 0, converted.output
+    assert "model-megatron: complete" in converted.stdout  # the job's own words
+    table = mixlaunch("status").stdout
+    assert [line.split()[1] for line in table.splitlines()[1:]] == ["convert", "tiny"]  # the newest first
+    assert "COMPLETED" in mixlaunch("status", "convert").stdout
+    for words in (["logs"], ["logs", "-f"], ["logs", "convert", "--rank", "0", "--attempt", "0"]):
+        assert "model-megatron: complete" in mixlaunch(*words).stdout
+    assert mixlaunch("logs", "tiny", "--batch").stdout.endswith("done; exit 0\n")
+    assert "there are: 0" in mixlaunch("logs", "--attempt", "7").stderr
+    assert "has ended already" in mixlaunch("cancel", "tiny").stdout
+
+
+def test_a_job_that_is_not_waited_for_can_be_cancelled(mixlaunch, home):
+    (home / "text.txt").write_text("words\n")
+    mixlaunch("tiny", "--output", home / "model", *SMALL)
+    started = mixlaunch("prepare", home / "text.txt", "--model", home / "model", "--no-wait", "--name", "later")
+    assert started.exit_code == 0
+    assert "mixlaunch logs -f later-" in started.stdout
+    assert mixlaunch("cancel", "later").exit_code == 0
+    shown = mixlaunch("status", "later").stdout
+    assert "CANCELLED" in shown or "COMPLETED" in shown  # it may have been quicker
 
 
 def test_a_jobs_mistake_is_the_commands_mistake(mixlaunch, home):
