@@ -128,12 +128,7 @@ class Experts(MegatronModule):
         weight = torch.nn.Parameter(
             torch.empty(self.count, rows, columns, dtype=config.params_dtype, device=mcore.device())
         )
-        # Gradients are averaged over the ranks that hold these experts, not over all data-parallel ones, and every
-        # rank counts its own part of the norm.
-        set_tensor_model_parallel_attributes(weight, True, dim, 1)
-        weight.allreduce = not (  # type: ignore[attr-defined]
-            config.expert_model_parallel_size > 1 or self.tensor_group.size() != config.tensor_model_parallel_size
-        )
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)  # every rank counts its own part of the norm
         return weight
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:

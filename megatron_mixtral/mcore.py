@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,141 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mixtral import nocuda
 from megatron_mixtral.config import Layout
 from megatron_mixtral.errors import JobError
 
 HAVE_GPU = torch.cuda.is_available()
-_CPU = torch.device("cpu")
-_FACTORIES = (
-    *(
-        "arange",
-        "as_tensor",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "eye",
-        "full",
-        "full_like",
-        "linspace",
-        "ones",
-    ),
-    *("ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor"),
-    *("tril_indices", "triu_indices", "zeros", "zeros_like"),
-)
-
-
-class _Stream:
-    """One queue in which everything has already happened: work on CPU is synchronous."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device = _CPU
-        self.cuda_stream = 0
-
-    def wait_stream(self, _: Any) -> None: ...
-
-    def wait_event(self, _: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> "_Event":
-        return event or _Event()
-
-
-class _Event:
-    """A moment that has passed."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record(self, *_: Any) -> None: ...
-
-    def wait(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: Any) -> float:
-        return 0.0
-
-
-def _on_cpu(value: Any) -> Any:
-    """A device argument as this machine can honour it: any spelling of CUDA becomes the CPU."""
-    cuda = (isinstance(value, str) and value.startswith("cuda")) or (
-        isinstance(value, torch.device) and value.type == "cuda"
-    )
-    return _CPU if cuda else value
-
-
-def _redirected(factory: Callable[..., Any]) -> Callable[..., Any]:
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return factory(*args, **kwargs)
-
-    on_cpu.__name__ = getattr(factory, "__name__", "factory")
-    return on_cpu
-
-
-def _substitute_streams(cuda: Any) -> None:
-    the_stream = _Stream()
-    cuda.Stream = _Stream
-    cuda.Event = _Event
-    # One function a name: torch._dynamo, should anything import it, refuses the same one under two.
-    cuda.current_stream = lambda *_, **__: the_stream
-    cuda.default_stream = lambda *_, **__: the_stream
-    cuda.stream = lambda *_, **__: nullcontext()
-    for name in ("synchronize", "set_device", "empty_cache"):
-        setattr(cuda, name, lambda *_, **__: None)
-    cuda.current_device = lambda: _CPU
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
-    # The one generator of the process plays the device's: seeds and states go to it.
-    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-
-
-def _substitute_tensors() -> None:
-    """Every factory and move that names CUDA; wrapping these few costs nothing elsewhere, in any thread."""
-    for name in _FACTORIES:
-        setattr(torch, name, _redirected(getattr(torch, name)))
-    for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
-        setattr(torch.Tensor, name, _redirected(getattr(torch.Tensor, name)))
-
-    move, kind = torch.Tensor.to, torch.Tensor.type
-
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return move(self, *map(_on_cpu, args), **{k: _on_cpu(v) for k, v in kwargs.items()})
-
-    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Optimizers sort parameters by the name of their type and know CUDA's alone.
-        name = kind(self, *args, **kwargs)
-        return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
-
-    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
-    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-
-
-def _substitute_collectives() -> None:
-    exchange = dist.all_to_all_single
-
-    def all_to_all_single(output: Any, given: Any, outputs: Any = None, inputs: Any = None, **kwargs: Any) -> Any:
-        """Split sizes are tensors where a GPU holds them; gloo wants lists."""
-        outputs = kwargs.pop("output_split_sizes", outputs)
-        inputs = kwargs.pop("input_split_sizes", inputs)
-        as_list = [x.tolist() if hasattr(x, "tolist") else x for x in (outputs, inputs)]
-        return exchange(output, given, *as_list, **kwargs)
-
-    dist.all_to_all_single = all_to_all_single
-    torch.distributed.all_to_all_single = all_to_all_single
 
 
 @contextmanager
@@ -193,9 +63,7 @@ def _leave_dynamo_out() -> None:
 def _import_megatron() -> None:
     if not HAVE_GPU:
         assert "megatron.core" not in sys.modules, "import megatron_mixtral.mcore before megatron.core"
-        _substitute_streams(torch.cuda)
-        _substitute_tensors()
-        _substitute_collectives()
+        nocuda.install()
         _leave_dynamo_out()
     with quiet(), _uncompiled():
         import megatron.core.distributed
@@ -218,6 +86,7 @@ from megatron.core.tensor_parallel import random as _random  # noqa: E402
 from megatron.core.transformer import transformer_layer  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import get_num_layers_to_build  # noqa: E402
 
@@ -247,6 +116,24 @@ _mend_loading_of_adam()
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
+
+def _mend_balancing_loss() -> None:
+    """Give the load-balancing loss its whole weight under tensor parallelism, as 0.19 does.
+
+    Where the loss is a sum over tokens, older ones weigh it by the tokens of this rank's share of the sequence, all
+    else by those of the whole one: with 2 ranks a coefficient of 0.01 acts as 0.005.
+    """
+    attach = TopKRouter.attach_and_log_load_balancing_loss
+
+    def attach_whole(self: Any, *args: Any, valid_token_count: Any, **kwargs: Any) -> Any:
+        whole = valid_token_count * self.tp_cp_group.size()
+        return attach(self, *args, valid_token_count=whole, **kwargs)
+
+    TopKRouter.attach_and_log_load_balancing_loss = attach_whole
+
+
+if VERSION < (0, 19):
+    _mend_balancing_loss()
 if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 without Transformer Engine reads the name undefined
     moe_utils.te_general_gemm = None
 if not HAVE_GPU:
@@ -281,7 +168,7 @@ def layers_of_stage(config: Any, *, vp_stage: int | None) -> int:
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
-    return torch.device("cuda", torch.cuda.current_device()) if HAVE_GPU else _CPU
+    return torch.device("cuda", torch.cuda.current_device()) if HAVE_GPU else nocuda.CPU
 
 
 def save_sharded(content: dict[str, Any], folder: Path, *, content_metadata: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def build(
         rotary_base=shape.rope_theta,
     ).to(mcore.device())
     model.shape = shape
+    _set_experts_apart(model)
     _hide_padding(model, shape)
     return model
 
@@ -121,6 +122,17 @@ def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None
 def padded_vocabulary(shape: MixtralShape, layout: Layout) -> int:
     """Rows of the embedding: the vocabulary, and as few more as make it divide over tensor-parallel ranks."""
     return -(-shape.vocab_size // layout.tensor) * layout.tensor
+
+
+def _set_experts_apart(model: GPTModel) -> None:
+    """Gradients of experts are averaged over the ranks that hold them, and their optimizer is one of its own.
+
+    megatron-core does so only where experts are spread over ranks; then checkpoints of the one kind would have one
+    optimizer and those of the other kind two, and neither could be loaded as the other.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _hide_padding(model: GPTModel, shape: MixtralShape) -> None:
