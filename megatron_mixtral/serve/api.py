@@ -103,18 +103,23 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = HttpRequest(scope)
+        request, body = HttpRequest(scope), _Body(receive)
         status = 0
 
         async def counted(message: Message) -> None:
             nonlocal status
+            if body.too_large and not status:
+                return  # what the routes say about half a body; the right answer follows
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
             self._check(request)
-            await self._app(scope, _bounded(receive), counted)
+            await self._app(scope, body.receive, counted)
+            if body.too_large and not status:
+                body.too_large = False
+                await problems.body_for(request, _too_large())(scope, receive, counted)
         except Problem as problem:
             if not status:
                 await problems.body_for(request, problem)(scope, receive, counted)
@@ -151,19 +156,19 @@ def presented_key(authorization: str) -> str | None:
     return None
 
 
-def _bounded(receive: Receive) -> Receive:
-    """Bodies without a length are counted as they come."""
-    read = 0
+class _Body:
+    """A request's body, counted as it comes and cut off where it's too large."""
 
-    async def counted() -> Message:
-        nonlocal read
-        message = await receive()
-        read += len(message.get("body", b""))
-        if read > LARGEST_BODY:
-            raise _too_large()
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._read, self.too_large = receive, 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._read += len(message.get("body", b""))
+        if self._read > LARGEST_BODY:
+            self.too_large = True
+            return {"type": "http.request", "body": b"", "more_body": False}
         return message
-
-    return counted
 
 
 def _too_large() -> Problem:

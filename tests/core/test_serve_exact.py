@@ -28,7 +28,8 @@ def test_64_prompts_at_once_while_others_are_cancelled(name, served_model, refer
             with client.stream(
                 "POST", "/v1/completions", json={**body, "prompt": prompt, "max_tokens": 120, "stream": True}
             ) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()
+                next(lines)
         reply = client.post("/v1/completions", json={**body, "prompt": prompts, "echo": True})
         assert reply.status_code == 200, reply.text
         raw = client.put(
