@@ -28,9 +28,15 @@ HAVE_GPU = torch.cuda.is_available()
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without megatron-core's warnings about packages that we do without, and torch's about what it calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("megatron.core")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -194,6 +200,10 @@ def save_sharded(content: dict[str, Any], folder: Path, *, content_metadata: dic
         dist_checkpointing.save(
             content, str(folder), sharded_strategy=InProcess("torch_dist", 1), content_metadata=content_metadata
         )
+        common = folder / "common.pt"
+        if dist.get_rank() == 0 and not common.exists():
+            # Newer versions keep this part among the tensors; older ones find it in this file only, all read it.
+            torch.save(dist_checkpointing.load_common_state_dict(str(folder)), common)
 
 
 def _from_environment() -> tuple[int, int, int]:

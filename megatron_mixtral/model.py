@@ -43,18 +43,18 @@ def build(
         settings = transformer_config(
             shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
         )
-    model = GPTModel(
-        config=settings,
-        transformer_layer_spec=layers.decoder_spec(settings),
-        vocab_size=padded_vocabulary(shape, layout),
-        max_sequence_length=max_sequence_length or shape.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=parallel_output,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
-    ).to(mcore.device())
+        model = GPTModel(
+            config=settings,
+            transformer_layer_spec=layers.decoder_spec(settings),
+            vocab_size=padded_vocabulary(shape, layout),
+            max_sequence_length=max_sequence_length or shape.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            parallel_output=parallel_output,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+        ).to(mcore.device())
     model.shape = shape
     _set_experts_apart(model)
     _hide_padding(model, shape)
