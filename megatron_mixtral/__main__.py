@@ -17,6 +17,7 @@ MODULES = {
     "download": "megatron_mixtral.download",
     "prepare": "megatron_mixtral.data",
     "convert": "megatron_mixtral.convert",
+    "verify": "megatron_mixtral.verify",
     "finetune": "megatron_mixtral.train",
     "serve": "megatron_mixtral.serve.job",
 }

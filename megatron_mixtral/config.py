@@ -158,6 +158,13 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Recompute the digests of a converted folder."""
+
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Train; values unless given are those of upstream's Mixtral example."""
 
@@ -205,6 +212,7 @@ JOBS: dict[str, type] = {
     "download": DownloadConfig,
     "prepare": PrepareConfig,
     "convert": ConvertConfig,
+    "verify": VerifyConfig,
     "finetune": FinetuneConfig,
     "serve": ServeConfig,
 }

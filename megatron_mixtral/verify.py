@@ -1,0 +1,72 @@
+"""The job `verify`: whether every tensor of a converted folder still has the digest it had as it was written.
+
+Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
+"""
+
+import hashlib
+from pathlib import Path
+
+from megatron_mixtral import hub, tensors, torch_dist, weights_folder
+from megatron_mixtral.config import MixtralShape, VerifyConfig
+from megatron_mixtral.copying import BLOCK, Run, Source
+from megatron_mixtral.errors import CheckpointError, InputError
+from megatron_mixtral.events import EventLog
+from megatron_mixtral.progress import Progress
+from megatron_mixtral.weights import Rows, hub_shapes, links
+from megatron_mixtral.work import Crew
+
+
+def run(config: VerifyConfig, run_dir: Path) -> None:
+    """Check this process's share of the tensors; `CheckpointError` names those that differ."""
+    crew = Crew.from_environment()
+    folder = weights_folder.resolve(Path(config.folder).expanduser().absolute())
+    recorded = weights_folder.read_marker(folder).get("digests")
+    if not recorded:
+        raise InputError(f"{folder}: records no digests; convert writes them, training doesn't")
+    source, runs = tensors_of(folder)
+    if missing := sorted(recorded.keys() - runs.keys()):
+        raise CheckpointError(f"{folder}: tensor {missing[0]} has a digest and is missing")
+    names = sorted(recorded)
+    sizes = [sum(len(run.rows) * source.row_bytes(run.rows.name) for run in runs[name]) for name in names]
+    mine = [names[place] for place in crew.mine(sizes)]
+    events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
+    total = sum(size for name, size in zip(names, sizes, strict=True) if name in mine)
+    progress = Progress(total, label=f"rank {crew.rank}", events=events)
+    wrong = [name for name in mine if digest(source, runs[name], progress) != recorded[name]]
+    progress.finish()
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(f"{folder}: tensor {wrong[0]}{more}: not what was converted; the files have changed")
+    print(f"{folder}: {len(mine)} tensors as they were converted", flush=True)
+
+
+def tensors_of(folder: Path) -> tuple[Source, dict[str, list[Run]]]:
+    """What the folder holds, and for each hub tensor the rows that make it up."""
+    shape = MixtralShape.from_folder(folder)
+    wanted = hub_shapes(shape)
+    if not (folder / torch_dist.METADATA).exists():
+        stored = hub.HubFolder(folder)
+        stored.check(wanted)
+        return stored, {name: [Run(Rows(name, (), 0, size[0]), name)] for name, size in wanted.items()}
+    weights_folder.refuse_foreign(folder)
+    cut = torch_dist.TorchDistFolder(folder)
+    cut.check(tensors.shapes(shape), tensors.PADDED)
+    runs: dict[str, list[Run]] = {name: [] for name in wanted}
+    for link in links(shape):
+        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
+    return cut, runs
+
+
+def digest(source: Source, runs: list[Run], progress: Progress) -> str:
+    """SHA-256 of a hub tensor put together from its rows."""
+    found = hashlib.sha256()
+    for run in runs:
+        rows, width = run.rows, source.row_bytes(run.rows.name)
+        step = max(1, BLOCK // width)
+        for start in range(rows.start, rows.stop, step):
+            part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
+            data = memoryview(bytearray(len(part) * width))
+            source.read(part, data)
+            found.update(data)
+            progress.add(len(data))
+    return found.hexdigest()

@@ -1,0 +1,51 @@
+"""`verify` finds one changed bit in any tensor of a converted folder, of either kind."""
+
+import hub_folders
+import jobs
+import pytest
+import torch
+from test_convert import run
+
+from megatron_mixtral import verify
+from megatron_mixtral.config import VerifyConfig
+from megatron_mixtral.errors import CheckpointError, InputError
+
+
+@pytest.fixture
+def converted(tmp_path):
+    hub_folders.write(tmp_path / "hub", shards=2)
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf", max_shard_gb=0.00001)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["megatron", "back"])
+def test_what_was_converted_is_as_it_was(converted, name, capsys):
+    verify.run(VerifyConfig(folder=str(converted / name)), converted)
+    assert "tensors as they were converted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("megatron", "*.distcp"), ("back", "*.safetensors")])
+def test_one_changed_bit_is_found_wherever_it_is(converted, name, pattern):
+    needle = hub_folders.read(converted / "hub")
+    tensor = "model.layers.1.self_attn.v_proj.weight"
+    row = needle[tensor][5].view(torch.uint8).numpy().tobytes()
+    (path,) = [p for p in (converted / name).rglob(pattern) if row in p.read_bytes()]
+    data = bytearray(path.read_bytes())
+    data[data.index(row) + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"tensor {tensor}: not what was converted"):
+        verify.run(VerifyConfig(folder=str(converted / name)), converted)
+
+
+def test_two_processes_share_the_work(converted):
+    done = jobs.run("verify", {"folder": str(converted / "megatron")}, converted / "run", ranks=2)
+    counts = [int(path.read_text().split(" tensors")[0].split()[-1]) for path in done.outputs]
+    assert sum(counts) == len(hub_folders.read(converted / "hub"))
+    assert min(counts) > 0
+
+
+def test_a_folder_without_digests_says_so(tmp_path):
+    (tmp_path / "mixlaunch.json").write_text('{"format": 1, "kind": "training"}')
+    with pytest.raises(InputError, match="records no digests"):
+        verify.run(VerifyConfig(folder=str(tmp_path)), tmp_path)
