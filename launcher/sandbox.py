@@ -69,7 +69,7 @@ def accounting_available() -> bool:
 
 
 def up(
-    folder: Path | None = None, shape: Shape | None = None, *, accounting: bool | None = None, timeout: float = 60
+    folder: Path | None = None, shape: Shape | None = None, *, accounting: bool | None = None, timeout: float = 120
 ) -> Sandbox:
     """Start a sandbox in `folder` and return once its nodes are idle; one that is already up is returned as it is.
 

@@ -14,7 +14,18 @@ from launcher.errors import Fault
 
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # daemons live here, and an ordinary PATH lacks them
 TIMEOUT = 30  # seconds; a busy controller takes some
-ACTIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"}
+# Everything else (PENDING, COMPLETING, SIGNALING, REQUEUED, ...) may still turn into something.
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "REVOKED",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +44,7 @@ class JobState:
     @property
     def active(self) -> bool:
         """Whether the job may still do something."""
-        return self.state in ACTIVE
+        return self.state not in ENDED
 
 
 def which(program: str) -> str | None:

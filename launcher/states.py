@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher import processes, slurm
@@ -18,7 +18,8 @@ MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, wi
 FAREWELL = 15  # seconds that a cancelled local run gets: its script gives the ranks ten
 LOOK_TIMEOUT = 15
 LAST_WORD = re.compile(r"^mixlaunch: (?P<reason>.*?)(?:; exit (?P<code>\d+)|; (?P<again>requeued|starting again))$")
-UNKNOWN = "UNKNOWN"
+UNKNOWN = "UNKNOWN"  # nobody answers
+GONE = "ENDED"  # nobody has it any more, and it left no last word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class State:
     @property
     def active(self) -> bool:
         """Whether the job may still do something, as far as anyone knows."""
-        return self.state in slurm.ACTIVE
+        return self.state != GONE and self.state not in slurm.ENDED
 
 
 def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[Path, State]:
@@ -44,7 +45,7 @@ def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[P
     try:
         known = slurm.states(jobs.values(), environment)
     except Fault as fault:
-        return {run: from_logs(run, f"Slurm is silent: {fault}") for run in jobs}
+        return {run: from_logs(run, UNKNOWN, f"Slurm is silent: {fault}") for run in jobs}
     return {run: _merged(run, known.get(job)) for run, job in jobs.items()}
 
 
@@ -52,28 +53,24 @@ def of_local(run_dir: Path, host: str, *, cancelled: bool = False) -> State:
     """State of a local run: its processes are looked for on this machine, its end is in its log."""
     if host == socket.gethostname() and is_running(run_dir):
         return State(state="RUNNING", source="processes", nodes=host)
-    found = from_logs(run_dir, "")
-    if cancelled:
-        return State(state="CANCELLED", source="processes", exit_code=found.exit_code, nodes=host)
-    if found.state == UNKNOWN and host == socket.gethostname():
-        return State(
-            state="FAILED", source="processes", reason="it was killed: its log has no last line", nodes=host
-        )
-    return found
+    if host != socket.gethostname():
+        return from_logs(run_dir, UNKNOWN, f"it was started on {host}")
+    found = from_logs(run_dir, "FAILED", "it was killed: its log has no last word")
+    return replace(found, state="CANCELLED") if cancelled else found
 
 
-def from_logs(run_dir: Path, why: str) -> State:
-    """What the last line of the newest attempt's batch log says: a finished job leaves its exit code there."""
+def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
+    """What the newest attempt's last word says, a finished job's exit code; without one, `otherwise` and `why`."""
     attempts = sorted((run_dir / "logs").glob("attempt_*/batch.log"), key=_attempt)
     lines = attempts[-1].read_text(errors="replace").splitlines() if attempts else []
     for line in reversed(lines):
         if match := LAST_WORD.match(line):
             if match["again"]:
-                return State(state=UNKNOWN, source="logs", reason=match["reason"])
+                break
             code = int(match["code"])
             state = "FAILED" if code else "COMPLETED"
             return State(state=state, source="logs", reason=match["reason"], exit_code=code)
-    return State(state=UNKNOWN, source="logs", reason=why)
+    return State(state=otherwise, source="logs", reason=why)
 
 
 def is_running(run_dir: Path) -> bool:
@@ -107,10 +104,10 @@ def cancel_local(run_dir: Path, job_id: str) -> None:
 
 def _merged(run_dir: Path, job: slurm.JobState | None) -> State:
     if job is None:
-        return from_logs(run_dir, "Slurm has no job of this id any more")
+        return from_logs(run_dir, GONE, "Slurm has forgotten it")
     code = int(job.exit_code.split(":")[0]) if job.exit_code else None
     if code is None and not job.active:
-        code = from_logs(run_dir, "").exit_code
+        code = from_logs(run_dir, GONE, "").exit_code
     return State(
         state=job.state,
         source="slurm",

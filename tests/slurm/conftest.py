@@ -3,12 +3,14 @@
 Without Slurm's daemons every test here is skipped, and the reason says how to get them.
 """
 
+import getpass
+import secrets
 from pathlib import Path
 
 import pytest
 from running import wait_until
 
-from launcher import jobs, runs, sandbox
+from launcher import jobs, runs, sandbox, slurm
 from launcher.profile import ClusterProfile
 
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server"
@@ -42,11 +44,11 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Make an executable that takes Python's place on every rank: what a rank does is told in bash."""
+    """Make an executable that takes Python's place on every rank: what a rank does is told in bash or Python."""
 
-    def make(does: str) -> str:
-        path = tmp_path / "rank"
-        path.write_text(f"#!/bin/bash\n{does}\n")
+    def make(does: str, interpreter: str = "/bin/bash") -> str:
+        path = tmp_path / f"rank{secrets.token_hex(2)}"
+        path.write_text(f"#!{interpreter}\n{does}\n")
         path.chmod(0o755)
         return str(path)
 
@@ -78,7 +80,7 @@ def cluster(site, tmp_path):
 def plan(cluster, tmp_path):
     """Plan a finetune of four ranks on two nodes; `does` is what each rank does, `more` goes into the profile."""
 
-    def make(python: str, *, nodes: int = 2, **more) -> jobs.JobPlan:
+    def make(python: str, *, nodes: int = 2, limit: str | None = None, **more) -> jobs.JobPlan:
         profile = cluster.model_copy(
             update={"python": python, "node": cluster.node.model_copy(update={"gpus": 2}), **more}
         )
@@ -87,7 +89,7 @@ def plan(cluster, tmp_path):
             model=str(tmp_path / "models" / "m"),
             data=str(tmp_path / "data" / "d"),
             axes=jobs.Axes(pipeline=nodes, expert=2),
-            ask=jobs.Ask(nodes=nodes),
+            ask=jobs.Ask(nodes=nodes, time=limit),
         )
 
     return make
@@ -95,13 +97,15 @@ def plan(cluster, tmp_path):
 
 @pytest.fixture
 def finish():
-    """Wait for a run's end and return its state; whatever happens, no job outlives its test."""
-    started: list[runs.Run] = []
+    """Wait for a run's end and return its state."""
 
     def wait(run: runs.Run, seconds: float = 60):
-        started.append(run)
         return wait_until(lambda: (state := runs.state_of(run)) and not state.active and state, seconds, run)
 
-    yield wait
-    for run in started:
-        runs.cancel(run)
+    return wait
+
+
+@pytest.fixture(autouse=True)
+def no_job_outlives_its_test(site):
+    yield
+    slurm.call("scancel", f"--user={getpass.getuser()}", environment=site.environment)

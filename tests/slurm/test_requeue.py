@@ -1,9 +1,25 @@
 """What the batch script decides on the host of a real Slurm: requeue, give up, pass signals on, end."""
 
+import sys
+
 from running import rank_logs, wait_until
 
 from launcher import logs, processes, runs, slurm
 
+# In Python: the script starts ranks with USR2 ignored, and a shell can't listen to what it found ignored.
+LISTEN = """
+import os, signal, sys, time
+heard = []
+if os.environ["MIXLAUNCH_ATTEMPT"] == "0":
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: heard.append(number))
+    print("ready", flush=True)
+    while not heard:
+        time.sleep(0.1)
+    time.sleep(0.5)  # a save; Slurm and the script may both send the signal
+    print(signal.Signals(heard[0]).name, flush=True)
+    sys.exit(85)
+"""
 COUNT = 'echo "rank $RANK attempt $MIXLAUNCH_ATTEMPT restart ${SLURM_RESTART_COUNT:-0}"'
 SAVE = (
     'at="$MIXLAUNCH_RUN/checkpoints/iter_000000$MIXLAUNCH_ATTEMPT"; mkdir -p "$at"; echo {} >"$at/mixlaunch.json"'
@@ -46,44 +62,42 @@ def test_faults_are_retried_while_there_is_progress_and_thrice_without(plan, stu
 
 def test_the_early_warning_reaches_every_rank(plan, stub, finish):
     """As Slurm sends it before the time limit: to the batch script alone, which passes it on."""
-    wait = "trap 'echo warned; exit 85' USR2; echo ready; while :; do sleep 0.2; done"
-    run = runs.start(plan(stub(f'if [ "$MIXLAUNCH_ATTEMPT" = 0 ]; then {wait}; fi')))
+    run = runs.start(plan(stub(LISTEN, sys.executable)))
     wait_until(lambda: _all_ready(run), run=run)
     slurm.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
     assert finish(run).state == "COMPLETED"
-    assert rank_logs(run) == ["ready\nwarned\n"] * 4
+    assert rank_logs(run) == ["ready\nSIGUSR2\n"] * 4
     assert "signal USR2, passed on" in batch_log(run)
 
 
 def test_the_time_limit_warns_before_it_ends(plan, stub, finish, cluster):
     """Not our scancel but Slurm's own: a limit of one minute with its warning at once."""
-    wait = "trap 'echo warned; exit 85' USR2; echo ready; while :; do sleep 0.2; done"
-    run = runs.start(plan(stub(f'if [ "$MIXLAUNCH_ATTEMPT" = 0 ]; then {wait}; fi'), signal_lead=55, nodes=1))
-    wait_until(lambda: _all_ready(run), run=run)
+    run = runs.start(plan(stub(LISTEN, sys.executable), limit="1", signal_lead=55, nodes=1))
+    wait_until(lambda: _all_ready(run, 2), run=run)
     assert finish(run, 90).state == "COMPLETED"
-    assert rank_logs(run) == ["ready\nwarned\n"] * 2
+    assert rank_logs(run) == ["ready\nSIGUSR2\n"] * 2
 
 
 def test_cancelled_means_ended_even_when_the_ranks_ask_for_more(plan, stub, finish):
-    run = runs.start(plan(stub("trap 'exit 85' TERM USR2; echo ready; while :; do sleep 0.2; done")))
+    run = runs.start(plan(stub(LISTEN, sys.executable)))
     wait_until(lambda: _all_ready(run), run=run)
     assert runs.cancel(run)
     assert finish(run).state == "CANCELLED"
     assert not runs.cancel(run)
     assert logs.attempts(run.path) == [0]
+    assert "everything is saved, but the job was ended from outside" in batch_log(run)
 
 
 def test_a_preempted_job_saves_in_its_grace_time_and_comes_back(plan, stub, finish, site):
     """A job of the partition `high` takes all nodes from one of `low`, whose ranks are told with SIGTERM."""
-    wait = "trap 'echo told; exit 85' TERM USR2; echo ready; while :; do sleep 0.2; done"
-    made = plan(stub(f'if [ "$MIXLAUNCH_ATTEMPT" = 0 ]; then {wait}; fi'), partition="low", exclusive=True, nodes=4)
+    made = plan(stub(LISTEN, sys.executable), partition="low", exclusive=True, nodes=4)
     run = runs.start(made)
     wait_until(lambda: _all_ready(run, 8), run=run)
     urgent = plan(stub("sleep 1"), partition="high", exclusive=True, nodes=4)
     other = runs.start(urgent)
     assert finish(other).state == "COMPLETED"
     assert finish(run, 120).state == "COMPLETED"
-    assert "told" in rank_logs(run)[0]
+    assert rank_logs(run) == ["ready\nSIGTERM\n"] * 8
     assert len(logs.attempts(run.path)) == 2
 
 

@@ -120,10 +120,13 @@ finish() {
 [ "$code" -ne 0 ] || finish "done"
 [ "$code" -ne 2 ] || finish "a mistake in what was asked for, so not retried"
 again() {
-  local state
-  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z_]*")
-  case $state in
-    JobState=CANCELLED | JobState=PREEMPTED) finish "$1, but the job is ${state#*=}" ;;
+  local job
+  # A job that somebody cancelled, or that Slurm preempts and requeues itself, is completing by now: requeueing it
+  # would bring it back against their will. One that reached its time limit with everything saved may go on.
+  job=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z_]* Reason=[^ ]*")
+  case $job in
+    "" | "JobState=RUNNING "* | *Reason=TimeLimit) ;;
+    *) finish "$1, but the job was ended from outside" ;;
   esac
   echo "mixlaunch: $1; requeued"
   scontrol requeue "$SLURM_JOB_ID" || finish "scontrol requeue failed"
