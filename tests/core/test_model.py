@@ -101,10 +101,10 @@ def start(folder, layout, **options):
 
 
 def write_weights(folder):
-    """One rank: the reference's tensors into `folder/release`, by way of a model."""
+    """The reference's tensors into `folder/release`, by way of a model of one rank."""
     import torch
 
-    from megatron_mixtral import checkpoint, mcore
+    from megatron_mixtral import checkpoint
 
     model = start(folder, {})
     weights = torch.load(Path(folder) / "weights.pt")
@@ -112,7 +112,6 @@ def write_weights(folder):
         for tensor in sharded_tensors(model):
             tensor.data.copy_(local_part(tensor, weights))
     checkpoint.save(Path(folder) / "release", model, assets=Path(folder))
-    mcore.shutdown()
 
 
 def sharded_tensors(model):
@@ -211,24 +210,34 @@ def gradient_errors(model, expected):
     return off
 
 
-def compare_all(folder, layouts):
-    """One layout after another over the same ranks."""
+def on_one_rank(folders):
+    """Write the weights of every shape, and compare those of the first."""
     from megatron_mixtral import mcore
 
-    off = {name: compare(folder, layout) for name, layout in layouts.items()}
+    for folder in folders:
+        write_weights(folder)
+    off = compare(folders[0], {})
     mcore.shutdown()
     return off
 
 
-ALONE = {"alone": {}}
-ON_TWO = {
+def on_two_ranks(cases):
+    """One layout after another over the same ranks: name -> differences."""
+    from megatron_mixtral import mcore
+
+    off = {name: compare(folder, layout) for name, folder, layout in cases}
+    mcore.shutdown()
+    return off
+
+
+LAYOUTS = {
     "pp2": {"pipeline": 2},
     "ep2": {"expert": 2},
     "tp2": {"tensor": 2},
     "tp2_etp2": {"tensor": 2, "expert_tensor": 2},
     "tp2_ep2": {"tensor": 2, "expert": 2},
 }
-VARIANTS = {
+SHAPES = {
     "uneven_stages": {"num_hidden_layers": 3},
     "tied": {"tie_word_embeddings": True},
     "window": {"sliding_window": 7},
@@ -236,6 +245,24 @@ VARIANTS = {
     "top3_of_4": {"num_local_experts": 4, "num_experts_per_tok": 3},
     "top1": {"num_experts_per_tok": 1},
 }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    names = {"reference": {}, **SHAPES}
+    return {name: str(make_reference(tmp_path_factory.mktemp(name), **names[name])) for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    return ranks(1, on_one_rank, list(folders.values()))
+
+
+@pytest.fixture(scope="module")
+def in_two(folders, alone):
+    cases = [(name, folders["reference"], layout) for name, layout in LAYOUTS.items()]
+    cases += [(name, folders[name], LAYOUTS["pp2"]) for name in SHAPES]
+    return ranks(2, on_two_ranks, cases)
 
 
 def check(parts):
@@ -247,29 +274,15 @@ def check(parts):
     assert len([name for name in held if name.startswith("decoder.layers.")]) == 7
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = make_reference(tmp_path_factory.mktemp("reference"))
-    ranks(1, write_weights, str(folder))
-    return str(folder)
+def test_one_process_computes_what_transformers_does(alone):
+    check(alone)
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(reference):
-    return ranks(2, compare_all, reference, ON_TWO)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_compute_what_transformers_does(in_two, layout):
+    check([off[layout] for off in in_two])
 
 
-def test_one_process_computes_what_transformers_does(reference):
-    check([off["alone"] for off in ranks(1, compare_all, reference, ALONE)])
-
-
-@pytest.mark.parametrize("layout", ON_TWO)
-def test_two_ranks_compute_what_transformers_does(on_two_ranks, layout):
-    check([off[layout] for off in on_two_ranks])
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_other_shapes_do_too_in_two_stages(tmp_path, variant):
-    make_reference(tmp_path, **VARIANTS[variant])
-    ranks(1, write_weights, str(tmp_path))
-    check([off["pp2"] for off in ranks(2, compare_all, str(tmp_path), {"pp2": ON_TWO["pp2"]})])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_do_too_in_two_stages(in_two, shape):
+    check([off[shape] for off in in_two])
