@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +182,10 @@ def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
     total = sum(t.nbytes for t in targets)
     limit = max(SMALLEST_UNIT_BYTES, min(UNIT_BYTES, total // 32))
     units = torch_dist.files(targets, limit=limit)
-    objects = empty_objects(shape, f"__{len(units)}_0.distcp")
 
     def finish(out: Path) -> None:
-        torch_dist.write_metadata(out, units, tensors.shapes(shape), objects)
+        objects, file = empty_objects(shape), f"__{len(units)}_0.distcp"
+        torch_dist.write_metadata(out, units, tensors.shapes(shape), objects, file)
         torch_dist.write_common(out)
 
     return Conversion(
@@ -238,28 +238,16 @@ def common_types(table: Iterable[Link], source: Source) -> dict[str, str]:
     return types
 
 
-def empty_objects(shape: MixtralShape, file: str) -> Unit:
+def empty_objects(shape: MixtralShape) -> Iterator[str]:
     """The objects, all None, that Transformer Engine's modules ask a checkpoint for."""
-    names = []
     for name, grid in tensors.extra_states(shape).items():
-        for place in grid_places(grid):
-            names.append(f"{name}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, grid))}")
-    return Unit(file, tuple(Target(name, (), (), "float32", ()) for name in names), (0,) * len(names))
-
-
-def grid_places(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    if not grid:
-        yield ()
-        return
-    for first in range(grid[0]):
-        for rest in grid_places(grid[1:]):
-            yield (first, *rest)
+        for place in product(*map(range, grid)):
+            yield f"{name}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, grid))}"
 
 
 def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
     newest = weights_folder.resolve(folder)
     weights_folder.read_marker(newest)
-    weights_folder.refuse_foreign(newest)
     shape = MixtralShape.from_folder(newest)
     source = torch_dist.TorchDistFolder(newest)
     source.check(tensors.shapes(shape), tensors.PADDED)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import hub_folders
@@ -250,11 +251,31 @@ def test_a_bad_weights_folder_is_refused_by_file_and_tensor(megatron, out, damag
         run(megatron, out, to="hf")
 
 
-def test_an_archive_that_would_run_code_is_refused_unread(megatron, tmp_path):
+def test_an_archive_of_something_else_is_refused(megatron, tmp_path):
     damaged_archive(megatron)
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp: tensor embedding\S+ at \d+: damaged.*doesn't belong"):
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: tensor embedding\S+ at \d+: damaged: .*not a tensor"):
         run(megatron, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
+
+
+class Trap:
+    """Unpickled as pickle would, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_hidden_in_a_checkpoint_does_not_run(megatron, out, tmp_path):
+    for content in (Trap(tmp_path / "sprung"), {"storage_data": Trap(tmp_path / "sprung")}):
+        (megatron / "release" / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises(CheckpointError, match=r"\.metadata: damaged"):
+            run(megatron, out, to="hf")
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()  # it would have
 
 
 @pytest.mark.parametrize(
