@@ -280,7 +280,7 @@ def _start_database(sandbox: Sandbox, deadline: float) -> None:
         "--skip-test-db",
     ]
     with (folder / "logs" / "mariadb.log").open("ab") as log:
-        if subprocess.run(install, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=60).returncode:
+        if subprocess.run(install, env=_environment(sandbox), stdout=log, stderr=log, timeout=90).returncode:
             raise Fault("mariadb-install-db failed")
     # No grant tables: the socket's folder is the user's alone, and nothing listens on the network.
     server = [
@@ -313,18 +313,17 @@ def _start_database(sandbox: Sandbox, deadline: float) -> None:
         )
 
 
+def _environment(sandbox: Sandbox) -> dict[str, str]:
+    """For every process that is ours: marked, so that it is found again whatever happens to us."""
+    database = f"{sandbox.folder}/database/socket"
+    return {**os.environ, **sandbox.environment, MARK: sandbox.mark, "MYSQL_UNIX_PORT": database}
+
+
 def _launch(sandbox: Sandbox, name: str, program: str, *arguments: str) -> None:
     folder = sandbox.folder
-    environment = {
-        **os.environ,
-        **sandbox.environment,
-        MARK: sandbox.mark,
-        "MYSQL_UNIX_PORT": f"{folder}/database/socket",
-    }
     argv = [slurm.which(program) or program, *arguments]
-    sandbox.processes[name] = processes.start(
-        argv, env=environment, cwd=folder, log=folder / "logs" / f"{name}.out"
-    )
+    log = folder / "logs" / f"{name}.out"
+    sandbox.processes[name] = processes.start(argv, env=_environment(sandbox), cwd=folder, log=log)
     write(sandbox)
 
 

@@ -1,0 +1,194 @@
+"""The sandbox itself: real daemons that come up, stay out of each other's way and go without a trace."""
+
+import getpass
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from running import wait_until
+
+from launcher import processes, sandbox, slurm
+from launcher.errors import Fault, UsageError
+from launcher.sandbox_config import Shape
+
+ROOT = Path(__file__).parents[2]
+SMALL = Shape(nodes=1, gpus=2, cpus=4, memory_gb=4)
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    """A folder short enough for sockets; whatever a test left up in it is taken down."""
+    path = tmp_path_factory.mktemp("sb") / "s"
+    yield path
+    if path.exists():
+        (path / "spare").unlink(missing_ok=True)
+        sandbox.down(path)
+
+
+def daemons(found: sandbox.Sandbox) -> list[int]:
+    return processes.marked(**{sandbox.MARK: found.mark})
+
+
+def test_it_is_up_when_its_nodes_are_idle(site):
+    status = sandbox.status(site.folder)
+    assert status.state == "up"
+    assert status.nodes == {f"sandbox{n}": "idle" for n in range(4)}
+    shown = slurm.call("scontrol", "--oneliner", "show", "node", "sandbox3", environment=site.environment)
+    assert "CPUTot=64" in shown
+    assert "Gres=gpu:8" in shown
+    assert f"RealMemory={512 * 1024}" in shown
+
+
+def test_up_again_is_the_same_sandbox(site):
+    assert sandbox.up(site.folder) == site
+
+
+def test_another_shape_needs_it_down_first(site):
+    with pytest.raises(UsageError, match="another shape is up"):
+        sandbox.up(site.folder, SMALL)
+    assert sandbox.status(site.folder).state == "up"
+
+
+def test_accounts_hold_where_mariadb_is_installed(site):
+    if not sandbox.accounting_available():
+        pytest.skip("slurmdbd and MariaDB aren't installed; on Debian: apt-get install slurmdbd mariadb-server")
+    with pytest.raises(Fault, match="Invalid account"):
+        slurm.call("sbatch", "--account=nobody", "--wrap=true", environment=site.environment)
+
+
+def test_two_side_by_side_and_down_ends_one_with_its_jobs(site, folder, tmp_path):
+    other = sandbox.up(folder, SMALL, accounting=False)
+    assert not other.accounting
+    # A process that leaves its job's session is the job's still.
+    argv = ["--output=/dev/null", f"--wrap=setsid sleep 314 & touch {tmp_path}/runs; sleep 314"]
+    job = slurm.call("sbatch", "--parsable", *argv, environment=other.environment).strip()
+    wait_until((tmp_path / "runs").exists)
+    jobs = processes.marked(SLURM_JOB_ID=job)
+    assert len(jobs) >= 2
+    assert sandbox.down(folder)
+    assert not daemons(other)
+    assert not set(jobs) & set(processes.marked(SLURM_JOB_ID=job))
+    assert not folder.exists()
+    assert sandbox.status(site.folder).state == "up"
+
+
+def test_down_where_nothing_is_does_nothing(folder):
+    assert not sandbox.down(folder)
+    assert not folder.exists()
+
+
+def test_a_folder_of_somebody_elses_is_refused_and_left_alone(folder):
+    folder.mkdir()
+    (folder / "spare").write_text("mine")
+    for action in (sandbox.up, sandbox.down):
+        with pytest.raises(UsageError, match="no sandbox"):
+            action(folder)
+    assert (folder / "spare").read_text() == "mine"
+
+
+def test_what_cant_work_is_refused_before_anything_is_written(folder):
+    deep = folder / ("x" * 60)
+    with pytest.raises(UsageError, match="at most 60 characters"):
+        sandbox.up(deep)
+    with pytest.raises(UsageError, match="nodes: 0 must be at least 1"):
+        sandbox.up(folder, Shape(nodes=0))
+    assert not folder.exists()
+
+
+def test_a_dead_daemon_is_told_and_the_next_up_starts_afresh(folder):
+    first = sandbox.up(folder, SMALL, accounting=False)
+    os.kill(first.processes["slurmctld"], signal.SIGKILL)
+    wait_until(lambda: sandbox.status(folder).state == "broken")
+    assert sandbox.status(folder).dead == ("slurmctld",)
+    second = sandbox.up(folder, SMALL, accounting=False)
+    assert second.mark != first.mark
+    assert not daemons(first)
+    assert sandbox.status(folder).state == "up"
+
+
+def test_a_crash_half_way_up_is_cleaned_by_the_next_up(folder):
+    """`up` is killed as soon as its first daemon runs."""
+    code = f"from pathlib import Path\nfrom launcher import sandbox\nsandbox.up(Path({str(folder)!r}))"
+    starting = subprocess.Popen([sys.executable, "-c", code])
+    wait_until((folder / "munge.socket").exists)
+    starting.kill()
+    starting.wait()
+    half = sandbox.status(folder)
+    assert half.state == "broken"
+    assert half.sandbox
+    sandbox.up(folder, SMALL, accounting=False)
+    assert not daemons(half.sandbox)
+    assert sandbox.status(folder).state == "up"
+
+
+def test_a_daemon_that_cant_start_is_an_error_that_leaves_nothing(folder, monkeypatch):
+    bad = Shape(nodes=1, gpus=0, cpus=1, memory_gb=1, partitions=(("a b", 1),))
+    with pytest.raises(Fault, match=r"(?s)the sandbox didn't start.*(error|fatal)"):
+        sandbox.up(folder, bad, accounting=False)
+    assert not folder.exists()
+
+
+AS_NOBODY = """
+import sys
+from pathlib import Path
+from launcher import sandbox, slurm
+site = sandbox.up(Path(sys.argv[1]))
+print(slurm.call("srun", "-N4", "id", "-un", environment=site.environment))
+sandbox.down(site.folder)
+"""
+
+
+def test_an_ordinary_user_needs_no_rights():
+    """Root's tests try it as `nobody`; everyone else's run without rights anyway."""
+    if os.getuid():
+        pytest.skip("every test here runs unprivileged already")
+    pythons = [sys.executable, *filter(None, [shutil.which("python3", path="/usr/bin:/usr/local/bin")])]
+    python = next((path for path in pythons if _open(Path(path))), None)
+    if python is None or not _open(ROOT / "launcher" / "sandbox.py"):
+        pytest.skip("no Python, or not this repository, is readable for `nobody`")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    os.chown(folder, 65534, 65534)
+    argv = [python, "-c", AS_NOBODY, str(folder / "s")]
+    try:
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *argv],
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            cwd="/",
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["nobody"] * 4
+        assert not list(folder.iterdir())
+    finally:
+        shutil.rmtree(folder)
+
+
+def _open(path: Path) -> bool:
+    """Whether `nobody` can read `path`."""
+    ways = [path.resolve(), *path.resolve().parents]
+    return all(way.stat().st_mode & (0o001 if way.is_dir() else 0o004) for way in ways)
+
+
+def test_down_takes_no_time(folder):
+    sandbox.up(folder, SMALL, accounting=False)
+    began = time.monotonic()
+    sandbox.down(folder)
+    assert time.monotonic() - began < 10
+
+
+def test_nothing_of_the_system_is_used(site):
+    """Own munge socket and key, own ports, own user: a system Slurm on the same machine would never notice."""
+    conf = site.slurm_conf.read_text()
+    assert f"AuthInfo=socket={site.folder}/munge.socket" in conf
+    assert f"SlurmUser={getpass.getuser()}" in conf
+    paths = [value for line in conf.splitlines() if (value := line.partition("=")[2]).startswith("/")]
+    assert [path for path in paths if not path.startswith(f"{site.folder}/")] == ["/bin/true"]  # no mail
+    assert (site.folder / "munge.key").stat().st_mode & 0o777 == 0o600
+    assert site.folder.stat().st_mode & 0o777 == 0o700
