@@ -7,10 +7,10 @@ rank before anything is read.
 import os
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_mixtral import mcore, tensors
@@ -68,6 +68,10 @@ def verify(folder: Path, shape: MixtralShape) -> None:
     """`CheckpointError` unless `folder` is ours, whole in its files, and holds exactly the tensors of `shape`."""
     read_marker(folder)
     refuse_foreign(folder)
+    _check_contents(folder, shape)
+
+
+def _check_contents(folder: Path, shape: MixtralShape) -> None:
     metadata = _read_metadata(folder)
     _check_files(folder, metadata)
     _check_tensors(folder, metadata, shape)
@@ -100,11 +104,8 @@ def _check_files(folder: Path, metadata: Any) -> None:
 
 def _check_tensors(folder: Path, metadata: Any, shape: MixtralShape) -> None:
     wanted = tensors.shapes(shape)
-    found = {
-        name: entry
-        for name, entry in metadata.state_dict_metadata.items()
-        if hasattr(entry, "size") and not name.startswith("optimizer.")
-    }
+    stored_tensors = {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
+    found = {name: entry for name, entry in stored_tensors.items() if not name.startswith("optimizer.")}
     if missing := sorted(wanted.keys() - found.keys()):
         raise CheckpointError(f"{folder}: tensor {missing[0]} missing ({len(missing)} in all)")
     if extra := sorted(found.keys() - wanted.keys()):
@@ -114,11 +115,10 @@ def _check_tensors(folder: Path, metadata: Any, shape: MixtralShape) -> None:
         padded = name in tensors.PADDED and stored[0] >= size[0] and stored[1:] == size[1:]
         if stored != size and not padded:
             raise CheckpointError(f"{folder}: tensor {name} has shape {stored}, the model needs {size}")
-        parts = sum(torch.Size(chunk.sizes).numel() for chunk in found[name].chunks)
-        if parts != torch.Size(stored).numel():
-            raise CheckpointError(
-                f"{folder}: tensor {name} has {parts} of its {torch.Size(stored).numel()} elements"
-            )
+    for name, entry in stored_tensors.items():
+        parts, whole = sum(prod(chunk.sizes) for chunk in entry.chunks), prod(entry.size)
+        if parts != whole:
+            raise CheckpointError(f"{folder}: tensor {name} has {parts} of its {whole} elements")
 
 
 def unwrap(model: Any) -> Any:
@@ -218,7 +218,7 @@ def save(
         "ranks": dist.get_world_size(),
         "layout": _layout(unwrap(model).config),
     }
-    _on_first_rank(lambda: _finish(folder, marker, assets))
+    _on_first_rank(lambda: _finish(folder, unwrap(model).shape, marker, assets))
 
 
 def _on_first_rank(action: Any) -> None:
@@ -245,7 +245,8 @@ def _claim(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(folder: Path, marker: dict[str, Any], assets: Path | None) -> None:
+def _finish(folder: Path, shape: MixtralShape, marker: dict[str, Any], assets: Path | None) -> None:
+    _check_contents(folder, shape)
     if assets is not None:
         for path in hub_assets(assets):
             shutil.copyfile(path, folder / path.name)

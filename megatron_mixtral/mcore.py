@@ -4,6 +4,7 @@ Import it before `megatron.core`; `initialize` then joins the process group that
 model-parallel groups over it and seeds the ranks, with NCCL on GPUs and gloo on CPU.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -256,6 +257,7 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0) -> N
     if not HAVE_GPU:
         _lend_gloo_groups()
     seed_ranks(seed)
+    gc.freeze()  # a save has the collector run twice, half a second a rank if it looks at all that was imported
 
 
 def _lend_gloo_groups() -> None:
