@@ -1,0 +1,247 @@
+"""The chain on a real Slurm, with real parts, by the commands that a user types: 32 ranks over four nodes and back.
+
+One small Mixtral goes all the way: prepared, converted, trained at EP8 x PP4, loaded at EP2 x PP1, exported and
+served. What is compared at the end is transformers' opinion of the exported weights.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from running import wait_until
+
+from launcher import logs, runs, slurm
+
+SEQUENCE, SAMPLES, STEPS, ANSWER = 32, 16, 3, 16
+SETTINGS = [
+    *("--precision", "fp32", "--sequence-length", str(SEQUENCE), "--global-batch", "8", "--validation", "0.3"),
+    *("--eval-steps", str(SAMPLES // 8), "--warmup-steps", "1"),
+]
+PROMPTS = ("The cat sat", "Once upon a time there was")
+
+
+class Chain:
+    """A home with a profile of the sandbox, and the commands typed in it."""
+
+    def __init__(self, home: Path, slurm_conf: Path) -> None:
+        self.home = home
+        self.shared = {name: str(home / name) for name in ("models", "data", "runs")}
+        self.write_profile("four", slurm_conf, gpus=8)
+        self.write_profile("two", slurm_conf, gpus=2)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MIXLAUNCH_", "SLURM_", "XDG_"))}
+        self.environment = environment | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+        (home / "models").mkdir()
+
+    def write_profile(self, name: str, slurm_conf: Path, *, gpus: int) -> None:
+        profile = {
+            "scheduler": "slurm",
+            "slurm_conf": str(slurm_conf),
+            "time": "10",
+            "node": {"gpus": gpus, "cpus": 64, "memory_gb": 512},
+            "python": sys.executable,
+            "environment": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1},
+            "paths": self.shared,
+            "serve": {"host": "127.0.0.1"},
+            "signal_lead": 30,
+        }
+        (self.home / f"{name}.yaml").write_text(yaml.safe_dump(profile))
+
+    def types(self, *words: str, cluster: str = "four", seconds: float = 270) -> str:
+        """What `mixlaunch WORDS` prints; it must end with 0."""
+        argv = [sys.executable, "-m", "launcher", *words, "--cluster", str(self.home / f"{cluster}.yaml")]
+        done = subprocess.run(
+            argv, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=seconds
+        )
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}{self.stories()}"
+        return done.stdout
+
+    def run(self, name: str) -> runs.Run:
+        return runs.find(name, [self.home / "runs"])
+
+    def stories(self) -> str:
+        texts = []
+        for log in sorted((self.home / "runs").glob("*/logs/**/*")):
+            if log.is_file() and log.name in ("batch.log", "rank_0.log"):
+                texts.append(f"--- {log.relative_to(self.home)}\n{log.read_text(errors='replace')[-1500:]}")
+        return "\n".join(texts)
+
+
+@pytest.fixture(scope="module")
+def chain(site, tmp_path_factory):
+    """Prepared text and converted weights of a small Mixtral whose greedy answers hardly repeat."""
+    found = Chain(tmp_path_factory.mktemp("chain"), site.slurm_conf)
+    make_model(found.home / "models" / "small")
+    with (found.home / "text.jsonl").open("w") as stream:
+        for number in range(120):
+            text = f"Document {number} tells what {number} and {number + 1} make: {2 * number + 1}. " * 3
+            stream.write(json.dumps({"text": text}) + "\n")
+    model = str(found.home / "models" / "small")
+    found.types("prepare", "text.jsonl", "--model", model, "--wait")
+    found.types("convert", "--model", model, "--preset", "train", "--wait")
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(chain):
+    """Done when 2: `finetune --nodes 4` on a profile of 4 nodes x 8 GPUs, through submitit, to its end."""
+    weights = str(chain.home / "models" / "small-megatron")
+    chain.types(
+        *("finetune", "--nodes", "4", "--model", weights, "--steps", str(STEPS), "--name", "wide", "--wait"),
+        *SETTINGS,
+    )
+    return chain.run("wide")
+
+
+def make_model(folder: Path) -> None:
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from megatron_mixtral import tiny
+
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        num_hidden_layers=4,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=32000,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=0.2,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+
+
+@pytest.mark.timeout(600)
+def test_32_ranks_over_four_nodes_train_at_ep8_pp4(chain, trained):
+    start = next(event for event in logs.events(trained.path) if event["event"] == "start")
+    assert start["world"] == 32
+    assert start["layout"] == {
+        "tensor": 1, "pipeline": 4, "expert": 8, "expert_tensor": 1, "context": 1, "data": 8,
+    }  # fmt: skip
+    steps = [event["step"] for event in logs.events(trained.path) if event["event"] == "step"]
+    assert steps == [1, 2, 3]
+    assert len(list((trained.path / "logs" / "attempt_0").glob("rank_*.log"))) == 32
+    state = runs.state_of(trained)
+    assert (state.state, state.nodes, state.exit_code) == ("COMPLETED", "sandbox[0-3]", 0)
+    assert (trained.path / "submitit" / f"{trained.job_id}_submitted.pkl").exists()
+
+
+@pytest.fixture(scope="module")
+def exported(chain, trained):
+    """The trained weights in the hub's layout."""
+    chain.types("convert", "--to", "hf", "--model", trained.name, "--output", str(chain.home / "hf"), "--wait")
+    return chain.home / "hf"
+
+
+def transformers_loss(folder: Path, data: Path) -> float:
+    """Mean validation loss by transformers alone, over the documents that training kept for validation."""
+    import numpy as np
+    import torch
+    from transformers import MixtralForCausalLM
+
+    from megatron_mixtral import batches
+
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    documents = batches.Documents(data)
+    kept = batches.split(len(documents), 0.3, 1234).validation
+    samples = batches.Samples(documents, kept, SEQUENCE, 1234, pad=True)
+    assert samples.per_epoch >= SAMPLES, "both must have seen the same samples"
+    pairs = [samples[n] for n in range(SAMPLES)]
+    ids, mask = (torch.from_numpy(np.stack(parts)) for parts in zip(*pairs, strict=True))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    learnt = mask[:, 1:].flatten()
+    return float((losses * learnt).sum() / learnt.sum())
+
+
+@pytest.mark.timeout(600)
+def test_the_checkpoint_loads_elsewhere_and_transformers_agrees(chain, trained, exported):
+    """At EP2 x PP1 without learning, the validation loss is that of EP8 x PP4 and of transformers."""
+    still = ("--lr", "0", "--min-lr", "0", "--steps", "1")
+    chain.types(
+        *("finetune", "--model", trained.name, "--pp", "1", "--ep", "2", "--name", "narrow", "--wait"),
+        *(*SETTINGS, *still),
+    )
+    narrow = chain.run("narrow")
+    start = next(event for event in logs.events(narrow.path) if event["event"] == "start")
+    assert start["world"] == 2
+    assert start["source"].startswith(str(trained.path / "checkpoints"))
+    wide_loss, narrow_loss = (logs.newest(run.path)["eval"]["loss"] for run in (trained, narrow))
+    assert narrow_loss == pytest.approx(wide_loss, abs=1e-4)
+    assert transformers_loss(exported, chain.home / "data" / "finetune") == pytest.approx(wide_loss, abs=1e-4)
+
+
+@pytest.mark.timeout(600)
+def test_pp2_on_the_sandbox_serves_what_transformers_says(chain, trained, exported):
+    """Done when 4: `PUT /api`, greedy, token for token."""
+    import httpx
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chain.types("serve", "--model", trained.name, "--port", str(port), "--precision", "fp32", "--max-tokens", "256")
+    run = chain.run("serve")
+    assert run.record["layout"]["pipeline"] == 2
+    wait_until((run.path / "server.json").exists, 120, run)
+    body = {"prompts": list(PROMPTS), "tokens_to_generate": ANSWER, "top_k": 1}
+    answer = httpx.put(f"http://127.0.0.1:{port}/api", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert told["tokens"] == continuations(exported)
+    assert all(text.startswith(prompt) for text, prompt in zip(told["text"], PROMPTS, strict=True))
+    slurm.call("scancel", run.job_id, environment=run.environment)
+    wait_until(lambda: not runs.state_of(run).active, 60, run)
+    assert not (run.path / "server.json").exists()
+
+
+def continuations(folder: Path) -> list[list[int]]:
+    """By transformers alone: each prompt's tokens and its greedy continuation's."""
+    import torch
+    from transformers import AutoTokenizer, MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for prompt in PROMPTS:
+        ids = model.generate(words(prompt, return_tensors="pt").input_ids, max_new_tokens=ANSWER, do_sample=False)
+        found.append(ids[0].tolist())
+    assert len({token for ids in found for token in ids}) > ANSWER, "the answers are too alike to tell"
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_an_exported_script_trains_by_plain_sbatch(chain):
+    """Done when 5: two nodes of two ranks; nothing but sbatch touches the script on its way."""
+    weights = str(chain.home / "models" / "small-megatron")
+    script = chain.home / "exported.sbatch"
+    script.write_text(
+        chain.types(
+            *("export", "finetune", "--model", weights, "--pp", "2", "--ep", "2", "--nodes", "2"),
+            *("--steps", "2", "--name", "plain", *SETTINGS),
+            cluster="two",
+        )
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(chain.home)}
+    environment["SLURM_CONF"] = yaml.safe_load((chain.home / "two.yaml").read_text())["slurm_conf"]
+    done = subprocess.run(["sbatch", script], env=environment, cwd=chain.home, capture_output=True, text=True)
+    job = re.search(r"\d+", done.stdout)[0]
+    run_dir = chain.home / "runs" / f"plain-{job}"
+    wait_until(lambda: not slurm.states([job], environment)[job].active, 120)
+    assert slurm.states([job], environment)[job].state == "COMPLETED", chain.stories()
+    newest = logs.newest(run_dir)
+    assert newest["step"]["step"] == 2
+    assert newest["exit"]["code"] == 0
+    assert (run_dir / "checkpoints" / "iter_0000002" / "mixlaunch.json").exists()
