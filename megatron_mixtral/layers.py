@@ -8,6 +8,7 @@ rank, E experts of this rank, H hidden, F expert width of this rank.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -218,28 +220,44 @@ def grouped_mm_serves(*weights: Tensor) -> bool:
     )
 
 
-def decoder_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the layers are made of; `fused.modules` has another set of these, with the same parameters."""
+
+    norm: type = RMSNorm
+    block_norm: type = BlockNorm
+    self_attention: type = SelfAttention
+    core_attention: type = Attention
+    experts: type = Experts
+    moe: type = MoELayer
+
+
+def decoder_spec(
+    config: TransformerConfig, *, parts: Parts = Parts(), vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm after the last one."""
     if mcore.have_transformer_engine():
         return mcore.transformer_engine_block(config, vp_stage=vp_stage)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=parts.self_attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=parts.core_attention,
+                    linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=BlockNorm,
-            mlp=mcore.moe_spec(Experts),
+            pre_mlp_layernorm=parts.block_norm,
+            mlp=mcore.moe_spec(parts.experts, parts.moe),
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine fuses this norm into the projection and names it so in checkpoints.
             sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
         ),
     )
     count = mcore.layers_of_stage(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=BlockNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.block_norm)

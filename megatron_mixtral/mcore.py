@@ -89,6 +89,8 @@ _import_megatron()
 import megatron.core  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
+from megatron.core.optimizer import clip_grads  # noqa: E402
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers  # noqa: E402
 from megatron.core.tensor_parallel import random as _random  # noqa: E402
 from megatron.core.transformer import transformer_layer  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
@@ -160,12 +162,43 @@ def transformer_engine_block(config: Any, *, vp_stage: int | None) -> Any:
     return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
-def moe_spec(experts: type) -> Any:
+def moe_spec(experts: type, layer: type = MoELayer) -> Any:
     """megatron-core's router and dispatcher around `experts`: a specification in 0.16, a builder since."""
     parts = MoESubmodules(experts=experts)
     if hasattr(transformer_layer, "MlpBuilder"):
-        return partial(MoELayer, submodules=parts)
-    return ModuleSpec(module=MoELayer, submodules=parts)
+        return partial(layer, submodules=parts)
+    return ModuleSpec(module=layer, submodules=parts)
+
+
+def accumulate_in_place(model: torch.nn.Module, extension: Any) -> None:
+    """Let linear layers add weight gradients to `main_grad` by `extension`, as by the CUDA one upstream wants."""
+    tensor_parallel_layers.fused_weight_gradient_mlp_cuda = extension
+    for module in model.modules():
+        if hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = True
+
+
+def norms_without_waiting() -> None:
+    """Gradient norms of all tensors in a few kernels; upstream without Transformer Engine waits for each one's."""
+
+    def l2_norm(_: int, __: Any, lists: list[list[torch.Tensor]], per_tensor: bool) -> tuple[torch.Tensor, None]:
+        assert not per_tensor
+        return torch.stack(torch._foreach_norm(lists[0])).norm().unsqueeze(0), None
+
+    if clip_grads.l2_norm_impl is megatron.core.utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
+
+
+def model_shards(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
+    """Of a DistributedOptimizer: each fp32 shard, and the same numbers' place in the model's bf16 buffer."""
+    shards = {}
+    groups = zip(optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups, strict=True)
+    for main, parameter in (pair for group in groups for pair in zip(*group, strict=True)):
+        place = optimizer._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+        buffer, _, bucket = optimizer.model_param_gbuf_map[parameter]
+        data = optimizer.buffers[buffer].buckets[bucket].param_data
+        shards[main] = data.view(-1)[place.start : place.end]
+    return shards
 
 
 def layers_of_stage(config: Any, *, vp_stage: int | None) -> int:

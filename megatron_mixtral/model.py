@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from megatron_mixtral import layers, mcore
+from megatron_mixtral import fused, layers, mcore
 from megatron_mixtral.config import Layout, MixtralShape
 from megatron_mixtral.errors import LayoutError
 
@@ -28,24 +28,27 @@ def build(
     max_sequence_length: int | None = None,
     random_weights: bool = True,
     parallel_output: bool = True,
+    fuse: bool | None = None,
     **config: Any,
 ) -> GPTModel:
     """This rank's part of the model, after `mcore.initialize(layout)`.
 
     `random_weights=False` leaves parameters as the memory was: for models loaded from a checkpoint next.
     `parallel_output=False` gathers the vocabulary of the logits over tensor-parallel ranks.
+    `fuse` asks for our own kernels or for none; by default they are used wherever they run on a GPU.
     Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
     """
     layout.check(shape)
     if layout.context > 1:
         raise LayoutError(f"context parallel {layout.context}: attention isn't split over the sequence yet; use 1")
+    kind, parts = _kind(fuse)
     with mcore.quiet():
         settings = transformer_config(
             shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
         )
-        model = GPTModel(
+        model = kind(
             config=settings,
-            transformer_layer_spec=layers.decoder_spec(settings),
+            transformer_layer_spec=layers.decoder_spec(settings, parts=parts),
             vocab_size=padded_vocabulary(shape, layout),
             max_sequence_length=max_sequence_length or shape.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -55,10 +58,21 @@ def build(
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
         ).to(mcore.device())
-    model.shape = shape
+    model.shape, model.fused = shape, kind is not GPTModel
     _set_experts_apart(model)
     _hide_padding(model, shape)
     return model
+
+
+def _kind(fuse: bool | None) -> tuple[type[GPTModel], layers.Parts]:
+    """The model's class and what its layers are made of."""
+    if fuse is None:
+        fuse = mcore.HAVE_GPU and fused.missing() is None
+    if not fuse:
+        return GPTModel, layers.Parts()
+    from megatron_mixtral.fused import modules  # imports triton
+
+    return modules.Model, modules.PARTS
 
 
 def transformer_config(

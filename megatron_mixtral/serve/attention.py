@@ -24,7 +24,7 @@ def use_paged_attention(model: torch.nn.Module) -> None:
     assert mcore.VERSION >= (0, 16)
     upstream.HAVE_FA3 = True  # what `forward` asserts before it calls the method that needs no such package
     for module in model.modules():
-        if type(module) is SelfAttention:
+        if isinstance(module, SelfAttention):
             module.__class__ = PagedSelfAttention
 
 

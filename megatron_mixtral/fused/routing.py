@@ -1,0 +1,117 @@
+"""Tokens to the rows of their experts and back, with every count and place left on the device.
+
+Shapes: T tokens, E experts, R = rows of all experts (T times the experts per token), H hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where each token goes: `place[t, e]` is its row among those of expert e, -1 where it isn't sent."""
+
+    place: Tensor  # [T, E] int32
+    counts: Tensor  # [E] int32, rows of each expert
+    rows: int
+
+
+def plan(chosen: Tensor, top_k: int) -> Plan:
+    """From chosen [T, E] (bool, `top_k` true in each row); rows lie expert by expert, tokens in order."""
+    running = chosen.t().to(torch.int32).cumsum(1, dtype=torch.int32)
+    counts = running[:, -1]
+    first = counts.cumsum(0, dtype=torch.int32) - counts
+    place = torch.where(chosen.t(), first.unsqueeze(1) + running - 1, -1).t().contiguous()
+    return Plan(place=place, counts=counts, rows=chosen.shape[0] * top_k)
+
+
+@triton.jit
+def _spread(tokens, probs, place, rows, row_probs, E: tl.constexpr, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """Copy each token to all its rows, its probabilities to theirs."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    value = tl.load(tokens + token * width + at, mask=mask, other=0.0)
+    for e in tl.static_range(E):
+        row = tl.load(place + token * E + e).to(tl.int64)
+        if row >= 0:
+            tl.store(rows + row * width + at, value, mask=mask)
+            if row_probs is not None:
+                tl.store(row_probs + row, tl.load(probs + token * E + e))
+
+
+@triton.jit
+def _gather(rows, row_probs, place, tokens, probs, E: tl.constexpr, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """Sum each token's rows; rows' probabilities to their place, 0 elsewhere."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for e in tl.static_range(E):
+        row = tl.load(place + token * E + e).to(tl.int64)
+        if row >= 0:
+            total += tl.load(rows + row * width + at, mask=mask, other=0.0).to(tl.float32)
+        if probs is not None:
+            own = tl.load(row_probs + row, mask=row >= 0, other=0.0)
+            tl.store(probs + token * E + e, own)
+    tl.store(tokens + token * width + at, total.to(tokens.dtype.element_ty), mask=mask)
+
+
+def _sizes(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 1024, 1), 8)}
+
+
+def spread(tokens: Tensor, probs: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """tokens [T, H], probs [T, E] -> their copies [R, H] and [R]."""
+    count, experts = plan.place.shape
+    width = tokens.shape[1]
+    rows = tokens.new_empty(plan.rows, width)
+    row_probs = None if probs is None else probs.new_empty(plan.rows)
+    if count:
+        _spread[(count,)](tokens, probs, plan.place, rows, row_probs, experts, width, **_sizes(width))
+    return rows, row_probs
+
+
+def gather(rows: Tensor, row_probs: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """The transpose of `spread`: rows [R, H] -> sums [T, H], row_probs [R] -> [T, E]."""
+    count, experts = plan.place.shape
+    width = rows.shape[1]
+    tokens = rows.new_empty(count, width)
+    probs = None if row_probs is None else row_probs.new_empty(count, experts)
+    if count:
+        _gather[(count,)](rows, row_probs, plan.place, tokens, probs, experts, width, **_sizes(width))
+    return tokens, probs
+
+
+class Spread(torch.autograd.Function):
+    """tokens [T, H], probs [T, E] -> [R, H], [R]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, probs: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        rows, row_probs = spread(tokens.contiguous(), probs.contiguous(), plan)
+        assert row_probs is not None
+        return rows, row_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_probs: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        return *gather(grad.contiguous(), grad_probs.contiguous(), ctx.plan), None
+
+
+class Gather(torch.autograd.Function):
+    """rows [R, H] -> [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return gather(rows.contiguous(), None, plan)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return spread(grad.contiguous(), None, ctx.plan)[0], None

@@ -1,0 +1,208 @@
+"""Each fused part beside the same formula in plain torch, in double precision on the same inputs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_mixtral import fused
+
+pytestmark = pytest.mark.gpu
+# The interpreter cuts numbers off where a GPU rounds them.
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2 if fused.INTERPRETED else 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernels(device):
+    torch.manual_seed(0)
+
+
+def distance(ours, exact):
+    """Relative norm of the difference; NaN never passes."""
+    ours, exact = ours.detach().double(), exact.detach().double()
+    return float((ours - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def leaf(*shape, dtype, device):
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+
+def exact_copy(*tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def compare(ours, exact, inputs, exact_inputs, dtype):
+    """Values and all gradients, under one random gradient of the output."""
+    assert distance(ours, exact) < BOUND[dtype]
+    given = torch.randn_like(ours)
+    ours.backward(given)
+    exact.backward(given.double())
+    for mine, reference in zip(inputs, exact_inputs, strict=True):
+        assert distance(mine.grad, reference.grad) < BOUND[dtype]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 384), (33, 2048), (3, 14336)])
+def test_swiglu_times_probability(rows, width, dtype, device):
+    from megatron_mixtral.fused.activation import SwiGLU
+
+    both, probs = leaf(rows, 2 * width, dtype=dtype, device=device), leaf(rows, dtype=dtype, device=device)
+    exact_both, exact_probs = exact_copy(both, probs)
+    gate, up = exact_both.chunk(2, dim=-1)
+    compare(
+        SwiGLU.apply(both, probs),
+        F.silu(gate) * up * exact_probs.unsqueeze(-1),
+        (both, probs),
+        (exact_both, exact_probs),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize(("shape", "eps"), [((1, 1, 8), 1e-5), ((7, 3, 96), 1e-5), ((40, 2, 4096), 1e-6)])
+def test_rms_norm(shape, eps, dtype, device):
+    from megatron_mixtral.fused.norm import RMSNorm
+
+    x, weight = leaf(*shape, dtype=dtype, device=device), leaf(shape[-1], dtype=dtype, device=device)
+    inputs = exact_copy(x, weight)
+    exact = F.rms_norm(inputs[0], (shape[-1],), inputs[1], eps)
+    compare(RMSNorm.apply(x, weight, eps), exact, (x, weight), inputs, dtype)
+
+
+def rotated(x, angles):
+    low, high = x.chunk(2, dim=-1)
+    cos, sin = (f(angles)[:, None, None, :] for f in (torch.cos, torch.sin))
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("s", "b", "groups", "queries", "size"), [(1, 1, 1, 1, 16), (9, 2, 2, 4, 32), (17, 3, 8, 4, 128)]
+)
+def test_split_and_rotate(s, b, groups, queries, size, dtype, device):
+    from megatron_mixtral.fused.rope import SplitRotate
+
+    mixed = leaf(s, b, groups, (queries + 2) * size, dtype=dtype, device=device)
+    angles = torch.outer(
+        torch.arange(s, device=device) * 100.0, 1e6 ** (-torch.arange(size // 2, device=device) * 2 / size)
+    )
+    (exact,) = exact_copy(mixed)
+    q, k, v = exact.split([queries * size, size, size], dim=-1)
+    q = q.reshape(s, b, groups * queries, size)
+    expected = torch.cat([rotated(q, angles.double()), rotated(k, angles.double()), v], dim=2)
+    got = torch.cat(SplitRotate.apply(mixed, angles.cos(), angles.sin(), size), dim=2)
+    compare(got, expected, [mixed], [exact], dtype)
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 7), (5, 4096), (9, 32000)])
+def test_cross_entropy(tokens, vocabulary, dtype, device):
+    from megatron_mixtral.fused.loss import CrossEntropy
+
+    logits = leaf(tokens, vocabulary, dtype=dtype, device=device)
+    labels = torch.randint(vocabulary, (tokens,), device=device)
+    (exact,) = exact_copy(logits)
+    ours = CrossEntropy.apply(logits.clone(), labels, None)
+    compare(ours, F.cross_entropy(exact, labels, reduction="none"), [logits], [exact], dtype)
+
+
+def test_cross_entropy_of_far_apart_logits_is_finite(device):
+    from megatron_mixtral.fused.loss import CrossEntropy
+
+    logits = torch.full((2, 9000), -1e4, device=device)
+    logits[0, 8999] = 1e4
+    losses = CrossEntropy.apply(logits, torch.tensor([8999, 0], device=device), None)
+    assert losses[0] == 0
+    assert losses[1] == pytest.approx(9.105, abs=2e-3)
+
+
+CROWDS = {
+    "random": lambda t, e: torch.rand(t, e).topk(2, dim=1).indices,
+    "one token": lambda t, e: torch.rand(1, e).topk(2, dim=1).indices,
+    "all to the same two": lambda t, e: torch.tensor([[e - 1, 0]]).expand(t, 2),
+    "empty experts": lambda t, e: torch.rand(t, e // 2).topk(2, dim=1).indices * 2,
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (136, 264)])
+def test_experts_behind_real_routing(crowd, hidden, width, dtype, device):
+    from megatron_mixtral.fused import experts, routing
+
+    count = 8
+    indices = CROWDS[crowd](50, count).to(device)
+    tokens = len(indices)
+    chosen = torch.zeros(tokens, count, dtype=torch.bool, device=device).scatter_(1, indices, True)
+    x = leaf(tokens, hidden, dtype=dtype, device=device)
+    probs = (torch.rand(tokens, count, device=device) * chosen).to(dtype).requires_grad_()
+    fc1 = leaf(count, 2 * width, hidden, dtype=dtype, device=device)
+    fc2 = leaf(count, hidden, width, dtype=dtype, device=device)
+    inputs = exact_copy(x, probs, fc1, fc2)
+
+    plan = routing.plan(chosen, 2)
+    rows, row_probs = routing.Spread.apply(x, probs, plan)
+    ours = routing.Gather.apply(experts.GroupedExperts.apply(rows, row_probs, plan.counts, fc1, fc2), plan)
+    compare(ours, dense_experts(*inputs, chosen), (x, probs, fc1, fc2), inputs, dtype)
+
+
+def dense_experts(x, probs, fc1, fc2, chosen):
+    """Every expert on every token, masked: no routing that could be wrong."""
+    gate, up = torch.einsum("th,efh->etf", x, fc1).chunk(2, dim=-1)
+    out = torch.einsum("etf,ehf->eth", F.silu(gate) * up, fc2)
+    return torch.einsum("eth,te->th", out, probs * chosen)
+
+
+def test_every_row_of_the_plan_is_taken_once(device):
+    from megatron_mixtral.fused import routing
+
+    chosen = torch.zeros(97, 8, dtype=torch.bool, device=device)
+    chosen.scatter_(1, torch.rand(97, 8, device=device).topk(2, dim=1).indices, True)
+    plan = routing.plan(chosen, 2)
+    assert sorted(plan.place[chosen].tolist()) == list(range(194))
+    assert plan.counts.tolist() == chosen.sum(0).tolist()
+    by_expert = torch.repeat_interleave(torch.arange(8, device=device), plan.counts.long())
+    assert torch.equal(by_expert[plan.place[chosen].long()], chosen.nonzero()[:, 1])
+
+
+def test_weight_gradients_are_added_to_the_fp32_buffer(device):
+    from megatron_mixtral.fused import experts
+
+    counts = torch.tensor([3, 0, 5, 8], device=device)
+    rows, probs = leaf(16, 64, dtype=torch.bfloat16, device=device), torch.rand(16, device=device).bfloat16()
+    fc1, fc2 = (leaf(4, *shape, dtype=torch.bfloat16, device=device) for shape in [(128, 64), (64, 64)])
+    experts.GroupedExperts.apply(rows, probs, counts, fc1, fc2).sum().backward()
+    expected = [fc1.grad, fc2.grad]
+    for weight in (fc1, fc2):
+        weight.grad, weight.main_grad = None, torch.ones(weight.shape, device=device)
+    for _ in range(2):
+        experts.GroupedExperts.apply(rows, probs, counts, fc1, fc2).sum().backward()
+    for weight, gradient in zip((fc1, fc2), expected, strict=True):
+        assert weight.grad_added_to_main_grad
+        assert distance(weight.main_grad - 1, 2 * gradient) < 6e-3
+
+
+def test_second_backward_pass_is_refused(device):
+    from megatron_mixtral.fused.loss import CrossEntropy
+
+    logits = leaf(3, 10, dtype=torch.float32, device=device)
+    losses = CrossEntropy.apply(logits.clone(), torch.tensor([1, 2, 3], device=device), None).sum()
+    losses.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="no second backward"):
+        losses.backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_adam_beside_torchs(scale, device):
+    from megatron_mixtral.fused.adam import FusedAdamW
+
+    start = torch.randn(10_000, device=device)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    copy = torch.empty(10_000, dtype=torch.bfloat16, device=device)
+    mine, plain = FusedAdamW([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    mine.copies, mine.scale = {ours: copy}, scale
+    for _ in range(5):
+        ours.grad = torch.randn_like(start)
+        theirs.grad = ours.grad * scale
+        mine.step()
+        plain.step()
+    assert distance(ours, theirs) < 1e-6
+    assert distance(copy, ours) < BOUND[torch.bfloat16]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert distance(mine.state[ours][name], plain.state[theirs][name]) < 1e-6
+    assert float(mine.state[ours]["step"]) == 5
