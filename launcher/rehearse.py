@@ -8,6 +8,7 @@ import contextlib
 import getpass
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ SILENCE = 600  # seconds without a new event: the slowest part is 32 Pythons imp
 RANK_MEMORY = 400 << 20  # bytes that one rank of the tiny model takes
 NEEDED = {"torch": "mixtral", "megatron": "mixtral", "transformers": "mixtral", "mistral_common": "dev"}
 TEXT = 200_000  # bytes
+TAIL = 30  # lines of a log
 
 
 class Failed(Fault):
@@ -42,7 +44,7 @@ class Failed(Fault):
 def run(plan: JobPlan, *, keep: bool = False) -> int:
     """Rehearse `plan` and say how it went: 0 when all went well, 1 otherwise."""
     _check(plan)
-    folder = Path(tempfile.mkdtemp(prefix="mixlaunch-rehearsal-"))
+    folder = _folder()
     keep_folder = keep
     try:
         with _ended_by_signals(), _sandbox(plan, folder / "slurm") as site:
@@ -58,6 +60,13 @@ def run(plan: JobPlan, *, keep: bool = False) -> int:
             shutil.rmtree(folder)
     screen.say("The rehearsal went well.", "bold green")
     return 0
+
+
+def _folder() -> Path:
+    """A fresh temporary folder with a path that leaves room for Slurm's sockets."""
+    usual = tempfile.gettempdir()
+    longest = sandbox.LONGEST_FOLDER - len("/rehearsal-12345678/slurm")
+    return Path(tempfile.mkdtemp(prefix="rehearsal-", dir=usual if len(usual) <= longest else "/tmp"))
 
 
 def _rehearse(plan: JobPlan, site: Sandbox, folder: Path) -> None:
@@ -85,6 +94,8 @@ def _first_attempt(run: Run) -> dict[str, Any]:
     _say("data", f"{start['tokens']:,} tokens")
     first = _await(run, lambda e: e["event"] == "step", "the first step")
     newest = _await(run, lambda e: e["event"] == "step" and e["step"] >= STEPS, f"step {STEPS}")
+    if not math.isfinite(newest["loss"]):
+        raise Failed(f"the loss is {newest['loss']} after {STEPS} steps")
     _say(f"{STEPS} steps", f"loss {first['loss']:.3f} -> {newest['loss']:.3f}")
     return newest
 
@@ -120,7 +131,7 @@ def _second_attempt(run: Run) -> None:
 
 
 def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-    """The first event that is `wanted`; `Failed` when the job ends before, or nothing happens for too long."""
+    """The first event that is `wanted`; `Failed` when a rank or the job ends before, or all is quiet for long."""
     seen, quiet_since = 0, time.monotonic()
     while True:
         ended = not runs.state_of(run).active  # asked before reading, so that the last events aren't missed
@@ -129,11 +140,25 @@ def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dic
             return found
         if len(events) > seen:
             seen, quiet_since = len(events), time.monotonic()
+        if fault := _fault(run):  # the script would try thrice; for a rehearsal once is enough
+            raise Failed(f"{fault} while waiting for {what}{_tails(run)}")
         if ended:
             raise Failed(f"the job ended ({runs.state_of(run).state}) while waiting for {what}{_tails(run)}")
         if time.monotonic() - quiet_since > SILENCE:
             raise Failed(f"nothing happened for {SILENCE} s while waiting for {what}{_tails(run)}")
         time.sleep(0.5)
+
+
+def _fault(run: Run) -> str:
+    """Who left the newest attempt first, unless it was with 85, which is no fault."""
+    numbers = logs.attempts(run.path)
+    if not numbers:
+        return ""
+    try:
+        code, rank, node = (run.path / "logs" / f"attempt_{numbers[-1]}" / "first_exit").read_text().split()
+    except (OSError, ValueError):
+        return ""
+    return f"rank {rank} on {node} left with {code}" if code != "85" else ""
 
 
 def _tails(run: Run) -> str:
@@ -149,7 +174,7 @@ def _tails(run: Run) -> str:
     found = ""
     for path in texts:
         with contextlib.suppress(OSError):
-            lines = path.read_text(errors="replace").splitlines()[-15:]
+            lines = path.read_text(errors="replace").splitlines()[-TAIL:]
             found += f"\n--- {path.name}\n" + "\n".join(lines)
     return found
 
@@ -254,7 +279,10 @@ def _sandbox(plan: JobPlan, folder: Path) -> Iterator[Sandbox]:
     try:
         site = sandbox.up(folder, rehearsal.shape(plan))
         shape = site.shape
-        _say("sandbox", f"{shape.nodes} nodes x {shape.gpus} GPUs, partition {shape.partitions[0][0]}")
+        _say(
+            "sandbox",
+            f"{shape.nodes} node{'s' * (shape.nodes != 1)} x {shape.gpus} GPUs, partition {shape.partitions[0][0]}",
+        )
         if name := plan.profile.reservation:
             what = ("starttime=now", "duration=1-00:00:00", f"users={getpass.getuser()}", "nodes=ALL")
             slurm.call(
