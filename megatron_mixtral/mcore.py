@@ -240,28 +240,23 @@ def save_sharded(content: dict[str, Any], folder: Path, *, content_metadata: dic
             torch.save(dist_checkpointing.load_common_state_dict(str(folder)), common)
 
 
-def _from_environment() -> tuple[int, int, int]:
-    """(rank, world, local rank); one process alone when the environment says nothing."""
+def _from_environment() -> tuple[int, int]:
+    """(world, local rank) by torch's env:// names; one process alone when the environment says nothing."""
     if "WORLD_SIZE" not in os.environ:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-        return 0, 1, 0
-    missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
+        return 1, 0
+    if missing := [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
         raise JobError(
             f"WORLD_SIZE is set but not {', '.join(missing)}: each rank needs all of torch's env:// names"
         )
-    return tuple(int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # type: ignore[return-value]
+    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
 
 
-def _join(rank: int, world: int, timeout: timedelta) -> None:
-    if world == 1:
-        store = dist.HashStore()  # nobody to meet: no port is opened
-    else:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, world, is_master=rank == 0, timeout=timeout)
+def _join(world: int, timeout: timedelta) -> None:
     backend = "nccl" if HAVE_GPU else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if world == 1:  # nobody to meet: no port is opened
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0) -> None:
@@ -270,12 +265,12 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0) -> N
     `LayoutError` with the equation when it doesn't fit, before anything is opened. A second call in one process
     with another layout rearranges the same ranks.
     """
-    rank, world, local_rank = _from_environment()
+    world, local_rank = _from_environment()
     layout.data_parallel(world)
     if HAVE_GPU:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
-        _join(rank, world, timedelta(seconds=timeout))
+        _join(world, timedelta(seconds=timeout))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
