@@ -61,7 +61,9 @@ def follow(
         if chunk:
             continue
         if later := [n for n in attempts(run_dir) if n > number and path(run_dir, n, source).exists()]:
-            number, position = later[0], 0
+            if rest:
+                yield rest.decode(errors="replace")
+            number, position, rest = later[0], 0, b""
         elif active():
             time.sleep(POLL)
         elif not _read_from(log, position)[0]:  # what was written between our read and its end
