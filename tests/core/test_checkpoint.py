@@ -98,6 +98,25 @@ def test_weights_keep_their_bits_through_every_layout(release):
             assert (read[name][key] == wanted).all(), (name, key)
 
 
+def load_as_upstream(folder):
+    """megatron-core's own loader at its strictest, asking for all that a Transformer Engine model asks for."""
+    from megatron_mixtral import mcore
+
+    from megatron.core import dist_checkpointing
+
+    model = start(folder, {"pipeline": 2}, random_weights=False)
+    asked = {"model": model.sharded_state_dict()}
+    loaded = dist_checkpointing.load(asked, str(Path(folder) / "release"), strict="raise_all")
+    objects = [key for key, value in loaded["model"].items() if value is None]
+    mcore.shutdown()
+    return loaded["checkpoint_version"], len(objects)
+
+
+def test_upstream_loads_it_at_its_strictest(release):
+    a_layer = 3 + 2 * SHAPE["num_local_experts"]  # the empty objects of Transformer Engine's modules
+    assert ranks(2, load_as_upstream, str(release)) == [(3.0, 2 * a_layer), (3.0, 2 * a_layer + 1)]
+
+
 def trainer(folder, layout):
     """The model wrapped and its distributed optimizer, as training makes them."""
     from megatron_mixtral import optimize
