@@ -141,6 +141,7 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
         "layout": asdict(config.layout),
         "shape": asdict(conversion.shape),
         "conversion": work.plan,
+        "digest": "blake3",
         "digests": dict(sorted(found.items())),
     }
     weights_folder.write_marker(folder, marker)

@@ -3,20 +3,22 @@
 It knows neither format: a source reads rows, a unit says which rows make up which file and where in it they go.
 """
 
-import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
+from blake3 import blake3
+
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.torch_files import ITEMSIZE
 from megatron_mixtral.weights import Rows
 
-BLOCK = 512 << 10  # bytes read at a time: stay in a core's cache, where digesting and writing find them
+BLOCK = 1 << 20  # bytes read at a time: still in the processor's cache when they are digested and written
 BUFFERS = 8
 
 
@@ -69,6 +71,16 @@ class Unit:
         return sum(t.nbytes for t in self.targets)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows that fit a buffer, their place in the file, the type to write, and whose digest they count in."""
+
+    rows: Rows
+    place: int
+    dtype: str
+    digest: str
+
+
 class Files:
     """Positioned reads from many files with few of them open.
 
@@ -108,7 +120,10 @@ class Files:
 
 
 class Copier:
-    """Writes units with one thread reading and digesting while another writes."""
+    """Writes units: one thread reads and digests what is then in its cache, another writes.
+
+    A third that reads ahead made it slower where measured (two cores): the blocks then wander between caches.
+    """
 
     def __init__(self, source: Source, *, check_finite: bool = False, progress: Callable[[int], Any] = int) -> None:
         self.source, self.check_finite, self.progress = source, check_finite, progress
@@ -116,42 +131,43 @@ class Copier:
         self._buffers = [memoryview(bytearray(BLOCK)) for _ in range(BUFFERS)]
 
     def write(self, unit: Unit, descriptor: int) -> dict[str, str]:
-        """Write the unit's tensors to their places in an open file; hub tensor -> SHA-256 of its written bytes."""
+        """Write the unit's tensors to their places in an open file; hub tensor -> BLAKE3 of its written bytes."""
         digests: dict[str, Any] = {}
-        pending: list[Future[None]] = []
+        writes: deque[Future[None]] = deque()
         try:
-            for number, (run, rows, place, dtype) in enumerate(self._blocks(unit)):
-                if len(pending) == BUFFERS:
-                    pending.pop(0).result()
-                data = self._read(rows, dtype, number % BUFFERS)
-                pending.append(self._writer.submit(write_all, descriptor, data, place))
-                digests.setdefault(run.digest, hashlib.sha256()).update(data)
+            for number, block in enumerate(self._blocks(unit)):
+                if len(writes) == BUFFERS:  # the buffer may still be on its way to the file
+                    writes.popleft().result()
+                data = self._read(block, number % BUFFERS)
+                writes.append(self._writer.submit(write_all, descriptor, data, block.place))
+                digests.setdefault(block.digest, blake3()).update(data)
                 self.progress(len(data))
-        finally:  # whatever happened, nobody may write to the file any more once this returns
-            for write in pending:
-                write.exception()
-        for write in pending:
+        finally:  # whatever happened, nobody may use file or buffers any more once this returns
+            wait(writes)
+        for write in writes:
             write.result()
         return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def close(self) -> None:
         self._writer.shutdown()
 
-    def _blocks(self, unit: Unit) -> Iterator[tuple[Run, Rows, int, str]]:
-        """Each run cut into rows that fit a buffer, with their place in the file and the type to write."""
+    def _blocks(self, unit: Unit) -> Iterator[Block]:
+        """Each run cut into rows that fit a buffer."""
         for target, first in zip(unit.targets, unit.places, strict=True):
             place = first
             for run in target.runs:
                 name = run.rows.name
-                width = self.source.row_bytes(name) // ITEMSIZE[self.source.dtype(name)]
-                step = max(1, BLOCK // (width * max(ITEMSIZE[target.dtype], ITEMSIZE[self.source.dtype(name)])))
+                stored, written = ITEMSIZE[self.source.dtype(name)], ITEMSIZE[target.dtype]
+                width = self.source.row_bytes(name) // stored
+                step = max(1, BLOCK // (width * max(stored, written)))
                 for start in range(run.rows.start, run.rows.stop, step):
                     rows = Rows(name, run.rows.index, start, min(start + step, run.rows.stop))
-                    yield run, rows, place, target.dtype
-                    place += len(rows) * width * ITEMSIZE[target.dtype]
+                    yield Block(rows, place, target.dtype, run.digest)
+                    place += len(rows) * width * written
 
-    def _read(self, rows: Rows, dtype: str, number: int) -> memoryview:
-        """The rows in type `dtype`, in buffer `number` or, converted, in memory of their own."""
+    def _read(self, block: Block, number: int) -> memoryview:
+        """The block's rows in the type to write, in buffer `number` or, converted, in memory of their own."""
+        rows, dtype = block.rows, block.dtype
         length = len(rows) * self.source.row_bytes(rows.name)
         if length > len(self._buffers[number]):  # one row longer than a buffer
             self._buffers[number] = memoryview(bytearray(length))
@@ -179,7 +195,7 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
 
 
 def digests(unit: Unit, path: Path) -> dict[str, str]:
-    """Hub tensor -> SHA-256 of its bytes as the unit's file has them now, read from the disk where that can be."""
+    """Hub tensor -> BLAKE3 of its bytes as the unit's file has them now, read from the disk where that can be."""
     found: dict[str, Any] = {}
     files, buffer = Files(), memoryview(bytearray(BLOCK))
     with path.open("rb") as stream:
@@ -191,7 +207,7 @@ def digests(unit: Unit, path: Path) -> dict[str, str]:
             for start in range(place, end, BLOCK):
                 data = buffer[: min(BLOCK, end - start)]
                 files.read(path, start, data)
-                found.setdefault(run.digest, hashlib.sha256()).update(data)
+                found.setdefault(run.digest, blake3()).update(data)
             place = end
     files.close()
     return {name: digest.hexdigest() for name, digest in found.items()}

@@ -3,8 +3,9 @@
 Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
 """
 
-import hashlib
 from pathlib import Path
+
+from blake3 import blake3
 
 from megatron_mixtral import hub, tensors, torch_dist, weights_folder
 from megatron_mixtral.config import MixtralShape, VerifyConfig
@@ -57,8 +58,8 @@ def tensors_of(folder: Path) -> tuple[Source, dict[str, list[Run]]]:
 
 
 def digest(source: Source, runs: list[Run], progress: Progress) -> str:
-    """SHA-256 of a hub tensor put together from its rows."""
-    found = hashlib.sha256()
+    """BLAKE3 of a hub tensor put together from its rows."""
+    found = blake3()
     for run in runs:
         rows, width = run.rows, source.row_bytes(run.rows.name)
         step = max(1, BLOCK // width)
