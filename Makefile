@@ -1,16 +1,17 @@
-# make demo · make test · make lint · make bench. Each sets up what it needs; nothing is installed outside VENV
+# make demo · make test · make lint. Each sets up what it needs; nothing is installed outside VENV
 # but Debian's Slurm packages, by `make test`, and those only as root.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEXT ?=
+FOLDER ?= demo
 TESTS ?= tests
 
 # Without a GPU the CPU build of torch is enough; with one, pip's default build is the right one.
 CPU_ONLY := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
-DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server
+DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server chromium
 
-.PHONY: setup demo test lint format bench soak debian clean
+.PHONY: setup demo test lint format debian clean
 
 setup: $(VENV)/.installed
 
@@ -24,7 +25,7 @@ $(VENV)/.installed: setup.cfg constraints.txt constraints-cpu.txt
 	@touch $@
 
 demo: setup
-	@$(BIN)/mixlaunch demo $(if $(TEXT),--text $(TEXT))
+	@$(BIN)/mixlaunch demo --folder '$(FOLDER)' $(if $(TEXT),--text '$(TEXT)')
 
 test: setup debian
 	@$(BIN)/python -m pytest $(TESTS)
@@ -38,7 +39,8 @@ format: setup
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-# The tests on a real Slurm need its daemons. Without the right to install them those tests are skipped, visibly.
+# The tests on a real Slurm need its daemons, the chat page's a browser. Without the right to install them those tests
+# are skipped, visibly.
 debian:
 	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -46,7 +48,7 @@ debian:
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 	    apt-get -qq install -y --no-install-recommends $(DEBIAN) >/dev/null; \
 	else \
-	  echo "Slurm isn't installed and this user can't: its tests are skipped."; \
+	  echo "Some of these Debian packages are missing and this user can't install them: their tests are skipped."; \
 	  echo "To run them: sudo apt-get install --no-install-recommends $(DEBIAN)"; \
 	fi
 

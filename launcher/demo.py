@@ -22,7 +22,7 @@ QUESTION = "Return a list of the"
 # Small enough for two cores, and with all that makes a Mixtral one: grouped queries, 8 experts, 2 of them a token.
 TRAINING = shlex.split(
     "--pp 2 --ep 2 --steps 60 --sequence-length 128 --micro-batch 4 --global-batch 32 --precision fp32 "
-    "--lr 3e-3 --warmup-steps 5 --eval-interval 60"
+    "--lr 3e-3 --warmup-steps 5 --eval-interval 60 --log-interval 3"
 )
 
 
@@ -44,6 +44,7 @@ def run(text: Path | None, folder: Path) -> None:
     demo.step("The hub's layout into Megatron's", "convert", "--model", hub)
     demo.step("Finetuning: 2 pipeline stages x 2 expert ranks", "finetune", "--model", converted, *TRAINING)
     trained = newest(runs, "finetune")
+    demo.step("What the first rank said, and the loss", "logs", trained.name)
     demo.step(
         "Back into the hub's layout", "convert", "--to", "hf", "--model", trained, "--output", models / "tuned"
     )
@@ -51,7 +52,9 @@ def run(text: Path | None, folder: Path) -> None:
     server = newest(runs, "serve")
     try:
         wait_for(server / "server.json", seconds=120)
-        demo.step("A question", "chat", server, "--raw", "--prompt", QUESTION, "--max-tokens", "40")
+        demo.step(
+            "A question", "chat", server, "--raw", "--prompt", QUESTION, "--temperature", "0", "--max-tokens", "24"
+        )
     finally:
         demo.step("The server ends", "cancel", server.name)
     screen.heading(f"Done in {time.monotonic() - began:.0f} s. Where everything lies:")

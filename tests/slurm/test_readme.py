@@ -1,0 +1,190 @@
+"""The README, done: every command in it runs as it stands there, in its order, in one home, on the real Slurm.
+
+`selene` is here a profile of the sandbox under that name, the hub a server on this machine with a small Mixtral.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import pytest
+import yaml
+from hub import serving
+
+from megatron_mixtral.config import TinyConfig
+from megatron_mixtral.tiny import make
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [
+    line[2:] for kind, text in BLOCKS if kind == "console" for line in text.splitlines() if line[:2] == "$ "
+]
+REPO = "mistralai/Mixtral-8x7B-v0.1"
+# Run by a test of their own, which says so in these words.
+ELSEWHERE = {
+    "make demo": "tests/test_demo.py",
+    "make test": ".ci/run",
+    "mixlaunch rehearse finetune --cluster selene --nodes 4": "tests/slurm/test_rehearse.py",
+}
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {n} and {n}?"},
+            {"role": "assistant", "content": str(2 * n)},
+        ]
+    }
+    for n in range(200)
+]
+
+
+class Reader:
+    """Somebody with the README, a shell and an account on selene."""
+
+    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+        self.home = home
+        self.environment = environment
+
+    def types(
+        self,
+        command: str,
+        *,
+        code: int = 0,
+        cwd: Path | None = None,
+        seconds: float = 120,
+        stdin: str = "",
+        **more: str,
+    ) -> str:
+        """What the command prints; its exit code must be `code`."""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=cwd or self.home,
+            env=self.environment | more,
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        assert done.returncode == code, f"$ {command}\n{done.stdout}\nended with {done.returncode}"
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def follows(self, command: str, until: str, seconds: float = 120) -> None:
+        """Watch a command that doesn't end by itself until it prints `until`, then leave it."""
+        shell = ["timeout", str(seconds), "bash", "-c", f"exec {command}"]
+        process = subprocess.Popen(shell, cwd=self.home, env=self.environment, stdout=subprocess.PIPE, text=True)
+        seen = []
+        try:
+            for line in process.stdout:
+                seen.append(line)
+                if until in line:
+                    return
+            raise AssertionError(f"$ {command}\n{''.join(seen)}\nnever said {until!r} in {seconds} s")
+        finally:
+            process.terminate()
+            process.wait()
+
+    def state(self, job: str) -> str:
+        """The state of the newest run of `job`, from the table that `status` prints."""
+        rows = [line.split() for line in self.types("mixlaunch status").splitlines()]
+        return next(row[4] for row in rows if row[1] == job)
+
+    def waits(self, job: str, state: str, seconds: float = 180) -> None:
+        """Until the newest run of `job` is in `state`."""
+        deadline = time.monotonic() + seconds
+        while (now := self.state(job)) != state:
+            told = f"mixlaunch logs {job}; mixlaunch logs --batch {job}"
+            assert now in ("PENDING", "RUNNING", "COMPLETING"), f"{job} is {now}\n{self.types(told)}"
+            assert time.monotonic() < deadline, f"{job} is {now} after {seconds} s\n{self.types(told)}"
+            time.sleep(0.5)
+
+
+@pytest.fixture
+def reader(site, tmp_path):
+    """A home with selene's profile and something to train on; PATH has this environment's programs first."""
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    clusters = tmp_path / ".config" / "mixlaunch" / "clusters"
+    clusters.mkdir(parents=True)
+    (tmp_path / "shared" / "models").mkdir(parents=True)  # the cluster has it; nobody makes /lustre by a slip
+    (clusters / "selene.yaml").write_text(yaml.safe_dump(selene(site, tmp_path)))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MIXLAUNCH_", "SLURM_", "XDG_"))}
+    environment |= {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    make(TinyConfig(output=str(tmp_path / "hub"), layers=4, hidden=64, intermediate=64, heads=4, kv_heads=2))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()}
+    with serving(files, repository=REPO) as hub:
+        yield Reader(tmp_path, environment | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"})
+
+
+def selene(site, home: Path) -> dict:
+    """Selene as it is, but for what only its own nodes have: adapters, images, paths, cores."""
+    profile = yaml.safe_load((ROOT / "clusters" / "selene.yaml").read_text())
+    return profile | {
+        "partition": "low",
+        "slurm_conf": str(site.slurm_conf),
+        "node": {**profile["node"], "cpus": 64, "memory_gb": 512},
+        "container": {"runtime": "none"},
+        "python": sys.executable,
+        "environment": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1},
+        "paths": {name: str(home / "shared" / name) for name in ("models", "data", "runs")},
+        "serve": {"host": "127.0.0.1", "port": 5000},
+        "signal_lead": 30,
+    }
+
+
+def leave(job: str):
+    """What is done after a command that submits `job`: it runs to its end before the next command."""
+    return lambda reader, command: (reader.types(command), reader.waits(job, "COMPLETED"))
+
+
+def chats(reader: Reader, command: str) -> None:
+    """Once the server is there; on four nodes it waited for finetune's to be free."""
+    reader.follows("mixlaunch logs -f serve", "5000")
+    reader.types(command, stdin="What is 1 and 1?")
+
+
+def fresh(reader: Reader, command: str) -> None:
+    """In a virtual environment of its own, from the source; what is only looked up needs no download."""
+    folder = reader.home / "fresh"
+    if not folder.exists():
+        venv.create(folder, with_pip=True)
+    lookup = {"PIP_DRY_RUN": "1"} if "[" in command else {}
+    constraints = f"{ROOT / 'constraints.txt'} {ROOT / 'constraints-cpu.txt'}"
+    path = f"{folder / 'bin'}:{reader.environment['PATH']}"
+    reader.types(command, cwd=ROOT, seconds=300, PATH=path, PIP_CONSTRAINT=constraints, **lookup)
+    if not lookup:
+        script = reader.types("mixlaunch export finetune --cluster selene --nodes 4", PATH=path)
+        assert script.startswith("#!/bin/bash")
+        missing = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
+        reader.types(f'python -c "{missing}"', PATH=path)  # a login node needs no torch
+
+
+# Commands that aren't done when they return, or want more than a shell around them.
+HOW = {
+    f"mixlaunch download {REPO} --cluster selene": lambda r, c: r.types(c),
+    "mixlaunch convert --cluster selene --preset train": leave("convert"),
+    f"mixlaunch convert --cluster selene --to hf --model {REPO}": leave("convert"),
+    "mixlaunch prepare chats.jsonl --cluster selene": leave("prepare"),
+    "mixlaunch finetune --cluster selene --nodes 4": lambda r, c: (r.types(c), r.waits("finetune", "RUNNING")),
+    "mixlaunch chat serve": chats,
+    "mixlaunch logs -f finetune": lambda r, c: r.follows(c, "32 ranks"),
+    "mixlaunch finetune --cluster selene --nodes 3": lambda r, c: r.types(c, code=2),
+    "pip install .": fresh,
+    "pip install '.[serve]'": fresh,
+}
+
+
+def test_every_command_in_the_readme(reader):
+    profile = next(text for kind, text in BLOCKS if kind == "yaml")
+    (reader.home / ".config" / "mixlaunch" / "clusters" / "mine.yaml").write_text(profile)
+    for command in COMMANDS:
+        if command in ELSEWHERE:
+            assert command in (ROOT / ELSEWHERE[command]).read_text(), f"nothing runs `{command}`"
+        else:
+            HOW.get(command, Reader.types)(reader, command)

@@ -1,0 +1,38 @@
+"""`make demo`, as a new user types it: the chain runs, the loss falls, nothing stays behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.timeout(600)
+def test_make_demo(tmp_path):
+    command = "make demo"
+    done = subprocess.run(
+        [*command.split(), f"VENV={sys.prefix}", f"FOLDER={tmp_path}"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("MIXLAUNCH_") or k == "MIXLAUNCH_CI_RUN"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training loss" in done.stdout  # the chart
+
+    (run,) = tmp_path.glob("*/runs/finetune-*")
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    assert losses[-1] < losses[0] - 2
+
+    (tuned,) = tmp_path.glob("*/models/tuned")
+    assert (tuned / "model.safetensors.index.json").exists() or (tuned / "model.safetensors").exists()
+    (server,) = tmp_path.glob("*/runs/serve-*")
+    assert "/v1/completions" in "".join(log.read_text() for log in (server / "logs").rglob("rank_0.log"))
+    assert not (server / "server.json").exists(), "the server is still there"
