@@ -63,7 +63,9 @@ def test_states_come_without_accounts_too(plan, stub, finish, site):
 def test_a_silent_slurm_leaves_the_logs_to_tell(plan, stub, finish, tmp_path):
     run = runs.start(plan(stub("exit 2")))
     assert finish(run).exit_code == 2
-    (tmp_path / "slurm.conf").write_text("ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\n")
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=2\nSlurmctldTimeout=2\n"
+    )
     elsewhere = states.of_slurm({run.path: run.job_id}, {"SLURM_CONF": str(tmp_path / "slurm.conf")})
     found = elsewhere[run.path]
     assert (found.state, found.exit_code, found.source) == ("FAILED", 2, "logs")
@@ -148,11 +150,12 @@ def test_a_hanging_sbatch_is_ended(plan, stub, finish, sbatch, site, monkeypatch
     assert time.monotonic() - began < 25
 
 
-def test_a_missing_sbatch_is_an_error(plan, stub, monkeypatch):
+def test_a_missing_sbatch_is_an_error(plan, stub, monkeypatch, tmp_path):
     made = plan(stub("exit 0"))
-    monkeypatch.setattr(slurm, "which", lambda program: None)
-    with pytest.raises(SubmitError, match="sbatch: not found on PATH"):
-        runs.start(made)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(SubmitError, match="sbatch: not found on PATH"):
+            runs.start(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
@@ -160,7 +163,8 @@ def test_a_controller_that_is_down_is_an_error(plan, stub, tmp_path, site):
     """The munge socket answers, the controller's port doesn't."""
     dead = tmp_path / "slurm.conf"
     lines = site.slurm_conf.read_text().splitlines()
-    dead.write_text("\n".join("SlurmctldPort=1" if line.startswith("SlurmctldPort") else line for line in lines))
+    kept = [line for line in lines if not line.startswith(("SlurmctldPort", "MessageTimeout"))]
+    dead.write_text("\n".join([*kept, "SlurmctldPort=1", "MessageTimeout=2", "SlurmctldTimeout=2"]))
     made = plan(stub("exit 0"), slurm_conf=str(dead))
     with pytest.raises(SubmitError, match=r"(?s)Unable to contact slurm controller.*Nothing was submitted"):
         runs.start(made)
