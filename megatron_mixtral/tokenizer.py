@@ -30,17 +30,24 @@ class Tokenizer(Protocol):
     def piece(self, index: int) -> str: ...
 
 
+FILES = ("tokenizer.model", "tokenizer.json")  # the reference first
+
+
 def load(path: Path) -> Tokenizer:
     """The tokenizer at `path`: a folder with tokenizer.model or tokenizer.json, or either file itself."""
-    folder = path if path.is_dir() else path.parent
-    names = ("tokenizer.model", "tokenizer.json") if path.is_dir() else (path.name,)
-    settings = _settings(folder)
-    for name in names:
-        file = folder / name
+    if found := find(path):
+        return found
+    raise InputError(f"{path}: no tokenizer here; expected a folder with {' or '.join(FILES)}, or such a file")
+
+
+def find(path: Path) -> Tokenizer | None:
+    """As `load`, but None where there is none."""
+    files = [path / name for name in FILES] if path.is_dir() else [path]
+    for file in files:
         if file.is_file():
-            kind = HubTokenizer if name.endswith(".json") else PieceTokenizer
-            return kind(file, settings)
-    raise InputError(f"{path}: no tokenizer here; expected {' or '.join(names)}")
+            kind = HubTokenizer if file.suffix == ".json" else PieceTokenizer
+            return kind(file, _settings(file.parent))
+    return None
 
 
 def digest(tokenizer: Tokenizer) -> str:

@@ -271,7 +271,7 @@ class Trainer:
     def _evaluate_and_save(self, outcome: Outcome) -> None:
         at, config = self.progress.step, self.config
         last = at == config.steps
-        if self.validation and (last or at % config.eval_interval == 0) and not outcome.stop:
+        if self.validation and config.eval_steps and (last or at % config.eval_interval == 0) and not outcome.stop:
             loss = self._evaluate()
             self.events.write("eval", step=at, loss=loss)
             self._say(f"step {at} | validation loss {loss:.4f} | perplexity {_perplexity(loss):.2f}")
@@ -314,9 +314,8 @@ def _samples(
             raise InputError(
                 f"{prefix}: prepared with {described['vocab_size']} tokens, but the model knows {shape.vocab_size}"
             )
-        if (source / "tokenizer.model").exists() and described["tokenizer"] != tokenizer.digest(
-            tokenizer.load(source)
-        ):
+        words = tokenizer.find(source)
+        if words and described["tokenizer"] != tokenizer.digest(words):
             raise InputError(f"{prefix}: prepared with another tokenizer than the model's in {source}")
     divided = batches.split(len(documents), config.validation, config.seed)
     train = batches.Samples(documents, divided.train, config.sequence_length, config.seed)

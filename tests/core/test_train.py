@@ -153,6 +153,38 @@ def test_parallel_resume_is_bit_for_bit(config, tmp_path):
     assert all((a[name] == b[name]).all() for name in a)
 
 
+def transformers_loss(folder, data, samples):
+    """Mean validation loss of the exported model, by transformers."""
+    import torch
+    from transformers import MixtralForCausalLM
+
+    from megatron_mixtral import batches
+
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    documents = batches.Documents(data)
+    divided = batches.split(len(documents), 0.1, 1234)
+    validation = batches.Samples(documents, divided.validation, 32, 1234, pad=True)
+    ids, mask = (torch.from_numpy(np.stack(parts)) for parts in zip(*(validation[n] for n in samples), strict=True))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    learnt = mask[:, 1:].flatten()
+    return float((losses * learnt).sum() / learnt.sum())
+
+
+def test_trained_weights_export_to_transformers_with_the_same_loss(config, tmp_path, world):
+    trained = jobs.run("finetune", {**config, "layout": EP2_PP2, "steps": 4}, tmp_path / "run", ranks=4)
+    export = {"source": str(tmp_path / "run"), "output": str(tmp_path / "hf"), "to": "hf"}
+    jobs.run("convert", export, tmp_path / "export")
+    found = transformers_loss(tmp_path / "hf", world / "data", range(16))
+    assert found == pytest.approx(trained.events("eval")[-1]["loss"], abs=1e-4)
+
+
+def test_no_evaluation_when_none_is_wanted(config, tmp_path):
+    done = jobs.run("finetune", {**config, "steps": 4, "eval_steps": 0}, tmp_path / "run")
+    assert not done.events("eval")
+
+
 def test_a_signal_while_the_job_still_loads_ends_it_with_nothing_lost(config, tmp_path):
     with jobs.Job("finetune", config, tmp_path / "run") as job:
         job.wait_for("load")
