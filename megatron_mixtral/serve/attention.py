@@ -78,6 +78,8 @@ def _decode(
     keys, values = (x[pages].flatten(1, 2)[:, :longest].transpose(1, 2) for x in (k, v))  # [R, K, longest, D]
     position = torch.arange(longest, device=q.device)
     seen = position < seqlens_k.unsqueeze(1)
+    # Beyond its end a page holds whatever the memory held, and even nothing times NaN is NaN.
+    keys, values = (x.masked_fill(~seen[:, None, :, None], 0.0) for x in (keys, values))
     if window is not None:
         seen &= position >= seqlens_k.unsqueeze(1) - window
     seen[:, 0] |= seqlens_k == 0  # a row that only pads the batch looks at something, or it would be NaN

@@ -18,6 +18,7 @@ from megatron_mixtral.serve.wire import PromptScores
 
 from megatron.core import parallel_state
 from megatron.core.inference import communication_utils
+from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
@@ -31,6 +32,7 @@ for _number in (signal.SIGTERM, signal.SIGINT):
 Parts = tuple[DynamicInferenceContext, GPTInferenceWrapper, dict[str, Any], dict[str, Any]]
 if not mcore.HAVE_GPU:
     communication_utils._is_cuda = lambda _: None  # it asserts where it could just send
+    dynamic_context.triton_append_key_value_cache = None  # Triton may be installed where no GPU is
 
 
 class Context(DynamicInferenceContext):
@@ -205,5 +207,7 @@ def _parts_016(model: GPTModel, **sizes: Any) -> Parts:
 def _parts_019(model: GPTModel, **sizes: Any) -> Parts:
     from megatron.core.inference.config import InferenceConfig
 
+    # The default reserves NVLink multicast buffers, for a dispatcher that our layers don't use.
+    model.config.inference_moe_token_dispatcher_type = "nccl"
     context = Context(model.config, InferenceConfig(enable_chunked_prefill=True, **sizes))
     return context, GPTInferenceWrapper(model, context), {}, {}

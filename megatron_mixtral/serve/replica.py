@@ -87,7 +87,7 @@ class Replica:
             self._model.set_input_tensor(
                 torch.zeros(shape, dtype=self._model.config.params_dtype, device=mcore.device())
             )
-        self._model(tokens, tokens, None)
+        self._model(tokens, tokens, None, runtime_gather_output=True)
 
     def _token(self, request: int, choice: Choice, ended: bool) -> Token:
         asked = self._controller.sampler[request].request
