@@ -20,9 +20,10 @@ from launcher.errors import Fault, UsageError
 TEXT_BYTES = 2 << 20  # enough English for the loss to fall, little enough for seconds of tokenizing
 QUESTION = "Return a list of the"
 # Small enough for two cores, and with all that makes a Mixtral one: grouped queries, 8 experts, 2 of them a token.
+MODEL = shlex.split("--hidden 128 --intermediate 256")
 TRAINING = shlex.split(
-    "--pp 2 --ep 2 --steps 60 --sequence-length 128 --micro-batch 4 --global-batch 32 --precision fp32 "
-    "--lr 3e-3 --warmup-steps 5 --eval-interval 60 --log-interval 3"
+    "--pp 2 --ep 2 --steps 80 --sequence-length 64 --micro-batch 2 --global-batch 16 --precision fp32 "
+    "--lr 4e-3 --min-lr 4e-4 --warmup-steps 5 --eval-interval 80 --log-interval 4"
 )
 
 
@@ -39,7 +40,7 @@ def run(text: Path | None, folder: Path) -> None:
         write_text(corpus)
     hub, converted = models / "tiny-mixtral", models / "tiny-mixtral-megatron"
     demo = Chain(folder)
-    demo.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub)
+    demo.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub, *MODEL)
     demo.step("Text into token files", "prepare", corpus, "--model", hub)
     demo.step("The hub's layout into Megatron's", "convert", "--model", hub)
     demo.step("Finetuning: 2 pipeline stages x 2 expert ranks", "finetune", "--model", converted, *TRAINING)
@@ -53,7 +54,18 @@ def run(text: Path | None, folder: Path) -> None:
     try:
         wait_for(server / "server.json", seconds=120)
         demo.step(
-            "A question", "chat", server, "--raw", "--prompt", QUESTION, "--temperature", "0", "--max-tokens", "24"
+            "A question",
+            "chat",
+            server,
+            "--raw",
+            "--prompt",
+            QUESTION,
+            "--temperature",
+            "0.8",
+            "--seed",
+            "7",
+            "--max-tokens",
+            "40",
         )
     finally:
         demo.step("The server ends", "cancel", server.name)
