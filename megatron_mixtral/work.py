@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.weights_folder import replace_text
+from megatron_mixtral.weights_folder import read_marker, replace_text
 
 STALL = 900.0  # seconds without a newly finished file after which the other processes are taken for dead
 POLL = 0.2
@@ -64,7 +64,7 @@ class Work:
         if not self.output.is_dir():
             raise InputError(f"{self.output}: is a file")
         if (self.output / marker).is_file():
-            made_by = json.loads((self.output / marker).read_text()).get("conversion")
+            made_by = read_marker((self.output / marker).parent).get("conversion")
             if made_by == self.plan:
                 shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # left when killed just after publishing
                 return True
@@ -115,7 +115,7 @@ class Work:
 
     def _check_space(self, total: int) -> None:
         parent = next(p for p in self.partial.parents if p.exists())
-        have = sum(p.stat().st_blocks * 512 for p in self.partial.rglob("*") if p.is_file())
+        have = sum(_blocks(p) for p in self.partial.rglob("*"))
         free, needed = shutil.disk_usage(parent).free, max(0, total - have)
         if free < needed + needed // 100:
             raise InputError(
@@ -189,6 +189,14 @@ class Work:
             if time.monotonic() > end:
                 raise JobError(f"{self.output}: rank 0 hasn't completed it within {STALL:.0f} s")
             time.sleep(POLL)
+
+
+def _blocks(path: Path) -> int:
+    """Bytes on the disk; 0 for what another process has renamed meanwhile."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def rough_name(path: Path) -> Path:
