@@ -5,7 +5,13 @@ import random
 import pytest
 import serving
 
-LAYOUTS = {"PP1": (1, {}), "PP2": (2, {"pipeline": 2}), "EP2": (2, {"expert": 2})}
+LAYOUTS = {
+    "PP1": (1, {}),
+    "PP2": (2, {"pipeline": 2}),
+    "EP2": (2, {"expert": 2}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2EP2": (4, {"pipeline": 2, "expert": 2}),
+}
 LENGTHS = (1, 2, 3, 5, 17, 40, 63, 64, 65, 130)  # around the edges of pages of 16 and steps of 64
 
 
