@@ -15,19 +15,17 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher import processes, sandbox_config, slurm
+from launcher import sandbox_daemons as daemons
 from launcher.errors import Fault, UsageError
-from launcher.sandbox_config import ACCOUNT, Shape, Site
-from launcher.sandbox_state import STATE, Sandbox, read, write
+from launcher.sandbox_config import Shape, Site
+from launcher.sandbox_state import MARK, STATE, Sandbox, read, write
 
-MARK = "MIXLAUNCH_SANDBOX_ID"
 PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections
 LONGEST_FOLDER = 60  # slurmstepd's socket lies below it, and a socket's path ends at 107 bytes
 PACKAGES = {
@@ -114,7 +112,7 @@ def status(folder: Path | None = None) -> Status:
         return Status(folder=folder, state="broken", sandbox=sandbox, dead=dead)
     try:
         nodes = _node_states(sandbox)
-        jobs = len(_client(sandbox, "squeue", "--noheader", "--format=%i").split())
+        jobs = len(daemons.client(sandbox, "squeue", "--noheader", "--format=%i").split())
     except Fault:
         return Status(folder=folder, state="broken", sandbox=sandbox, dead=("slurmctld",))
     return Status(folder=folder, state="up", sandbox=sandbox, nodes=nodes, jobs=jobs)
@@ -179,14 +177,13 @@ def _start(folder: Path, shape: Shape, accounting: bool, deadline: float) -> San
     sandbox = Sandbox(folder=folder, mark=secrets.token_hex(8), shape=shape, processes={}, accounting=accounting)
     write(sandbox)  # before the first process, so that a crash at any later point can be cleaned
     _lay_out(shape, site)
-    _launch(sandbox, "munged", *_munged(folder))
-    _wait(sandbox, (folder / "munge.socket").exists, deadline)
+    daemons.start_munge(sandbox, deadline)
     if accounting:
-        _start_database(sandbox, deadline)
-    _launch(sandbox, "slurmctld", "slurmctld", "-D", "-i")
+        daemons.start_accounting(sandbox, deadline)
+    daemons.launch(sandbox, "slurmctld", "slurmctld", "-D", "-i")
     for name in shape.node_names():
-        _launch(sandbox, name, "slurmd", "-D", "-N", name)
-    _wait(sandbox, functools.partial(_all_idle, sandbox), deadline)
+        daemons.launch(sandbox, name, "slurmd", "-D", "-N", name)
+    daemons.wait(sandbox, functools.partial(_all_idle, sandbox), deadline)
     sandbox = dataclasses.replace(sandbox, ready=True)
     write(sandbox)
     return sandbox
@@ -246,97 +243,6 @@ def _private(path: Path, content: bytes) -> None:
         stream.write(content)
 
 
-def _munged(folder: Path) -> list[str]:
-    options = {
-        "key-file": "munge.key",
-        "socket": "munge.socket",
-        "seed-file": "munge.seed",
-        "pid-file": "run/munged.pid",
-        "log-file": "logs/munged.log",
-    }
-    # --force, because munged wants a socket that all users can reach, and this one is for its owner alone.
-    return [
-        "munged",
-        "--foreground",
-        "--force",
-        *(f"--{option}={folder / name}" for option, name in options.items()),
-    ]
-
-
-def _start_database(sandbox: Sandbox, deadline: float) -> None:
-    """MariaDB on a socket, slurmdbd, and what Slurm must find in it: cluster, accounts, QoS and this user."""
-    folder = sandbox.folder
-    options = [
-        "--no-defaults",
-        f"--datadir={folder}/database/data",
-        "--innodb-log-file-size=8M",
-        "--innodb-buffer-pool-size=16M",
-        *([f"--user={getpass.getuser()}"] if os.getuid() == 0 else []),
-    ]
-    install = [
-        slurm.which("mariadb-install-db") or "",
-        *options,
-        "--auth-root-authentication-method=normal",
-        "--skip-test-db",
-    ]
-    with (folder / "logs" / "mariadb.log").open("ab") as log:
-        if subprocess.run(install, env=_environment(sandbox), stdout=log, stderr=log, timeout=90).returncode:
-            raise Fault("mariadb-install-db failed")
-    # No grant tables: the socket's folder is the user's alone, and nothing listens on the network.
-    server = [
-        "--skip-networking",
-        "--skip-grant-tables",
-        f"--socket={folder}/database/socket",
-        f"--pid-file={folder}/run/mariadb.pid",
-    ]
-    _launch(sandbox, "mariadbd", "mariadbd", *options, *server, "--innodb-flush-log-at-trx-commit=0")
-    _wait(sandbox, (folder / "database" / "socket").exists, deadline)
-    _launch(sandbox, "slurmdbd", "slurmdbd", "-D")
-    _wait(sandbox, functools.partial(_answers, sandbox, "sacctmgr", "--noheader", "list", "cluster"), deadline)
-    user = getpass.getuser()
-    for entry in (
-        ["cluster", "sandbox"],
-        *(["qos", name] for name in sandbox.shape.qos if name != "normal"),  # which is there from the start
-        *(["account", name, "cluster=sandbox"] for name in (ACCOUNT, *sandbox.shape.accounts)),
-        [
-            "user",
-            user,
-            f"account={','.join((ACCOUNT, *sandbox.shape.accounts))}",
-            f"defaultaccount={ACCOUNT}",
-            "adminlevel=admin",
-        ],
-    ):
-        _client(sandbox, "sacctmgr", "--immediate", "add", *entry)
-    if sandbox.shape.qos:
-        _client(
-            sandbox, "sacctmgr", "--immediate", "modify", "user", user, "set", f"qos+={','.join(sandbox.shape.qos)}"
-        )
-
-
-def _environment(sandbox: Sandbox) -> dict[str, str]:
-    """For every process that is ours: marked, so that it is found again whatever happens to us."""
-    database = f"{sandbox.folder}/database/socket"
-    return {**os.environ, **sandbox.environment, MARK: sandbox.mark, "MYSQL_UNIX_PORT": database}
-
-
-def _launch(sandbox: Sandbox, name: str, program: str, *arguments: str) -> None:
-    folder = sandbox.folder
-    argv = [slurm.which(program) or program, *arguments]
-    log = folder / "logs" / f"{name}.out"
-    sandbox.processes[name] = processes.start(argv, env=_environment(sandbox), cwd=folder, log=log)
-    write(sandbox)
-
-
-def _wait(sandbox: Sandbox, condition: Any, deadline: float) -> None:
-    while not condition():
-        for name, pid in sandbox.processes.items():
-            if processes.ended(pid):
-                raise Fault(f"{name} ended at once")
-        if time.monotonic() > deadline:
-            raise Fault("it took too long")
-        time.sleep(0.05)
-
-
 def _all_idle(sandbox: Sandbox) -> bool:
     with contextlib.suppress(Fault):
         states = _node_states(sandbox)
@@ -345,19 +251,8 @@ def _all_idle(sandbox: Sandbox) -> bool:
 
 
 def _node_states(sandbox: Sandbox) -> dict[str, str]:
-    lines = _client(sandbox, "sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+    lines = daemons.client(sandbox, "sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
     return dict(line.split(maxsplit=1) for line in lines)
-
-
-def _answers(sandbox: Sandbox, *argv: str) -> bool:
-    with contextlib.suppress(Fault):
-        _client(sandbox, *argv)
-        return True
-    return False
-
-
-def _client(sandbox: Sandbox, program: str, *arguments: str) -> str:
-    return slurm.call(program, *arguments, environment=sandbox.environment, timeout=15)
 
 
 def _clear(folder: Path) -> None:
@@ -367,25 +262,25 @@ def _clear(folder: Path) -> None:
         if any(folder.iterdir()):
             raise UsageError(f"{folder}: no sandbox; nothing was ended or removed")
         return
-    daemons = functools.partial(processes.marked, **{MARK: sandbox.mark})
+    ours = functools.partial(processes.marked, **{MARK: sandbox.mark})
     controller = sandbox.processes.get("slurmctld", -1)
     # The controller first, so that nothing new starts; then the jobs, while their slurmstepd still knows them.
     # Nothing of theirs is kept, so none is given time to save.
     for find in (
-        lambda: [pid for pid in daemons() if pid == controller],
+        lambda: [pid for pid in ours() if pid == controller],
         functools.partial(_job_processes, sandbox),
     ):
         processes.stop(find, grace=0, first=signal.SIGKILL)
-    if left := processes.stop(daemons, grace=0, first=signal.SIGKILL):
+    if left := processes.stop(ours, grace=0, first=signal.SIGKILL):
         raise Fault(f"{folder}: these processes can't be ended: {left}")
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _job_processes(sandbox: Sandbox) -> list[int]:
-    daemons = processes.marked(**{MARK: sandbox.mark})
+    ours = processes.marked(**{MARK: sandbox.mark})
     escaped = processes.marked(SLURM_CONF=str(sandbox.slurm_conf), SLURM_JOB_ID="")
-    return sorted((set(processes.descendants(daemons)) | set(escaped)) - set(daemons) - {os.getpid()})
+    return sorted((set(processes.descendants(ours)) | set(escaped)) - set(ours) - {os.getpid()})
 
 
 def _last_errors(folder: Path) -> str:

@@ -6,7 +6,9 @@ Every path is inside the sandbox's folder and every port is given, so two sandbo
 from dataclasses import dataclass
 from pathlib import Path
 
+CLUSTER = "sandbox"
 ACCOUNT = "sandbox"
+DATABASE = "slurm_accounting"
 NODE = "sandbox"  # nodes are called sandbox0, sandbox1, ...
 
 
@@ -70,7 +72,7 @@ LogFile={folder}/logs/slurmdbd.log
 StorageType=accounting_storage/mysql
 StorageHost=localhost
 StorageUser={site.user}
-StorageLoc=slurm_accounting
+StorageLoc={DATABASE}
 """
 
 
@@ -82,7 +84,7 @@ def cgroup_conf(site: Site) -> str:
 def _controller(site: Site) -> list[str]:
     folder = site.folder
     return [
-        "ClusterName=sandbox",
+        f"ClusterName={CLUSTER}",
         f"SlurmctldHost={site.host}(127.0.0.1)",
         f"SlurmctldPort={site.controller_port}",
         f"SlurmUser={site.user}",

@@ -12,6 +12,7 @@ from launcher.errors import Fault
 from launcher.sandbox_config import Shape
 
 STATE = "sandbox.json"
+MARK = "MIXLAUNCH_SANDBOX_ID"  # in the environment of every process that is a sandbox's
 
 
 @dataclass(frozen=True, kw_only=True)
