@@ -12,6 +12,7 @@ import pytest
 from test_convert import contents, run
 
 from megatron_mixtral import convert, weights_folder
+from megatron_mixtral.config import ConvertConfig
 
 KILLS = 20
 
@@ -20,7 +21,7 @@ KILLS = 20
 def fresh_processes():
     """Processes that have everything loaded already, so that a kill falls into the conversion, not into imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_mixtral.convert", "test_convert"])
+    context.set_forkserver_preload(["megatron_mixtral.convert"])
     return context
 
 
@@ -48,8 +49,8 @@ def written(partial: Path) -> int:
 @pytest.mark.parametrize(("name", "to"), [("hub", "megatron"), ("megatron", "hf")])
 def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_processes, source, tmp_path, name, to):
     def start(output):
-        options = {"to": to, "max_shard_gb": 0.001}
-        process = fresh_processes.Process(target=run, args=(source / name, output, tmp_path), kwargs=options)
+        config = ConvertConfig(source=str(source / name), output=str(output), to=to, max_shard_gb=0.001)
+        process = fresh_processes.Process(target=convert.run, args=(config, tmp_path))
         process.start()
         return process
 
