@@ -4,15 +4,19 @@ Each falls back to what it extends where it is asked for something else than tra
 sequences.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_mixtral import layers
-from megatron_mixtral.fused import experts, loss, norm, rope, routing
+from megatron_mixtral.fused import embedding, experts, gradients, loss, norm, products, rope, routing
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -37,11 +41,42 @@ class BlockNorm(RMSNorm, layers.BlockNorm):
 
 
 class Attention(layers.Attention):
-    """The best of torch's backends for this chip."""
+    """FlashAttention 4 where it's installed for this chip, else the best of torch's backends."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        flash = flash_attention_4()
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if (
+            flash
+            and half
+            and query.shape == (*key.shape[:2], *query.shape[2:])
+            and not (self.dropout and self.training)
+        ):
+            window = (self.window - 1, 0) if self.window else (None, None)
+            inputs = (x.transpose(0, 1) for x in (query, key, value))
+            out = flash(*inputs, softmax_scale=self.scale, causal=True, window_size=window)
+            out = out[0] if isinstance(out, tuple) else out
+            return out.transpose(0, 1).flatten(2)
         with sdpa_kernel(BACKENDS, set_priority=True):
-            return super().forward(*args, **kwargs)
+            return super().forward(query, key, value, *args, **kwargs)
+
+
+@functools.cache
+def flash_attention_4() -> Callable[..., Any] | None:
+    """Its function, where the package is installed and the chip is one it is written for."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
+        return None
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func
+
+
+def describe() -> str:
+    """Which ways are taken on this machine, for a log."""
+    attention = "FlashAttention 4" if flash_attention_4() else "torch's attention, cuDNN first"
+    return f"our kernels; {products.describe()}; {attention}"
 
 
 class RotarySelfAttention(SelfAttention):
@@ -95,8 +130,22 @@ class MoE(MoELayer):
         return routing.Gather.apply(out, plan).view(hidden_states.shape), None
 
 
+class WordEmbeddings(VocabParallelEmbedding):
+    """Adds gradients to its rows in place, where there is such a place and the whole vocabulary is here."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tp_group.size() == 1 and not self.reduce_scatter_embeddings and gradients.accumulates(self.weight):
+            return embedding.Embedding.apply(ids, self.weight)
+        return super().forward(ids)
+
+
 class Model(GPTModel):
     """Its loss comes straight from the logits as they are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = WordEmbeddings
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V of this rank] -> [B, S]."""

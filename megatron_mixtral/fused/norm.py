@@ -33,12 +33,16 @@ def _backward(x, weight, scale, grad, grad_x, grad_weight, rows, width, BLOCK: t
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     start = program.to(tl.int64) * width
+    next_x = tl.load(x + start + at, mask=mask, other=0.0)
+    next_grad = tl.load(grad + start + at, mask=mask, other=0.0)
     for row in range(program, rows, tl.num_programs(0)):
         here = start + at
-        start += tl.num_programs(0) * width
         inverse = tl.load(scale + row)
-        normal = tl.load(x + here, mask=mask, other=0.0).to(tl.float32) * inverse
-        given = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
+        normal, given = next_x.to(tl.float32) * inverse, next_grad.to(tl.float32)
+        start += tl.num_programs(0) * width  # the next row is on its way while this one is reduced
+        more = mask & (row + tl.num_programs(0) < rows)
+        next_x = tl.load(x + start + at, mask=more, other=0.0)
+        next_grad = tl.load(grad + start + at, mask=more, other=0.0)
         total += given * normal
         given *= w
         result = (given - normal * (tl.sum(given * normal) / width)) * inverse

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+HEADS = 16  # of one token in one program
+
 
 @triton.jit
 def _rotate(  # noqa: ANN202
@@ -64,7 +66,7 @@ def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Te
     s, b, groups, wide = mixed.shape
     size = q.shape[-1]
     queries = wide // size - 2
-    heads = 8
+    heads = HEADS
     grid = (s, b, triton.cdiv(groups * (queries + 2), heads))
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     _rotate[grid](

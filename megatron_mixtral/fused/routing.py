@@ -21,13 +21,36 @@ class Plan:
     rows: int
 
 
+@triton.jit
+def _place(chosen, place, counts, tokens, E: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """One program an expert: counts the rows of those before it, then numbers its own."""
+    expert = tl.program_id(0)
+    column = tl.arange(0, WIDE)
+    row = tl.arange(0, BLOCK)
+    sums = tl.zeros([WIDE], dtype=tl.int32)
+    for start in range(0, tokens, BLOCK):
+        at = start + row
+        inside = (at < tokens)[:, None] & (column < E)[None, :]
+        sums += tl.sum(tl.load(chosen + at[:, None] * E + column[None, :], mask=inside, other=0).to(tl.int32), 0)
+    next_row = tl.sum(tl.where(column < expert, sums, 0))
+    tl.store(counts + expert, tl.sum(tl.where(column == expert, sums, 0)))
+    for start in range(0, tokens, BLOCK):
+        at = start + row
+        mine = tl.load(chosen + at * E + expert, mask=at < tokens, other=0).to(tl.int32)
+        number = next_row + tl.cumsum(mine) - 1
+        tl.store(place + at * E + expert, tl.where(mine > 0, number, -1), mask=at < tokens)
+        next_row += tl.sum(mine)
+
+
 def plan(chosen: Tensor, top_k: int) -> Plan:
     """From chosen [T, E] (bool, `top_k` true in each row); rows lie expert by expert, tokens in order."""
-    running = chosen.t().to(torch.int32).cumsum(1, dtype=torch.int32)
-    counts = running[:, -1]
-    first = counts.cumsum(0, dtype=torch.int32) - counts
-    place = torch.where(chosen.t(), first.unsqueeze(1) + running - 1, -1).t().contiguous()
-    return Plan(place=place, counts=counts, rows=chosen.shape[0] * top_k)
+    tokens, experts = chosen.shape
+    place = torch.empty(tokens, experts, dtype=torch.int32, device=chosen.device)
+    counts = torch.empty(experts, dtype=torch.int32, device=chosen.device)
+    wide = triton.next_power_of_2(experts)
+    chosen = chosen.contiguous().view(torch.uint8)
+    _place[(experts,)](chosen, place, counts, tokens, experts, WIDE=wide, BLOCK=1024, num_warps=8)
+    return Plan(place=place, counts=counts, rows=tokens * top_k)
 
 
 @triton.jit

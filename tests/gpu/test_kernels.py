@@ -107,8 +107,8 @@ def test_cross_entropy_of_far_apart_logits_is_finite(device):
     logits = torch.full((2, 9000), -1e4, device=device)
     logits[0, 8999] = 1e4
     losses = CrossEntropy.apply(logits, torch.tensor([8999, 0], device=device), None)
-    assert losses[0] == 0
-    assert losses[1] == pytest.approx(9.105, abs=2e-3)
+    assert losses[0].item() == 0
+    assert losses[1].item() == pytest.approx(9.105, abs=2e-3)
 
 
 CROWDS = {
@@ -174,6 +174,74 @@ def test_weight_gradients_are_added_to_the_fp32_buffer(device):
     for weight, gradient in zip((fc1, fc2), expected, strict=True):
         assert weight.grad_added_to_main_grad
         assert distance(weight.main_grad - 1, 2 * gradient) < 6e-3
+
+
+def ways():
+    from megatron_mixtral.fused import products
+
+    here = {"one by one": products.OneByOne}
+    if torch.cuda.is_available():
+        here["grouped"] = lambda counts: products.Grouped(counts, adds=True)
+    if products._quack_version():
+        here["quack"] = products.Quack
+    return here
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 8], [0, 0, 0, 1], [0, 700, 0, 0], [130, 257, 1, 90], [0, 0, 0, 0]])
+@pytest.mark.parametrize("name", ["one by one", "grouped", "quack"])
+def test_products_of_each_experts_rows(name, counts, device):
+    if name not in ways():
+        pytest.skip(f"no {name} products on this machine")
+    products = ways()[name](torch.tensor(counts, dtype=torch.int32, device=device))
+    rows = sum(counts)
+    x, grad = (torch.randn(rows, width, device=device).bfloat16() for width in (136, 264))
+    weight = torch.randn(4, 264, 136, device=device).bfloat16()
+    total = torch.randn(4, 264, 136, device=device)
+    before = total.double()
+    parts = [(i, slice(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(4)]
+
+    forward, back = products.of(x, weight.transpose(1, 2)), products.of(grad, weight)
+    between = torch.stack([grad[s].double().t() @ x[s].double() for _, s in parts])
+    products.add_between(total, grad, x)
+    assert distance(total, before + between) < 1e-5
+    assert distance(products.between(grad, x), between) < BOUND[torch.bfloat16]
+    if rows:
+        assert distance(forward, torch.cat([x[s].double() @ weight[i].double().t() for i, s in parts])) < 6e-3
+        assert distance(back, torch.cat([grad[s].double() @ weight[i].double() for i, s in parts])) < 6e-3
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("batch", "groups"), [(1, 4), (2, 2)])
+def test_flash_attention_4_beside_torchs(batch, groups, window, device):
+    from megatron_mixtral import layers
+    from megatron_mixtral.fused import modules
+
+    if modules.flash_attention_4() is None:
+        pytest.skip("flash-attn-4 isn't installed for this GPU")
+    results = []
+    for kind in (modules.Attention, layers.Attention):
+        torch.manual_seed(1)
+        inputs = [leaf(150, batch, n, 128, dtype=torch.bfloat16, device=device) for n in (8, groups, groups)]
+        attention = kind.__new__(kind)
+        torch.nn.Module.__init__(attention)
+        attention.scale, attention.window, attention.dropout = 128**-0.5, window, 0.0
+        out = attention(*inputs)
+        out.backward(torch.randn_like(out))
+        results.append([out, *(x.grad for x in inputs)])
+    for ours, plain in zip(*results, strict=True):
+        assert distance(ours, plain) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 700])
+def test_embedding_gradients_are_added_to_their_rows(tokens, device):
+    from megatron_mixtral.fused.embedding import add_rows
+
+    ids = torch.randint(20, (tokens,), device=device).clamp(max=9)  # one of them very often
+    grad = torch.randn(tokens, 520, device=device).bfloat16()
+    total = torch.randn(20, 520, device=device)
+    expected = total.double().index_add(0, ids, grad.double())
+    add_rows(total, ids, grad)
+    assert distance(total, expected) < 1e-6
 
 
 def test_second_backward_pass_is_refused(device):

@@ -1,0 +1,146 @@
+"""Products of each row with its own expert's matrix, and of each expert's rows with each other.
+
+The fastest way there is here: quack's kernels for Hopper where that package is installed, torch's grouped product
+and cuBLAS else, one product after another where neither runs. Shapes: R rows sorted by expert, E experts.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_mixtral.fused import gradients
+
+
+class Products(Protocol):
+    """Made of `counts` [E], the rows of each expert; good for one forward and backward pass."""
+
+    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [R, K], weight [E, K, N] -> [R, N]."""
+
+    def between(self, grad: Tensor, x: Tensor) -> Tensor:
+        """grad [R, N], x [R, K] -> [E, N, K], in their type."""
+
+    def add_between(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
+        """The same, added to `total` in fp32."""
+
+
+class OneByOne:
+    """For any device and type; asks the host for the counts."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.host = gradients.CountsOnHost(counts)
+
+    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([part @ w for part, w in zip(x.split(self.host.get()), weight, strict=True)])
+
+    def between(self, grad: Tensor, x: Tensor) -> Tensor:
+        parts = zip(grad.split(self.host.get()), x.split(self.host.get()), strict=True)
+        return torch.stack([g.t() @ part for g, part in parts])
+
+    def add_between(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
+        gradients.add_products(total, grad, x, self.host.get())
+
+
+class Grouped(OneByOne):
+    """By torch's grouped product; sums in fp32 by cuBLAS, whose counts came to the host long before."""
+
+    def __init__(self, counts: Tensor, *, adds: bool) -> None:
+        self.counts = counts
+        self.ends = counts.cumsum(0, dtype=torch.int32)
+        self._host = gradients.CountsOnHost(counts) if adds else None
+
+    @property
+    def host(self) -> gradients.CountsOnHost:  # type: ignore[override]
+        if self._host is None:
+            self._host = gradients.CountsOnHost(self.counts)
+        return self._host
+
+    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.grouped_mm(x, weight, offs=self.ends)
+
+    def between(self, grad: Tensor, x: Tensor) -> Tensor:
+        return F.grouped_mm(grad.t(), x, offs=self.ends)
+
+
+class Quack:
+    """By quack's grouped kernels; the host knows no count at any time."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.bounds = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[2])
+        by_column = weight.stride(1) == 1
+        _run_quack(x, weight, out, "rows" if by_column else "back", cu_seqlens_m=self.bounds)
+        return out
+
+    def between(self, grad: Tensor, x: Tensor) -> Tensor:
+        out = x.new_empty(self.bounds.shape[0] - 1, grad.shape[1], x.shape[1])
+        _run_quack(grad.t(), x, out, "rows", cu_seqlens_k=self.bounds)
+        return out
+
+    def add_between(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
+        _run_quack(grad.t(), x, total, "rows", cu_seqlens_k=self.bounds, add_to_output=True)
+
+
+def _run_quack(a: Tensor, b: Tensor, out: Tensor, tiles: str, **how: Any) -> None:
+    if out.numel() and a.numel():
+        run, settings = _quack()
+        run(a, b, out, config=settings[tiles], **how)
+
+
+@functools.cache
+def _quack() -> tuple[Any, dict[str, Any]]:
+    """The function and the tiles that were the fastest of six at Mixtral 8x7B's sizes on an H200."""
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm_tuned
+
+    common = {"cluster_m": 2, "cluster_n": 1, "device_capacity": 9, "is_dynamic_persistent": False}
+    return gemm_tuned.fn, {
+        "rows": GemmConfig(tile_m=128, tile_n=192, pingpong=True, **common),
+        "back": GemmConfig(tile_m=256, tile_n=192, pingpong=False, **common),
+    }
+
+
+@functools.cache
+def _quack_version() -> str | None:
+    """None where quack isn't installed or the chip isn't the one it was tuned for."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    return importlib.metadata.version("quack-kernels") if importlib.util.find_spec("quack") else None
+
+
+def describe() -> str:
+    """Which way the experts' products go on this machine."""
+    if version := _quack_version():
+        return f"experts by quack {version}"
+    if grouped_mm_serves():
+        return "experts by torch's grouped product; pip install quack-kernels is faster on Hopper"
+    return "experts one by one"
+
+
+def best(counts: Tensor, *weights: Tensor) -> Products:
+    """The fastest way for these weights."""
+    if not grouped_mm_serves(*weights):
+        return OneByOne(counts)
+    counts = counts.to(weights[0].device, torch.int32, non_blocking=True)
+    if _quack_version():
+        return Quack(counts)
+    return Grouped(counts, adds=any(map(gradients.accumulates, weights)))
+
+
+def grouped_mm_serves(*weights: Tensor) -> bool:
+    """Whether one grouped product can do all experts: bf16 on a GPU with rows of whole 16 bytes."""
+    return (
+        torch.cuda.is_available()
+        and hasattr(F, "grouped_mm")
+        and all(
+            w.is_cuda and w.dtype == torch.bfloat16 and w.shape[-1] % 8 == 0 and w.shape[-2] % 8 == 0
+            for w in weights
+        )
+    )
