@@ -6,8 +6,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
@@ -107,19 +109,27 @@ class Reader:
 
 
 @pytest.fixture
-def reader(site, tmp_path):
+def short_path():
+    """A folder whose path is as short as a home's: Slurm's sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="home", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def reader(site, short_path):
     """A home with selene's profile and something to train on; PATH has this environment's programs first."""
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
-    clusters = tmp_path / ".config" / "mixlaunch" / "clusters"
+    (short_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    clusters = short_path / ".config" / "mixlaunch" / "clusters"
     clusters.mkdir(parents=True)
-    (tmp_path / "shared" / "models").mkdir(parents=True)  # the cluster has it; nobody makes /lustre by a slip
-    (clusters / "selene.yaml").write_text(yaml.safe_dump(selene(site, tmp_path)))
+    (short_path / "shared" / "models").mkdir(parents=True)  # the cluster has it; nobody makes /lustre by a slip
+    (clusters / "selene.yaml").write_text(yaml.safe_dump(selene(site, short_path)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MIXLAUNCH_", "SLURM_", "XDG_"))}
-    environment |= {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    make(TinyConfig(output=str(tmp_path / "hub"), layers=4, hidden=64, intermediate=64, heads=4, kv_heads=2))
-    files = {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()}
+    environment |= {"HOME": str(short_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    make(TinyConfig(output=str(short_path / "hub"), layers=4, hidden=64, intermediate=64, heads=4, kv_heads=2))
+    files = {path.name: path.read_bytes() for path in (short_path / "hub").iterdir()}
     with serving(files, repository=REPO) as hub:
-        yield Reader(tmp_path, environment | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"})
+        yield Reader(short_path, environment | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"})
 
 
 def selene(site, home: Path) -> dict:
@@ -180,6 +190,7 @@ HOW = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_every_command_in_the_readme(reader):
     profile = next(text for kind, text in BLOCKS if kind == "yaml")
     (reader.home / ".config" / "mixlaunch" / "clusters" / "mine.yaml").write_text(profile)
