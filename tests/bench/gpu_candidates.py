@@ -94,7 +94,7 @@ class Ours:
 
 @torch.no_grad()
 def set_weights(model: torch.nn.Module, *, nudge: bool) -> None:
-    """The same numbers, exact in bf16, whatever the precision; with `nudge` one in a hundred moved to a neighbour."""
+    """The same numbers, exact in bf16, in any precision; with `nudge` one in a hundred moved to a neighbour."""
     generator = torch.Generator(device="cuda").manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -155,8 +155,8 @@ def agreement(task: Task, steps: int) -> dict[str, Any]:
 
     Losses are compared step by step; how far bf16 noise alone carries them shows `nudged`, the plain layers again
     with one weight in a hundred moved to its bf16 neighbour. Gradients are compared after the first pass by
-    ||a - b|| / ||b||. Two bf16 models send some tokens to different experts, which no rounding explains away: `same_experts`
-    repeats that with as many experts as a token takes, where nothing can tip over.
+    ||a - b|| / ||b||. Two bf16 models send some tokens to different experts, which no rounding explains away:
+    `same_experts` repeats that with as many experts as a token takes, where nothing can tip over.
     """
     curves, gradients = follow(task, SHAPE, steps)
     _, same = follow(task, dataclasses.replace(SHAPE, num_local_experts=SHAPE.num_experts_per_tok), 0)

@@ -154,8 +154,11 @@ def leave(job: str):
 
 
 def chats(reader: Reader, command: str) -> None:
-    """Once the server is there; on four nodes it waited for finetune's to be free."""
-    reader.follows("mixlaunch logs -f serve", "5000")
+    """Once the server is ready; on four nodes it waited for finetune's to be free."""
+    deadline = time.monotonic() + 180
+    while not re.search(r"^serve-\S+ .* ready ", reader.types("mixlaunch status"), re.M):
+        assert time.monotonic() < deadline, reader.types("mixlaunch logs serve; mixlaunch status")
+        time.sleep(0.5)
     reader.types(command, stdin="What is 1 and 1?")
 
 
