@@ -330,7 +330,13 @@ def sandbox_up(nodes: int, gpus: int, accounting: bool | None) -> None:
     started = private.up(shape=Shape(nodes=nodes, gpus=gpus), accounting=accounting)
     screen.done(f"sandbox is up: {started.shape.nodes} nodes x {started.shape.gpus} GPUs")
     configuration = f"SLURM_CONF={started.folder}/slurm.conf"
-    screen.facts([("use it", "mixlaunch finetune --cluster sandbox"), ("or", f"{configuration} sinfo")])
+    screen.facts(
+        [
+            ("accounts", "" if started.accounting else private.why_no_accounting(accounting)),
+            ("use it", "mixlaunch finetune --cluster sandbox"),
+            ("or", f"{configuration} sinfo"),
+        ]
+    )
 
 
 @sandbox.command("down")

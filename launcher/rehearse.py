@@ -44,7 +44,7 @@ class Failed(Fault):
 def run(plan: JobPlan, *, keep: bool = False) -> int:
     """Rehearse `plan` and say how it went: 0 when all went well, 1 otherwise."""
     _check(plan)
-    folder = _folder()
+    folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     keep_folder = keep
     try:
         with _ended_by_signals(), _sandbox(plan, folder / "slurm") as site:
@@ -60,13 +60,6 @@ def run(plan: JobPlan, *, keep: bool = False) -> int:
             shutil.rmtree(folder)
     screen.say("The rehearsal went well.", "bold green")
     return 0
-
-
-def _folder() -> Path:
-    """A fresh temporary folder with a path that leaves room for Slurm's sockets."""
-    usual = tempfile.gettempdir()
-    longest = sandbox.LONGEST_FOLDER - len("/rehearsal-12345678/slurm")
-    return Path(tempfile.mkdtemp(prefix="rehearsal-", dir=usual if len(usual) <= longest else "/tmp"))
 
 
 def _rehearse(plan: JobPlan, site: Sandbox, folder: Path) -> None:

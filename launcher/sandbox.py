@@ -27,7 +27,9 @@ from launcher.sandbox_config import Shape, Site
 from launcher.sandbox_state import MARK, STATE, Sandbox, read, write
 
 PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections
-LONGEST_FOLDER = 60  # slurmstepd's socket lies below it, and a socket's path ends at 107 bytes
+LONGEST = (
+    60  # characters of a folder for sockets: slurmstepd's lie deep in it, and a socket's path ends at 107 bytes
+)
 PACKAGES = {
     "munged": "munge",
     "slurmctld": "slurmctld",
@@ -64,6 +66,14 @@ def missing_packages() -> list[str]:
 def accounting_available() -> bool:
     """Whether slurmdbd and MariaDB are installed, so that sacct and accounts work."""
     return all(slurm.which(program) for program in ACCOUNTING_PACKAGES)
+
+
+def why_no_accounting(asked: bool | None) -> str:
+    """For people: what a sandbox without accounting lacks, and how one gets it."""
+    if asked is False:
+        return "none, as asked: no sacct, and any account and QoS will do"
+    packages = sorted({package for program, package in ACCOUNTING_PACKAGES.items() if not slurm.which(program)})
+    return f"none: no sacct; on Debian: apt-get install {' '.join(packages)}"
 
 
 def up(
@@ -123,11 +133,8 @@ def _checked(folder: Path, shape: Shape) -> Path:
     folder = folder.expanduser().absolute()
     if packages := missing_packages():
         raise UsageError(f"Slurm's daemons aren't installed; on Debian: apt-get install {' '.join(packages)}")
-    if len(str(folder)) > LONGEST_FOLDER or re.search(r"[^\w./+@:-]", str(folder)):
-        raise UsageError(
-            f"{folder}: Slurm's sockets need a folder of at most {LONGEST_FOLDER} characters without spaces; "
-            "give another, or set MIXLAUNCH_SANDBOX"
-        )
+    if odd := re.search(r"[^\w./+@:-]", str(folder)):
+        raise UsageError(f"{folder}: Slurm takes no {odd[0]!r} in a path; set MIXLAUNCH_SANDBOX to another folder")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).exists():
@@ -173,8 +180,10 @@ def _start_or_clear(folder: Path, shape: Shape, accounting: bool, timeout: float
 
 
 def _start(folder: Path, shape: Shape, accounting: bool, deadline: float) -> Sandbox:
-    site = _site(folder, shape, accounting)
-    sandbox = Sandbox(folder=folder, mark=secrets.token_hex(8), shape=shape, processes={}, accounting=accounting)
+    mark = secrets.token_hex(8)
+    sockets = folder if len(str(folder)) <= LONGEST else Path(f"/tmp/mixlaunch-{mark}")
+    site = _site(folder, sockets, shape, accounting)
+    sandbox = Sandbox(folder=folder, sockets=sockets, mark=mark, shape=shape, processes={}, accounting=accounting)
     write(sandbox)  # before the first process, so that a crash at any later point can be cleaned
     _lay_out(shape, site)
     daemons.start_munge(sandbox, deadline)
@@ -189,10 +198,11 @@ def _start(folder: Path, shape: Shape, accounting: bool, deadline: float) -> San
     return sandbox
 
 
-def _site(folder: Path, shape: Shape, accounting: bool) -> Site:
+def _site(folder: Path, sockets: Path, shape: Shape, accounting: bool) -> Site:
     ports = _free_ports(shape.nodes + 2)
     return Site(
         folder=folder,
+        sockets=sockets,
         user=getpass.getuser(),
         host=socket.gethostname().split(".")[0],
         version=_slurm_version(),
@@ -225,7 +235,10 @@ def _free_ports(count: int) -> list[int]:
 def _lay_out(shape: Shape, site: Site) -> None:
     folder = site.folder
     folder.chmod(0o700)
-    for name in ("state", "spool", "logs", "run", "gpus", "database"):
+    if site.sockets != folder:
+        site.sockets.mkdir(mode=0o700)
+    (site.sockets / "spool").mkdir()
+    for name in ("state", "logs", "run", "gpus", "database", "database/tmp"):
         (folder / name).mkdir()
     for index in range(shape.gpus):
         (folder / "gpus" / f"gpu{index}").touch()
@@ -273,7 +286,9 @@ def _clear(folder: Path) -> None:
         processes.stop(find, grace=0, first=signal.SIGKILL)
     if left := processes.stop(ours, grace=0, first=signal.SIGKILL):
         raise Fault(f"{folder}: these processes can't be ended: {left}")
-    for path in folder.iterdir():
+    if sandbox.sockets != folder:
+        shutil.rmtree(sandbox.sockets, ignore_errors=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):  # the record last
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -35,6 +35,7 @@ class Site:
     """Where the sandbox lives on this machine."""
 
     folder: Path
+    sockets: Path  # where sockets lie: `folder` itself, unless its path is too long for one
     user: str
     host: str
     version: tuple[int, int]
@@ -62,7 +63,7 @@ def slurmdbd_conf(site: Site) -> str:
     """The accounting daemon; MariaDB listens on a socket that MYSQL_UNIX_PORT names, not on a port."""
     folder = site.folder
     return f"""AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={site.sockets}/munge.socket
 DbdHost=localhost
 DbdAddr=127.0.0.1
 DbdPort={site.database_port}
@@ -92,9 +93,9 @@ def _controller(site: Site) -> list[str]:
         "AuthType=auth/munge",
         "CredType=cred/munge",
         # A requeued job waits for its credential's life before it starts again; the default is two minutes.
-        f"AuthInfo=socket={folder}/munge.socket,cred_expire=10",
+        f"AuthInfo=socket={site.sockets}/munge.socket,cred_expire=10",
         f"StateSaveLocation={folder}/state",
-        f"SlurmdSpoolDir={folder}/spool/%n",
+        f"SlurmdSpoolDir={site.sockets}/spool/%n",
         f"SlurmctldPidFile={folder}/run/slurmctld.pid",
         f"SlurmdPidFile={folder}/run/slurmd-%n.pid",
         f"SlurmctldLogFile={folder}/logs/slurmctld.log",
@@ -133,7 +134,7 @@ def _accounting(site: Site) -> list[str]:
     return [
         "AccountingStorageType=accounting_storage/slurmdbd",
         "AccountingStorageHost=127.0.0.1",
-        f"AccountingStoragePass={site.folder}/munge.socket",  # with munge this is where the socket lies
+        f"AccountingStoragePass={site.sockets}/munge.socket",  # with munge this is where the socket lies
         f"AccountingStoragePort={site.database_port}",
         "AccountingStorageEnforce=associations,limits,qos",
         "AccountingStorageTRES=gres/gpu",

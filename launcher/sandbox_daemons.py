@@ -19,18 +19,17 @@ from launcher.sandbox_state import MARK, Sandbox, write
 
 def start_munge(sandbox: Sandbox, deadline: float) -> None:
     """munged with its own key and socket."""
-    folder = sandbox.folder
+    folder, socket = sandbox.folder, sandbox.sockets / "munge.socket"
     options = {
         "key-file": "munge.key",
-        "socket": "munge.socket",
         "seed-file": "munge.seed",
         "pid-file": "run/munged.pid",
         "log-file": "logs/munged.log",
     }
     paths = [f"--{option}={folder / name}" for option, name in options.items()]
     # --force, because munged wants a socket that all users can reach, and this one is for its owner alone.
-    launch(sandbox, "munged", "munged", "--foreground", "--force", *paths)
-    wait(sandbox, (folder / "munge.socket").exists, deadline)
+    launch(sandbox, "munged", "munged", "--foreground", "--force", f"--socket={socket}", *paths)
+    wait(sandbox, socket.exists, deadline)
 
 
 def start_accounting(sandbox: Sandbox, deadline: float) -> None:
@@ -78,7 +77,7 @@ def client(sandbox: Sandbox, program: str, *arguments: str) -> str:
 
 def _start_mariadb(sandbox: Sandbox, deadline: float) -> None:
     database = sandbox.folder / "database"
-    options = ["--no-defaults", f"--datadir={database / 'data'}"]
+    options = ["--no-defaults", f"--datadir={database / 'data'}", f"--tmpdir={database / 'tmp'}"]
     options += ["--innodb-log-file-size=8M", "--innodb-buffer-pool-size=16M"]
     if os.getuid() == 0:
         options.append(f"--user={getpass.getuser()}")
@@ -110,7 +109,7 @@ def _environment(sandbox: Sandbox) -> dict[str, str]:
 
 
 def _socket(sandbox: Sandbox) -> Path:
-    return sandbox.folder / "database" / "socket"
+    return sandbox.sockets / "database.socket"
 
 
 def _add(sandbox: Sandbox, *what: str) -> None:

@@ -20,6 +20,7 @@ class Sandbox:
     """One sandbox as its folder describes it; `environment` is what a Slurm command needs to reach it."""
 
     folder: Path
+    sockets: Path
     mark: str
     shape: Shape
     processes: dict[str, int]
@@ -38,7 +39,12 @@ class Sandbox:
 def write(sandbox: Sandbox) -> None:
     """Record `sandbox` in its folder, whole or not at all."""
     path = sandbox.folder / STATE
-    record = {**dataclasses.asdict(sandbox), "folder": str(sandbox.folder), "schema": 1}
+    record = {
+        **dataclasses.asdict(sandbox),
+        "folder": str(sandbox.folder),
+        "sockets": str(sandbox.sockets),
+        "schema": 1,
+    }
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(record, indent=1))
     temporary.rename(path)
@@ -55,5 +61,6 @@ def read(folder: Path) -> Sandbox | None:
     shape = record["shape"]
     shape |= {name: tuple(shape[name]) for name in ("features", "accounts", "qos")}
     shape["partitions"] = tuple((name, tier) for name, tier in shape["partitions"])
-    names = {field.name for field in dataclasses.fields(Sandbox)} - {"folder", "shape"}
-    return Sandbox(folder=folder, shape=Shape(**shape), **{name: record[name] for name in names})
+    names = {field.name for field in dataclasses.fields(Sandbox)} - {"folder", "sockets", "shape"}
+    sockets = Path(record["sockets"])
+    return Sandbox(folder=folder, sockets=sockets, shape=Shape(**shape), **{name: record[name] for name in names})

@@ -2,11 +2,9 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,11 +38,11 @@ def start(home: Path, temporary: Path, *words: str) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture
-def temporary():
-    """A folder for temporary files, its path short enough for sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder)
+def temporary(tmp_path):
+    """The rehearsal's place for temporary files."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    return folder
 
 
 @pytest.mark.timeout(600)
@@ -100,7 +98,7 @@ def test_what_would_fail_there_fails_here(tmp_path, temporary):
 
 def test_ctrl_c_takes_the_private_slurm_down(tmp_path, temporary):
     process = start(tmp_path, temporary, *["rehearse", "finetune", "--cluster", "selene", "--nodes", "4"])
-    wait_until(lambda: list(temporary.glob("*/slurm/munge.socket")))
+    wait_until(lambda: list(temporary.glob("*/slurm/run/munged.pid")))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode not in (0, None)

@@ -93,12 +93,25 @@ def test_a_folder_of_somebody_elses_is_refused_and_left_alone(folder):
 
 
 def test_what_cant_work_is_refused_before_anything_is_written(folder):
-    deep = folder / ("x" * 60)
-    with pytest.raises(UsageError, match="at most 60 characters"):
-        sandbox.up(deep)
+    with pytest.raises(UsageError, match="Slurm takes no ' ' in a path"):
+        sandbox.up(folder / "a b")
     with pytest.raises(UsageError, match="nodes: 0 must be at least 1"):
         sandbox.up(folder, Shape(nodes=0))
     assert not folder.exists()
+
+
+def test_a_folder_too_deep_for_sockets_has_them_elsewhere(folder):
+    deep = folder / ("x" * 60)
+    try:
+        found = sandbox.up(deep, SMALL, accounting=False)
+        assert sandbox.status(deep).state == "up"
+        assert found.sockets.stat().st_mode & 0o777 == 0o700
+        assert "ok" in slurm.call("srun", "echo", "ok", environment=found.environment)
+    finally:
+        sandbox.down(deep)
+    assert not found.sockets.exists()
+    assert not deep.exists()
+    folder.rmdir()
 
 
 def test_a_dead_daemon_is_told_and_the_next_up_starts_afresh(folder):
@@ -186,7 +199,7 @@ def test_down_takes_no_time(folder):
 def test_nothing_of_the_system_is_used(site):
     """Own munge socket and key, own ports, own user: a system Slurm on the same machine would never notice."""
     conf = site.slurm_conf.read_text()
-    assert f"AuthInfo=socket={site.folder}/munge.socket" in conf
+    assert f"AuthInfo=socket={site.sockets}/munge.socket" in conf
     assert f"SlurmUser={getpass.getuser()}" in conf
     paths = [value for line in conf.splitlines() if (value := line.partition("=")[2]).startswith("/")]
     assert [path for path in paths if not path.startswith(f"{site.folder}/")] == ["/bin/true"]  # no mail

@@ -106,6 +106,7 @@ def test_the_tiny_model_can_be_cut_by_the_layout(axes):
 def site(**more):
     fields = {
         "folder": Path("/tmp/s"),
+        "sockets": Path("/tmp/s"),
         "user": "me",
         "host": "here",
         "version": (22, 5),
