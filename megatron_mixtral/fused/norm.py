@@ -50,19 +50,25 @@ def _backward(x, weight, scale, grad, grad_x, grad_weight, rows, width, BLOCK: t
     tl.store(grad_weight + program.to(tl.int64) * width + at, total, mask=mask)
 
 
+def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [..., H], contiguous -> its norm, and one over each row's root mean square."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = torch.empty_like(x)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    if rows:
+        _forward[(rows,)](x, weight, out, scale, width, eps, BLOCK=block, num_warps=_warps(block))
+    return out, scale
+
+
 class RMSNorm(torch.autograd.Function):
     """x [..., H], weight [H] -> the same shape as x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        width = x.shape[-1]
-        rows = x.numel() // width
-        out = torch.empty_like(x)
-        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(width)
-        if rows:
-            _forward[(rows,)](x, weight, out, scale, width, eps, BLOCK=block, num_warps=_warps(block))
+        out, scale = forward(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
 

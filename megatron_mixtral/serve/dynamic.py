@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_mixtral import mcore
+from megatron_mixtral.serve import step
 from megatron_mixtral.serve.attention import use_paged_attention
 from megatron_mixtral.serve.sampling import Choice, Sampler, score
+from megatron_mixtral.serve.step import Step
 from megatron_mixtral.serve.wire import PromptScores
 
 from megatron.core import parallel_state
@@ -61,6 +63,7 @@ class Controller(TextGenerationController):
     def __init__(self, *args: Any, sampler: Sampler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sampler = sampler
+        self.step: Step | None = None  # our own forward pass, where it can be used
         self.drawn: list[tuple[int, Choice]] = []
         self.scored: list[PromptScores] = []
         self.forwarded = False
@@ -89,6 +92,9 @@ class Controller(TextGenerationController):
         self.forwarded = True
         scoring = any(self._wants_scores(request, first) for request, first, _ in self._rows())
         self.context.only_last_logits(not scoring)
+        if self.step and not scoring:
+            self._all_logits_cuda = self.step.run().unsqueeze(0)
+            return None
         return super()._dynamic_step_forward_logits(input_ids, position_ids)
 
     def _dynamic_step_sample_logits(self, logits: Tensor | None = None) -> None:
@@ -177,7 +183,19 @@ def build(
         buffer_size_gb=cache_bytes / GIB,
     )
     controller = Controller(wrapper, _NoTokenizer(), sampler=Sampler(), **controller_options)
-    return Engine(controller, context, **engine_options)
+    engine = Engine(controller, context, **engine_options)
+    if mcore.HAVE_GPU:
+        _speed_up(controller, model)
+    return engine
+
+
+def _speed_up(controller: Controller, model: GPTModel) -> None:
+    """Our own forward pass in place of the engine's, or a line that says why not."""
+    if reason := step.missing(model):
+        print(f"serving by megatron-core's own layers, slowly: {reason}", flush=True)
+        return
+    controller.step = step.Step(model, controller.context)
+    controller.step.capture()
 
 
 def _parts_016(model: GPTModel, **sizes: Any) -> Parts:

@@ -1,0 +1,234 @@
+"""Experts for few tokens: every weight is read once, at the speed of memory, with nothing known on the host.
+
+Each token's experts are chosen, its rows sorted by expert, and both products made by programs that each own a strip
+of one expert's matrix. Shapes: T tokens, k experts a token, R = T k rows, E experts, H hidden, F expert width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST = 512  # tokens; beyond, grouped products are faster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strips:
+    """How a product is cut: rows at once, columns of a program, depth of a step, parts of the sum."""
+
+    rows: int
+    wide: int
+    deep: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def strips(tokens: int, width: int) -> tuple[Strips, Strips]:
+    """Of the first and the second product, for a batch of `tokens` and an expert width of whole 128s."""
+    most = 4 if tokens == 1 else 2 if tokens <= 8 else 1
+    parts = next(parts for parts in (4, 2, 1) if parts <= most and width % (parts * 128) == 0)
+    if tokens <= 8:
+        first = Strips(rows=16, wide=32, deep=128, parts=1, warps=4, stages=5)
+        second = Strips(rows=16, wide=64, deep=128, parts=parts, warps=4, stages=4)
+    elif tokens <= 128:
+        rows, deep = (16, 128) if tokens <= 32 else (32, 128) if tokens <= 64 else (64, 64)
+        first = second = Strips(rows=rows, wide=64, deep=deep, parts=1, warps=4, stages=4)
+    else:
+        first = Strips(rows=128, wide=64, deep=64, parts=1, warps=8, stages=4)
+        second = Strips(rows=128, wide=128, deep=64, parts=1, warps=8, stages=4)
+    return first, second
+
+
+@triton.jit
+def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """The K largest logits of a token and their softmax; logits rounded to the model's type, as when trained."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    expert = tl.arange(0, E)
+    logits = tl.zeros([E], tl.float32)
+    for start in range(0, width, BLOCK):
+        mask = start + at < width
+        value = tl.load(x + token * width + start + at, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + expert[:, None] * width + (start + at)[None, :], mask=mask[None, :], other=0.0)
+        logits += tl.sum(w.to(tl.float32) * value[None, :], 1)
+    logits = logits.to(x.dtype.element_ty).to(tl.float32)
+    top = tl.max(logits)
+    total = 0.0
+    left = logits
+    picked = tl.zeros([E], tl.int32)
+    for _ in tl.static_range(K):
+        best = tl.argmax(left, 0)
+        total += tl.exp(tl.max(left) - top)
+        picked = tl.where(expert == best, 1, picked)
+        left = tl.where(expert == best, float("-inf"), left)
+    counts = token < tl.load(real)
+    rank = tl.cumsum(picked) - 1  # the expert's place among the token's own, in order of experts
+    at_own = token * K + rank
+    tl.store(chosen + at_own, tl.where(counts, expert, -1), mask=picked > 0)
+    tl.store(probs + at_own, (tl.exp(logits - top) / total).to(probs.dtype.element_ty), mask=picked > 0)
+
+
+@triton.jit
+def _sort(chosen, source, place, ends, rows, E: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """Rows by expert: `source` of each sorted row, `place` of each unsorted one (-1: none), each expert's end."""
+    at = tl.arange(0, BLOCK)
+    expert = tl.load(chosen + at, mask=at < rows, other=-1)
+    own = tl.full([BLOCK], -1, tl.int32)
+    start = 0
+    for e in tl.static_range(E):
+        mine = (expert == e).to(tl.int32)
+        own = tl.where(mine > 0, start + tl.cumsum(mine) - 1, own)
+        start += tl.sum(mine)
+        tl.store(ends + e, start)
+    tl.store(place + at, own, mask=at < rows)
+    tl.store(source + own, at, mask=(at < rows) & (own >= 0))
+
+
+@triton.jit
+def _first(  # noqa: ANN202
+    x, weight, probs, source, ends, inner, width, out_width, K: tl.constexpr,  # noqa: ANN001
+    ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """inner [R, F] = silu(gate) * up * p for one strip of one expert."""
+    expert = tl.program_id(1)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    depth = tl.arange(0, DEEP)
+    gate_at = weight + (expert.to(tl.int64) * 2 * out_width + column)[None, :] * width + depth[:, None]
+    for start in range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = row < end
+        own = tl.load(source + row, mask=inside, other=0)
+        x_at = x + (own // K).to(tl.int64)[:, None] * width + depth[None, :]
+        gate = tl.zeros([ROWS, WIDE], tl.float32)
+        up = tl.zeros([ROWS, WIDE], tl.float32)
+        for k in range(0, width, DEEP):
+            value = tl.load(x_at + k, mask=inside[:, None], other=0.0)
+            gate = tl.dot(value, tl.load(gate_at + k), gate)
+            up = tl.dot(value, tl.load(gate_at + out_width.to(tl.int64) * width + k), up)
+        p = tl.load(probs + own, mask=inside, other=0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up * p[:, None]
+        to = inner + row.to(tl.int64)[:, None] * out_width + column[None, :]
+        tl.store(to, value.to(inner.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _second(  # noqa: ANN202
+    inner, weight, ends, out, rows, width, out_width,  # noqa: ANN001
+    PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """out [PARTS, R, H]: one part of the sum over F, for one strip of one expert."""
+    expert, part = tl.program_id(1), tl.program_id(2)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    depth = tl.arange(0, DEEP)
+    share = width // PARTS
+    w_at = weight + (expert.to(tl.int64) * out_width + column)[None, :] * width + part * share + depth[:, None]
+    for start in range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = row < end
+        x_at = inner + row.to(tl.int64)[:, None] * width + part * share + depth[None, :]
+        sums = tl.zeros([ROWS, WIDE], tl.float32)
+        for k in range(0, share, DEEP):
+            sums = tl.dot(tl.load(x_at + k, mask=inside[:, None], other=0.0), tl.load(w_at + k), sums)
+        to = out + (part.to(tl.int64) * rows + row)[:, None] * out_width + column[None, :]
+        tl.store(to, sums, mask=inside[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which experts each token goes to, in order of experts, and with what weight."""
+
+    experts: Tensor  # [T, k] int32; -1 for tokens that don't count
+    probs: Tensor  # [T, k]
+
+
+def choose(x: Tensor, router: Tensor, top_k: int, real: Tensor) -> Choice:
+    """x [T, H], router [E, H]; E is a power of two."""
+    tokens, width = x.shape
+    experts = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
+    probs = x.new_empty(tokens, top_k)
+    _choose[(tokens,)](
+        x, router, real, experts, probs, width, E=router.shape[0], K=top_k, BLOCK=1024, num_warps=4
+    )  # fmt: skip
+    return Choice(experts=experts, probs=probs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the experts gave: `parts` summed and gathered by `place` are the tokens' sums."""
+
+    parts: Tensor  # [parts, R, H] fp32
+    place: Tensor  # [T, k] int32, -1: no row
+
+
+def experts(x: Tensor, choice: Choice, fc1: Tensor, fc2: Tensor) -> Rows:
+    """x [T, H], fc1 [E, 2F, H], fc2 [E, H, F]; H and F divide by 128."""
+    tokens, hidden = x.shape
+    count, width, top_k = fc1.shape[0], fc2.shape[2], choice.experts.shape[1]
+    rows = tokens * top_k
+    first, second = strips(tokens, width)
+    source, place = (torch.empty(rows, dtype=torch.int32, device=x.device) for _ in range(2))
+    ends = torch.empty(count, dtype=torch.int32, device=x.device)
+    _sort[(1,)](choice.experts, source, place, ends, rows, E=count, BLOCK=triton.next_power_of_2(rows), num_warps=4)
+    inner = x.new_empty(rows, width)
+    _first[(width // first.wide, count)](
+        x, fc1, choice.probs, source, ends, inner, hidden, width, K=top_k, ROWS=first.rows, WIDE=first.wide,
+        DEEP=first.deep, num_warps=first.warps, num_stages=first.stages,
+    )  # fmt: skip
+    parts = x.new_empty(second.parts, rows, hidden, dtype=torch.float32)
+    _second[(hidden // second.wide, count, second.parts)](
+        inner, fc2, ends, parts, rows, width, hidden, PARTS=second.parts, ROWS=second.rows, WIDE=second.wide,
+        DEEP=second.deep, num_warps=second.warps, num_stages=second.stages,
+    )  # fmt: skip
+    return Rows(parts=parts, place=place.view(tokens, top_k))
+
+
+@triton.jit
+def _add_and_norm(  # noqa: ANN202
+    residual, delta, parts, place, weight, out, rows, width, eps,  # noqa: ANN001
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """residual += delta, or += the token's rows; out = the new residual, normalised."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    here = residual + token * width + at
+    value = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    if K == 0:
+        value += tl.load(delta + token * width + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        for k in tl.static_range(K):
+            row = tl.load(place + token * K + k).to(tl.int64)
+            for part in tl.static_range(PARTS):
+                valid = mask & (row >= 0)
+                value += tl.load(parts + (part * rows + row) * width + at, mask=valid, other=0.0)
+    rounded = value.to(residual.dtype.element_ty)
+    tl.store(here, rounded, mask=mask)
+    value = rounded.to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+    normal = value * inverse * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + token * width + at, normal.to(out.dtype.element_ty), mask=mask)
+
+
+def add_and_norm(residual: Tensor, added: Tensor | Rows, weight: Tensor, eps: float) -> Tensor:
+    """residual [T, H] grows in place by `added`; the norm of it, weighted, [T, H]."""
+    tokens, width = residual.shape
+    out = torch.empty_like(residual)
+    sizes = {"BLOCK": triton.next_power_of_2(width), "num_warps": 8 if width >= 2048 else 4}
+    if isinstance(added, Rows):
+        count, rows, _ = added.parts.shape
+        _add_and_norm[(tokens,)](
+            residual, None, added.parts, added.place, weight, out, rows, width, eps, K=added.place.shape[1],
+            PARTS=count, **sizes,
+        )  # fmt: skip
+    else:
+        _add_and_norm[(tokens,)](
+            residual, added, None, None, weight, out, 0, width, eps, K=0, PARTS=0, **sizes
+        )  # fmt: skip
+    return out

@@ -1,0 +1,263 @@
+"""Serving speed of the whole Mixtral 8x7B in bf16 on one GPU with random weights, and what bounds and rivals it.
+
+Decoding is timed over the engine's own steps, sampling and bookkeeping included; `all` counts from the first prompt
+to the last token, prompts included. The floor of a step is the bytes that must be read once over the copy rate
+measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_candidates import SHAPE as TWO_LAYERS
+
+from megatron_mixtral import fused, mcore, model
+from megatron_mixtral.config import Layout, MixtralShape
+from megatron_mixtral.serve.replica import Replica, Sizes
+from megatron_mixtral.serve.wire import Request
+
+PROMPT, ANSWER = 128, 128
+
+
+def copy_rate() -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return 2 * source.nbytes / (statistics.median(a.elapsed_time(b) for a, b in times) / 1000)
+
+
+def step_bytes(shape: MixtralShape, batch: int, context: int) -> float:
+    """What one decoding step reads at least: the weights that some token needs, and all keys and values."""
+    heads = shape.num_attention_heads * shape.head_dim
+    cached = shape.num_key_value_heads * shape.head_dim
+    attention = shape.hidden_size * (2 * heads + 2 * cached)
+    taken = 1 - (1 - shape.num_experts_per_tok / shape.num_local_experts) ** batch
+    experts = taken * shape.num_local_experts * 3 * shape.hidden_size * shape.intermediate_size
+    weights = shape.num_hidden_layers * (attention + experts) + shape.hidden_size * shape.vocab_size
+    return 2 * (weights + batch * context * 2 * cached * shape.num_hidden_layers)
+
+
+def build(shape: MixtralShape) -> torch.nn.Module:
+    part = model.build(shape, Layout(), precision="bf16", random_weights=False)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, shape.initializer_range)
+    return part
+
+
+def request(number: int, length: int, tokens: int) -> Request:
+    generator = torch.Generator().manual_seed(number)
+    prompt = torch.randint(3, 32000, (length,), generator=generator).tolist()
+    return Request(id=number, prompt=prompt, max_tokens=tokens, seed=number, temperature=0.0)
+
+
+class Numbers:
+    """Requests need ids that were never used."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def take(self, count: int) -> range:
+        self.last += count
+        return range(self.last - count, self.last)
+
+
+def decoding(replica: Replica, numbers: Numbers, batch: int, answer: int = ANSWER) -> dict[str, float]:
+    """All requests at once: the rate of steps in which all decode, and of the whole."""
+    for number in numbers.take(batch):
+        replica.add(request(number, PROMPT, answer))
+    torch.cuda.synchronize()
+    begun, steps = time.perf_counter(), []
+    while replica.busy:
+        before = time.perf_counter()
+        events = replica.step()
+        steps.append((time.perf_counter() - before, len(events)))
+    whole = time.perf_counter() - begun
+    full = [seconds for seconds, tokens in steps if tokens == batch]
+    step = statistics.median(full[2:] or full)
+    return {
+        "step_ms": step * 1000,
+        "tokens_per_s": batch / step,
+        "all_tokens_per_s": batch * answer / whole,
+    }
+
+
+def first_token(replica: Replica, numbers: Numbers, length: int, repeats: int) -> float:
+    """Seconds from a prompt to its first token, on an idle engine."""
+    times = []
+    for number in numbers.take(repeats + 2):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        replica.add(request(number, length, 1))
+        while replica.busy:
+            replica.step()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[2:])
+
+
+def ours(options: argparse.Namespace, shape: MixtralShape, rate: float, profile: Path | None) -> dict[str, Any]:
+    part = build(shape)
+    begun = time.perf_counter()
+    replica = Replica(
+        part, Sizes(requests=max(options.batches), context_tokens=2048, step_tokens=options.step_tokens)
+    )
+    found: dict[str, Any] = {
+        "ready_s": time.perf_counter() - begun,
+        "cache_gib": replica._engine.context.memory_buffer.nbytes / 2**30,
+        "allocated_gib": torch.cuda.memory_allocated() / 2**30,
+        "decoding": {},
+    }
+    numbers = Numbers()
+    decoding(replica, numbers, 2, 8)
+    found["first_token_ms"] = {n: first_token(replica, numbers, n, 5) * 1000 for n in (1024,)}
+    for batch in options.batches:
+        decoding(replica, numbers, batch, 4)
+        result = decoding(replica, numbers, batch)
+        floor = step_bytes(shape, batch, PROMPT + ANSWER // 2) / rate
+        result |= {"floor_ms": floor * 1000, "floor_tokens_per_s": batch / floor}
+        found["decoding"][batch] = result
+        print(batch, {k: round(v, 2) for k, v in result.items()}, flush=True)
+    if profile and replica._controller.step:
+        for size in (1, max(options.batches)):
+            write_profile(replica._controller.step.graphs[size].replay, profile / f"decode_{size}.txt")
+        engine_alone(replica, found, numbers)
+    return found
+
+
+def engine_alone(replica: Replica, found: dict[str, Any], numbers: Numbers) -> None:
+    """The engine's own forward pass, for comparison."""
+    kept, replica._controller.step = replica._controller.step, None
+    found["engine_alone_step_ms"] = {batch: decoding(replica, numbers, batch, 10)["step_ms"] for batch in (1, 64)}
+    replica._controller.step = kept
+
+
+def write_profile(run: Callable[[], Any], path: Path) -> None:
+    """Kernel times of one call, longest first, to a text file."""
+    from torch.profiler import ProfilerActivity
+
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name, []).append(event.self_device_time_total)
+    total = sum(map(sum, kernels.values()))
+    lines = [f"{total / 1000:.2f} ms in kernels"]
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):
+        lines.append(f"{sum(times) / 1000:9.3f} ms {sum(times) / total:6.1%} {len(times):5d} x  {name[:150]}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def transformers(options: argparse.Namespace, shape: MixtralShape) -> dict[str, Any]:
+    """Its `generate`, greedy, all prompts of one length."""
+    import transformers as library
+
+    config = library.MixtralConfig(
+        **{f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+    )
+    with torch.device("cuda"):
+        part = library.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        ).eval()
+    found: dict[str, Any] = {"decoding": {}}
+    for batch in options.batches:
+        ids = torch.tensor([request(n, PROMPT, 1).prompt for n in range(batch)], device="cuda")
+        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
+        times = {}
+        for tokens in (4, 4, 1, 24):  # the first one warms up
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            part.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
+            torch.cuda.synchronize()
+            times[tokens] = time.perf_counter() - begun
+        step = (times[24] - times[1]) / 23
+        found["decoding"][batch] = {"step_ms": step * 1000, "tokens_per_s": batch / step}
+    return found
+
+
+def show(report: dict[str, Any]) -> None:
+    print(f"{report['card']}, torch {report['torch']}, megatron-core {report['megatron_core']}, {report['date']}")
+    print(
+        f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers; prompts {PROMPT}, answers {ANSWER} tokens"
+    )
+    mine, theirs = report["mixlaunch"], report.get("transformers", {})
+    print(
+        f"cache {mine['cache_gib']:.1f} GiB of {mine['allocated_gib']:.1f} in all; ready in {mine['ready_s']:.0f} s"
+    )
+    print(f"first token ms {mine['first_token_ms']}; engine's own step ms {mine.get('engine_alone_step_ms')}")
+    print("batch  step ms  floor ms    tok/s  of floor  all tok/s  transformers tok/s")
+    for batch, result in mine["decoding"].items():
+        rival = theirs.get("decoding", {}).get(batch, {}).get("tokens_per_s", float("nan"))
+        share = result["tokens_per_s"] / result["floor_tokens_per_s"]
+        cells = [f"{batch:5d}", f"{result['step_ms']:8.2f}", f"{result['floor_ms']:9.2f}"]
+        cells += [f"{result['tokens_per_s']:8.0f}", f"{share:9.1%}", f"{result['all_tokens_per_s']:10.0f}"]
+        print(*cells, f"{rival:19.0f}")
+    if "error" in theirs:
+        print("transformers:", theirs["error"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--no-rival", action="store_true")
+    parser.add_argument("--profiles", type=Path, help="folder for kernel times")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if reason := fused.missing():
+        sys.exit(f"this needs a GPU and triton: {reason}")
+    import megatron.core
+
+    mcore.initialize(Layout())
+    shape = dataclasses.replace(TWO_LAYERS, num_hidden_layers=options.layers)
+    rate = copy_rate()
+    report = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "layers": options.layers,
+        "copy_tb_s": rate / 1e12,
+    }
+    gc.collect()
+    torch.cuda.empty_cache()
+    with mcore.quiet():
+        report["mixlaunch"] = ours(options, shape, rate, options.profiles)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    if not options.no_rival:
+        try:
+            report["transformers"] = transformers(options, shape)
+        except Exception as error:
+            report["transformers"] = {"error": f"{type(error).__name__}: {error}"}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    show(report)
+    mcore.shutdown()
+
+
+if __name__ == "__main__":
+    main()
