@@ -276,6 +276,8 @@ def _sandbox(plan: JobPlan, folder: Path) -> Iterator[Sandbox]:
             "sandbox",
             f"{shape.nodes} node{'s' * (shape.nodes != 1)} x {shape.gpus} GPUs, partition {shape.partitions[0][0]}",
         )
+        if not site.accounting and (plan.profile.account or plan.profile.qos):
+            _say("accounts", sandbox.why_no_accounting(None) + "; account and QoS aren't checked")
         if name := plan.profile.reservation:
             what = ("starttime=now", "duration=1-00:00:00", f"users={getpass.getuser()}", "nodes=ALL")
             slurm.call(
