@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -108,6 +109,8 @@ def _substitute_streams(cuda: Any) -> None:
 
 def _substitute_tensors() -> None:
     """Every factory and move that names CUDA; wrapping these few costs nothing elsewhere, in any thread."""
+    # `with torch.device(...)` knows the factories by identity, listed at first use: it must list the real ones.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
     for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):

@@ -77,6 +77,15 @@ def test_code_written_for_cuda_runs_on_cpu():
     assert set(ranks(1, on_cpu, env={"CUDA_VISIBLE_DEVICES": ""})[0]) == {"cpu"}
 
 
+def test_a_device_context_still_reaches_every_factory():
+    """transformers builds its models under one; where it doesn't reach, their buffers stay as memory was."""
+    code = (
+        "from megatron_mixtral import mcore\nimport torch\n"
+        "with torch.device('meta'):\n    assert torch.arange(3).is_meta and torch.empty(2).is_meta\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
 def test_torchrun_starts_ranks_too(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
