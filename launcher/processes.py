@@ -31,18 +31,19 @@ def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) 
             start_new_session=True,
         )
     _started.append(process)
+    # In the middle of its exec a process has no environment yet, and nobody could tell that it is ours.
+    while process.poll() is None and not _environment(process.pid):
+        time.sleep(0.001)
     return process.pid
 
 
 def is_marked(pid: int, **variables: str) -> bool:
     """Whether `pid` runs and was started with all of `variables` in its environment; an empty value is any."""
-    with suppress(OSError):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return all(
-            any(entry == wanted if value else entry.startswith(wanted) for entry in environment)
-            for wanted, value in ((f"{name}={value}".encode(), value) for name, value in variables.items())
-        )
-    return False
+    environment = _environment(pid).split(b"\0")
+    return all(
+        any(entry == wanted if value else entry.startswith(wanted) for entry in environment)
+        for wanted, value in ((f"{name}={value}".encode(), value) for name, value in variables.items())
+    )
 
 
 def marked(**variables: str) -> list[int]:
@@ -108,6 +109,12 @@ def wait(find: Find, seconds: float) -> list[int]:
 def ended(pid: int) -> bool:
     """Whether a process that `start` started here has ended."""
     return all(process.pid != pid or process.poll() is not None for process in _started)
+
+
+def _environment(pid: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
 
 
 def _reap() -> None:

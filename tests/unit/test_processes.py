@@ -76,3 +76,9 @@ def test_an_end_is_noticed(tmp_path, mark):
     pid = start(tmp_path, mark, "exit 3")
     until(lambda: processes.ended(pid))
     assert processes.wait(lambda: processes.marked(MARK=mark), 5) == []
+
+
+def test_a_process_is_known_as_soon_as_it_is_started(tmp_path, mark):
+    for _ in range(30):
+        pid = start(tmp_path, mark, "while :; do sleep 60; done")  # a single command would be an exec of its own
+        assert processes.is_marked(pid, MARK=mark)
