@@ -53,12 +53,24 @@ class Attention(layers.Attention):
             and not (self.dropout and self.training)
         ):
             window = (self.window - 1, 0) if self.window else (None, None)
-            inputs = (x.transpose(0, 1) for x in (query, key, value))
+            inputs = (x.transpose(0, 1).contiguous() for x in (query, key, value))
             out = flash(*inputs, softmax_scale=self.scale, causal=True, window_size=window)
-            out = out[0] if isinstance(out, tuple) else out
-            return out.transpose(0, 1).flatten(2)
+            return SequenceFirst.apply(out[0] if isinstance(out, tuple) else out)
         with sdpa_kernel(BACKENDS, set_priority=True):
             return super().forward(query, key, value, *args, **kwargs)
+
+
+class SequenceFirst(torch.autograd.Function):
+    """[B, S, N, D] -> [S, B, N * D]; the gradient goes back contiguous, or FlashAttention 4 misreads it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.heads = x.shape[2:]
+        return x.transpose(0, 1).flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.unflatten(2, ctx.heads).transpose(0, 1).contiguous()
 
 
 @functools.cache
@@ -101,7 +113,9 @@ class RotarySelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
         angles = rotary_pos_emb[:, 0, 0, : size // 2].float()
-        query, key, value = rope.SplitRotate.apply(mixed, angles.cos(), angles.sin(), size)
+        query, key, value = rope.SplitRotate.apply(
+            mixed, angles.cos(), angles.sin(), size, flash_attention_4() is not None
+        )
         out = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
         return self.linear_proj(out)
 

@@ -112,6 +112,7 @@ def measure(make: Callable[[], Any], task: Task, micro_batches: list[int], profi
         took = statistics.median(seconds(step, max(2, task.repeats // (2 * count))))
         found["steps"][count] = {"s": took, "tflops": count * task.flops / took / 1e12}
     found["step_peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    candidate.close()
     return found
 
 
@@ -187,6 +188,7 @@ def follow(
             if steps:
                 candidate.end()
         curves[kind] = [float(loss) for loss in losses]
+        candidate.close()
         del candidate
         clean()
         if kind == "nudged":

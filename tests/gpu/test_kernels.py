@@ -78,6 +78,7 @@ def rotated(x, angles):
 def test_split_and_rotate(s, b, groups, queries, size, dtype, device):
     from megatron_mixtral.fused.rope import SplitRotate
 
+    batch_first = b > 1 and queries > 3
     mixed = leaf(s, b, groups, (queries + 2) * size, dtype=dtype, device=device)
     angles = torch.outer(
         torch.arange(s, device=device) * 100.0, 1e6 ** (-torch.arange(size // 2, device=device) * 2 / size)
@@ -86,7 +87,7 @@ def test_split_and_rotate(s, b, groups, queries, size, dtype, device):
     q, k, v = exact.split([queries * size, size, size], dim=-1)
     q = q.reshape(s, b, groups * queries, size)
     expected = torch.cat([rotated(q, angles.double()), rotated(k, angles.double()), v], dim=2)
-    got = torch.cat(SplitRotate.apply(mixed, angles.cos(), angles.sin(), size), dim=2)
+    got = torch.cat(SplitRotate.apply(mixed, angles.cos(), angles.sin(), size, batch_first), dim=2)
     compare(got, expected, [mixed], [exact], dtype)
 
 
