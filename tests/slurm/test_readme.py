@@ -163,14 +163,16 @@ def chats(reader: Reader, command: str) -> None:
 
 
 def fresh(reader: Reader, command: str) -> None:
-    """In a virtual environment of its own, from the source; what is only looked up needs no download."""
+    """In a virtual environment of its own, from the source."""
     folder = reader.home / "fresh"
     if not folder.exists():
         venv.create(folder, with_pip=True)
-    lookup = {"PIP_DRY_RUN": "1"} if "[" in command else {}
+    # The extra's packages are those that `make` put into this very environment: here only that it exists is asked.
+    lookup = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"} if "[" in command else {}
     constraints = f"{ROOT / 'constraints.txt'} {ROOT / 'constraints-cpu.txt'}"
     path = f"{folder / 'bin'}:{reader.environment['PATH']}"
-    reader.types(command, cwd=ROOT, seconds=300, PATH=path, PIP_CONSTRAINT=constraints, **lookup)
+    said = reader.types(command, cwd=ROOT, seconds=300, PATH=path, PIP_CONSTRAINT=constraints, **lookup)
+    assert "does not provide the extra" not in said
     if not lookup:
         script = reader.types("mixlaunch export finetune --cluster selene --nodes 4", PATH=path)
         assert script.startswith("#!/bin/bash")
