@@ -178,7 +178,7 @@ def fresh(reader: Reader, command: str) -> None:
 
 
 def extra(reader: Reader, command: str) -> None:
-    """`make` put the extra's packages into this environment, from the same setup.cfg; gigabytes aren't fetched twice."""
+    """`make` put the extra's packages here, from the same setup.cfg; gigabytes aren't fetched twice."""
     assert "serve" in metadata("mixlaunch").get_all("Provides-Extra"), command
 
 
