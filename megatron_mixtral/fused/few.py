@@ -32,7 +32,7 @@ def strips(tokens: int, width: int) -> tuple[Strips, Strips]:
     parts = next(parts for parts in (4, 2, 1) if parts <= most and width % (parts * 128) == 0)
     if tokens <= 8:
         first = Strips(rows=16, wide=32, deep=128, parts=1, warps=4, stages=5)
-        second = Strips(rows=16, wide=64, deep=128, parts=parts, warps=4, stages=4)
+        second = Strips(rows=16, wide=32, deep=128, parts=parts, warps=4, stages=5)
     elif tokens <= 128:
         rows, deep = (16, 128) if tokens <= 32 else (32, 128) if tokens <= 64 else (64, 64)
         first = second = Strips(rows=rows, wide=64, deep=deep, parts=1, warps=4, stages=4)
@@ -154,7 +154,7 @@ def choose(x: Tensor, router: Tensor, top_k: int, real: Tensor) -> Choice:
     experts = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
     probs = x.new_empty(tokens, top_k)
     _choose[(tokens,)](
-        x, router, real, experts, probs, width, E=router.shape[0], K=top_k, BLOCK=1024, num_warps=4
+        x, router, real, experts, probs, width, E=router.shape[0], K=top_k, BLOCK=2048, num_warps=8
     )  # fmt: skip
     return Choice(experts=experts, probs=probs)
 

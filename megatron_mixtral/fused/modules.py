@@ -4,16 +4,13 @@ Each falls back to what it extends where it is asked for something else than tra
 sequences.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_mixtral import layers
-from megatron_mixtral.fused import embedding, experts, gradients, loss, norm, products, rope, routing
+from megatron_mixtral.fused import embedding, experts, gradients, loss, norm, rope, routing
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -41,54 +38,11 @@ class BlockNorm(RMSNorm, layers.BlockNorm):
 
 
 class Attention(layers.Attention):
-    """FlashAttention 4 where it's installed for this chip, else the best of torch's backends."""
+    """The best of torch's backends for this chip."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        flash = flash_attention_4()
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        if (
-            flash
-            and half
-            and query.shape == (*key.shape[:2], *query.shape[2:])
-            and not (self.dropout and self.training)
-        ):
-            window = (self.window - 1, 0) if self.window else (None, None)
-            inputs = (x.transpose(0, 1).contiguous() for x in (query, key, value))
-            out = flash(*inputs, softmax_scale=self.scale, causal=True, window_size=window)
-            return SequenceFirst.apply(out[0] if isinstance(out, tuple) else out)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with sdpa_kernel(BACKENDS, set_priority=True):
-            return super().forward(query, key, value, *args, **kwargs)
-
-
-class SequenceFirst(torch.autograd.Function):
-    """[B, S, N, D] -> [S, B, N * D]; the gradient goes back contiguous, or FlashAttention 4 misreads it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.heads = x.shape[2:]
-        return x.transpose(0, 1).flatten(2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.unflatten(2, ctx.heads).transpose(0, 1).contiguous()
-
-
-@functools.cache
-def flash_attention_4() -> Callable[..., Any] | None:
-    """Its function, where the package is installed and the chip is one it is written for."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
-        return None
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError:
-        return None
-    return flash_attn_func
-
-
-def describe() -> str:
-    """Which ways are taken on this machine, for a log."""
-    attention = "FlashAttention 4" if flash_attention_4() else "torch's attention, cuDNN first"
-    return f"our kernels; {products.describe()}; {attention}"
+            return super().forward(*args, **kwargs)
 
 
 class RotarySelfAttention(SelfAttention):
@@ -113,9 +67,7 @@ class RotarySelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
         angles = rotary_pos_emb[:, 0, 0, : size // 2].float()
-        query, key, value = rope.SplitRotate.apply(
-            mixed, angles.cos(), angles.sin(), size, flash_attention_4() is not None
-        )
+        query, key, value = rope.SplitRotate.apply(mixed, angles.cos(), angles.sin(), size)
         out = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
         return self.linear_proj(out)
 

@@ -123,12 +123,10 @@ def _quack_version() -> str | None:
 
 
 def describe() -> str:
-    """Which way the experts' products go on this machine."""
+    """Which way the experts' products go on this machine, for a log."""
     if version := _quack_version():
         return f"experts by quack {version}"
-    if grouped_mm_serves():
-        return "experts by torch's grouped product; pip install quack-kernels is faster on Hopper"
-    return "experts one by one"
+    return "experts by torch's grouped product" if grouped_mm_serves() else "experts one by one"
 
 
 def best(counts: Tensor, *weights: Tensor) -> Products:

@@ -75,31 +75,22 @@ def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Te
 
 
 class SplitRotate(torch.autograd.Function):
-    """mixed [S, B, G, (n + 2) D], cos and sin [S, D / 2] fp32 -> q [S, B, N, D], k and v [S, B, G, D].
-
-    With `batch_first` they lie in memory as [B, S, ., D].
-    """
+    """mixed [S, B, G, (n + 2) D], cos and sin [S, D / 2] fp32 -> q [S, B, N, D], k and v [S, B, G, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, size: int, batch_first: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         mixed = mixed.contiguous()
         s, b, groups, wide = mixed.shape
-        heads = (groups * (wide // size - 2), groups, groups)
-        if batch_first:
-            q, k, v = (mixed.new_empty(b, s, n, size).transpose(0, 1) for n in heads)
-        else:
-            q, k, v = (mixed.new_empty(s, b, n, size) for n in heads)
+        q, k, v = (mixed.new_empty(s, b, n, size) for n in (groups * (wide // size - 2), groups, groups))
         _launch(mixed, q, k, v, cos, sin, back=False)
         ctx.save_for_backward(cos, sin)
         ctx.shape = mixed.shape
         return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         mixed = q.new_empty(ctx.shape)
         _launch(mixed, q, k, v, cos, sin, back=True)
-        return mixed, None, None, None, None
+        return mixed, None, None, None

@@ -287,7 +287,7 @@ def main() -> None:
 
 
 def measure_all(options: argparse.Namespace, task: Task) -> dict[str, Any]:
-    from megatron_mixtral.fused import modules
+    from megatron_mixtral.fused import products
 
     import megatron.core
 
@@ -297,7 +297,7 @@ def measure_all(options: argparse.Namespace, task: Task) -> dict[str, Any]:
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
-        "ways": modules.describe(),
+        "ways": products.describe(),
         "date": time.strftime("%Y-%m-%d"),
         "workload": {"layers": 2, "sequence": task.sequence, "micro_batch": task.rows},
         "ceilings": top,

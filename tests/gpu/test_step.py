@@ -84,7 +84,7 @@ def test_logits_are_the_engines_own(window):
     assert [r for r, _ in ours] == [r for r, _ in engines]
     apart = [float((a - b).norm() / b.norm()) for (_, a), (_, b) in zip(ours, engines, strict=True)]
     assert max(apart) < (1e-4 if fused.INTERPRETED else 0.5), apart  # bf16 sends some tokens to other experts
-    assert sorted(apart)[len(apart) // 2] < (1e-5 if fused.INTERPRETED else 2e-2), apart
+    assert sorted(apart)[len(apart) // 2] < (1e-5 if fused.INTERPRETED else 5e-2), apart
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300, 600])
