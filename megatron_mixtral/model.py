@@ -75,6 +75,17 @@ def _kind(fuse: bool | None) -> tuple[type[GPTModel], layers.Parts]:
     return modules.Model, modules.PARTS
 
 
+def ways(model: GPTModel) -> str:
+    """Which way its layers are computed here, and what stands against a faster one."""
+    if mcore.have_transformer_engine():
+        return "layers by Transformer Engine"
+    if not model.fused:
+        return f"layers in plain torch: {fused.missing() or 'our kernels were not asked for'}"
+    from megatron_mixtral.fused import products
+
+    return f"layers by our kernels; {products.describe()}"
+
+
 def transformer_config(
     shape: MixtralShape, layout: Layout, *, precision: Precision, aux_loss: float, **overrides: Any
 ) -> TransformerConfig:

@@ -170,6 +170,8 @@ class Trainer:
             f"{self.replicas}, expert {lay.expert}; {self.train.tokens:,} tokens of training data, "
             f"{self.config.global_batch * self.config.sequence_length:,} a step"
         )
+        if mcore.HAVE_GPU:
+            self._say(model.ways(self.parts.chunks[0].module))
         if self.config.validation and self.validation is None:
             self._say("no validation: the data is a single document")
 

@@ -124,7 +124,7 @@ def ours(options: argparse.Namespace, shape: MixtralShape, rate: float, profile:
         "decoding": {},
     }
     numbers = Numbers()
-    decoding(replica, numbers, 2, 8)
+    decoding(replica, numbers, 1, 8)
     found["first_token_ms"] = {n: first_token(replica, numbers, n, 5) * 1000 for n in (128, 1024)}
     print("first token, ms", found["first_token_ms"], flush=True)
     for batch in options.batches:
