@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,5 +35,6 @@ def test_make_demo(tmp_path):
     (tuned,) = tmp_path.glob("*/models/tuned")
     assert (tuned / "model.safetensors.index.json").exists() or (tuned / "model.safetensors").exists()
     (server,) = tmp_path.glob("*/runs/serve-*")
-    assert "/v1/completions" in "".join(log.read_text() for log in (server / "logs").rglob("rank_0.log"))
+    answer = done.stdout.split("--max-tokens 40\n")[1].split("The server ends")[0]
+    assert re.search(r"\w+ +\w+", answer), done.stdout
     assert not (server / "server.json").exists(), "the server is still there"
