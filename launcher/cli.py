@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher.cli_clusters import clusters
+from launcher.cli_runs import RUN_COMMANDS, roots_of
+from launcher.cli_sandbox import sandbox
 from launcher.errors import MixlaunchError
 from launcher.options import HELP, SectionedOption, job_command
 
@@ -176,7 +179,7 @@ def chat(server: str | None, prompt: str | None, system: str | None, raw: bool, 
     from launcher import chat as chatting
     from launcher import servers
 
-    found = servers.find(server, _roots(None))
+    found = servers.find(server, roots_of(None))
     chatting.run(found, prompt=prompt, system=system, raw=raw, settings=chatting.Settings(**how))
 
 
@@ -194,173 +197,10 @@ def demo(text: Path | None, folder: Path) -> None:
     whole_chain.run(text, folder)
 
 
-# --- runs --------------------------------------------------------------------------------------------------------
+# --- commands of other modules -----------------------------------------------------------------------------------
 
-
-def _of_cluster(command: click.Command) -> click.Command:
-    command.params.append(
-        click.Option(["--cluster"], metavar="NAME|FILE.yaml", help="Only runs of this cluster.  [default: all]")
-    )
-    return command
-
-
-def _roots(cluster: str | None) -> list[Path]:
-    """Where runs may lie: one cluster's folder, or every profile's."""
-    from launcher import profile
-
-    if cluster:
-        return [Path(profile.load(cluster).paths.runs)]
-    roots = [Path(profile.load().paths.runs)]
-    for path in profile.available().values():
-        try:
-            roots.append(Path(profile.read(path).paths.runs))
-        except MixlaunchError:
-            continue  # `clusters` shows what is wrong with it
-    return list(dict.fromkeys(roots))
-
-
-@_of_cluster
-@cli.command()
-@click.argument("names", metavar="[RUN]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Not only the newest 20.")
-def status(names: tuple[str, ...], everything: bool, cluster: str | None) -> None:
-    """Show what runs are doing.
-
-    All of them, newest first, or the details of RUNs: names, prefixes or job ids.
-    """
-    from launcher import overview, runs
-
-    roots = _roots(cluster)
-    if names:
-        overview.details([runs.find(name, roots) for name in names])
-    else:
-        found = runs.every(roots)
-        overview.table(found if everything else found[:20], roots)
-
-
-@_of_cluster
-@cli.command("logs")
-@click.argument("name", metavar="[RUN]", default="newest")
-@click.option("-f", "--follow", is_flag=True, help="Go on as lines come, also into the next attempt.")
-@click.option("--rank", type=int, metavar="N", default=0, help="Which rank's log.  [default: 0]")
-@click.option("--batch", is_flag=True, help="The batch script's own log.")
-@click.option("--attempt", type=int, metavar="N", help="Which attempt's.  [default: the newest]")
-def show_logs(name: str, follow: bool, rank: int, batch: bool, attempt: int | None, cluster: str | None) -> None:
-    """Print a run's log.
-
-    RUN is a name, a prefix or a job id; by default the newest run.
-    """
-    from launcher import logs, runs, watch
-
-    run = runs.find(name, _roots(cluster))
-    source = logs.BATCH if batch else rank
-    if not follow:
-        click.echo(logs.find(run.path, attempt=attempt, source=source).read_text(errors="replace"), nl=False)
-        return
-    for line in logs.follow(run.path, source=source, attempt=attempt, active=watch.active(run)):
-        click.echo(line)
-
-
-@_of_cluster
-@cli.command()
-@click.argument("names", metavar="RUN...", nargs=-1, required=True)
-def cancel(names: tuple[str, ...], cluster: str | None) -> None:
-    """End runs: names, prefixes or job ids."""
-    from launcher import runs, screen
-
-    roots = _roots(cluster)
-    for run in [runs.find(name, roots) for name in names]:
-        if runs.cancel(run):
-            screen.done(f"{run.name} is told to end")
-        else:
-            screen.say(f"{run.name} has ended already")
-
-
-# --- clusters ----------------------------------------------------------------------------------------------------
-
-
-@cli.group(invoke_without_command=True)
-@click.pass_context
-def clusters(ctx: click.Context) -> None:
-    """List cluster profiles, or show one."""
-    if ctx.invoked_subcommand is None:
-        ctx.invoke(clusters_list)
-
-
-@clusters.command("list")
-def clusters_list() -> None:
-    """Every profile that --cluster can name."""
-    from launcher import overview
-
-    overview.clusters()
-
-
-@clusters.command("show")
-@click.argument("name", required=False)
-def clusters_show(name: str | None) -> None:
-    """A profile as it is understood: variables expanded, defaults filled in."""
-    import yaml
-
-    from launcher import profile, screen
-
-    path = profile.find(name or profile.default())
-    shown = profile.read(path).model_dump(mode="json", exclude_none=True)
-    click.echo(f"# {path}", err=True)
-    screen.code(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), "yaml")
-
-
-@cli.group()
-def sandbox() -> None:
-    """A private, real Slurm on this machine.
-
-    Its profile is the cluster `sandbox`. It runs as you, in a folder and on ports of its own, and touches no other.
-    """
-
-
-@sandbox.command("up")
-@click.option("--nodes", type=click.IntRange(1, 64), default=4, show_default=True, help="Nodes to pretend.")
-@click.option("--gpus", type=click.IntRange(0, 16), default=8, show_default=True, help="GPUs a node to pretend.")
-@click.option("--accounting/--no-accounting", default=None, help="sacct and accounts.  [default: if installed]")
-def sandbox_up(nodes: int, gpus: int, accounting: bool | None) -> None:
-    """Start it and wait until its nodes are idle."""
-    from launcher import sandbox as private
-    from launcher import screen
-    from launcher.sandbox_config import Shape
-
-    started = private.up(shape=Shape(nodes=nodes, gpus=gpus), accounting=accounting)
-    screen.done(f"sandbox is up: {started.shape.nodes} nodes x {started.shape.gpus} GPUs")
-    configuration = f"SLURM_CONF={started.folder}/slurm.conf"
-    screen.facts(
-        [
-            ("accounts", "" if started.accounting else private.why_no_accounting(accounting)),
-            ("use it", "mixlaunch finetune --cluster sandbox"),
-            ("or", f"{configuration} sinfo"),
-        ]
-    )
-
-
-@sandbox.command("down")
-def sandbox_down() -> None:
-    """End its jobs and daemons and remove its folder."""
-    from launcher import sandbox as private
-    from launcher import screen
-
-    if private.down():
-        screen.done("sandbox is gone")
-    else:
-        screen.say("there was no sandbox")
-
-
-@sandbox.command("status")
-def sandbox_status() -> None:
-    """Say whether it is up and what its nodes do; exits with 1 when it isn't."""
-    from launcher import sandbox as private
-    from launcher import screen
-
-    found = private.status()
-    screen.say(f"sandbox is {found.state}: {found.folder}")
-    screen.facts([("dead", ", ".join(found.dead)), *found.nodes.items()])
-    sys.exit(0 if found.state == "up" else 1)
+for _command in (*RUN_COMMANDS, clusters, sandbox):
+    cli.add_command(_command)
 
 
 def main() -> None:
