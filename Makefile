@@ -1,4 +1,4 @@
-# make demo · make test · make lint. Each sets up what it needs; nothing is installed outside VENV
+# make demo · make test · make lint · make bench · make soak. Each sets up what it needs; nothing is installed outside VENV
 # but Debian's Slurm packages, by `make test`, and those only as root.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TEXT ?=
 FOLDER ?= demo
 TESTS ?= tests
+BENCH ?= $(wildcard tests/bench/bench_*.py)
 
 # Without a GPU the CPU build of torch is enough; with one, pip's default build is the right one.
 CPU_ONLY := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server chromium
 
-.PHONY: setup demo test lint format debian clean
+.PHONY: setup demo test soak bench lint format debian clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +30,14 @@ demo: setup
 
 test: setup debian
 	@$(BIN)/python -m pytest $(TESTS)
+
+# What takes too long for every change: run before a release.
+soak: setup debian
+	@$(BIN)/python -m pytest -m soak --timeout 3600 $(TESTS)
+
+# Each prints its figures beside its rival's, from one run on this machine.
+bench: setup debian
+	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
 
 lint: setup
 	@$(BIN)/ruff check .
