@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import places
 from launcher.errors import UsageError
 from launcher.layout import Shape
 from launcher.profile import ClusterProfile
@@ -17,9 +18,7 @@ if TYPE_CHECKING:
 
 def shape(profile: ClusterProfile, model: str) -> Shape | None:
     """The shape that a `config.json` of `model` tells, if this machine sees one."""
-    from launcher import jobs
-
-    for folder in map(Path, jobs.model_folders(profile, model)):
+    for folder in map(Path, places.model_folders(profile, model)):
         steps = sorted([*folder.glob("iter_*"), *folder.glob("checkpoints/iter_*")])[-1:]
         for place in (folder, folder / "release", *steps):
             try:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from launcher import layout as layouts
-from launcher import quoting, settings
+from launcher import places, quoting, settings
 from launcher.errors import LayoutError, UsageError
 from launcher.layout import Layout, Placement, Shape
-from launcher.profile import REFERENCE, ClusterProfile, time_limit
+from launcher.profile import ClusterProfile, time_limit
 from launcher.settings import MODEL
 
 API_KEY = "MIXLAUNCH_API_KEY"
@@ -118,7 +118,7 @@ class JobPlan:
 
 def plan_tiny(profile: ClusterProfile, *, output: str, ask: Ask = Ask(), values: Mapping[str, Any] = {}) -> JobPlan:
     """A small Mixtral with random weights."""
-    config = {"output": _path(output, "--output"), **settings.check("tiny", values)}
+    config = {"output": places.path(output, "--output"), **settings.check("tiny", values)}
     return _single("tiny", profile, ask, config, outputs=(config["output"],))
 
 
@@ -132,9 +132,9 @@ def plan_download(
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """A repository of the hub into the shared models folder. It resumes where it stopped."""
-    if "/" not in model or _is_path(model):
+    if "/" not in model or places.is_path(model):
         raise UsageError(f"REPO: {quoting.shown(model)} isn't a repository of the hub; such as {MODEL}")
-    target = _path(output, "--output") if output is not None else _hub_folder(profile, model)
+    target = places.path(output, "--output") if output is not None else places.hub_folder(profile, model)
     config = {"repo": quoting.checked(model, "REPO"), "output": target, **settings.check("download", values)}
     if revision:
         config["revision"] = quoting.checked(revision, "--revision")
@@ -153,16 +153,16 @@ def plan_prepare(
     """Text or conversations into Megatron's `.bin`/`.idx`, by the tokenizer of `model`."""
     if not files:
         raise UsageError("FILES: give at least one file of text (.jsonl, .txt)")
-    tokenizer = _hub_folder(profile, model)
-    prefix = _path(output, "--output") if output is not None else _data_prefix(profile)
+    tokenizer = places.hub_folder(profile, model)
+    prefix = places.path(output, "--output") if output is not None else places.data_prefix(profile)
     config = {
-        "inputs": [_path(f, "FILES") for f in files],
+        "inputs": [places.path(f, "FILES") for f in files],
         "output": prefix,
         "tokenizer": tokenizer,
         **settings.check("prepare", values),
     }
     inputs = [Input(path=p, what="text") for p in config["inputs"]]
-    inputs.append(Input(path=tokenizer, what="tokenizer", hint=_hint("download", model)))
+    inputs.append(Input(path=tokenizer, what="tokenizer", hint=places.hint("download", model)))
     folder = os.path.dirname(prefix)
     return _single("prepare", profile, ask, config, inputs=tuple(inputs), outputs=(folder,), resumable=True)
 
@@ -188,10 +188,10 @@ def plan_convert(
     layout = axes.over(PRESETS[preset] if preset else Layout())
     _check_shape(shape or layouts.known_shape(model), layout)
     if to == "megatron":
-        source, hint = _hub_folder(profile, model), _hint("download", model)
+        source, hint = places.hub_folder(profile, model), places.hint("download", model)
     else:
-        source, hint = _weights(profile, model), _hint("convert --model", model)
-    target = _path(output, "--output") if output is not None else _converted_name(profile, model, to)
+        source, hint = places.weights(profile, model), places.hint("convert --model", model)
+    target = places.path(output, "--output") if output is not None else places.converted(profile, model, to)
     config = {"source": source, "output": target, "to": to, "layout": asdict(layout)}
     return JobPlan(
         **_common("convert", profile, ask),
@@ -218,8 +218,8 @@ def plan_finetune(
     layout = axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM)
     _check_shape(shape or layouts.known_shape(model), layout)
     placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
-    weights = _weights(profile, model)
-    prefix = _path(data, "--data") if data is not None else _data_prefix(profile)
+    weights = places.weights(profile, model)
+    prefix = places.path(data, "--data") if data is not None else places.data_prefix(profile)
     chosen = settings.check("finetune", values)
     _check_batch(chosen, layout.data_parallel(placement.world))
     return JobPlan(
@@ -230,7 +230,7 @@ def plan_finetune(
         config={"model": weights, "data": prefix, "layout": asdict(layout), **chosen},
         resumable=True,
         inputs=(
-            Input(path=weights, what="weights", hint=_hint("convert --model", model)),
+            Input(path=weights, what="weights", hint=places.hint("convert --model", model)),
             Input(path=f"{prefix}.idx", what="data", hint="" if data else "`mixlaunch prepare FILES` makes it"),
         ),
         notes=(layout.describe(placement.world),),
@@ -252,7 +252,7 @@ def plan_serve(
     layout = axes.over(Layout() if profile.is_local else SERVE_ON_SLURM)
     _check_shape(shape or layouts.known_shape(model), layout)
     placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
-    weights = _weights(profile, model)
+    weights = places.weights(profile, model)
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
     return JobPlan(
@@ -262,7 +262,7 @@ def plan_serve(
         gpus_per_node=_gpus(profile, placement),
         config=config | settings.check("serve", values),
         resumable=True,
-        inputs=(Input(path=weights, what="weights", hint=_hint("convert --model", model)),),
+        inputs=(Input(path=weights, what="weights", hint=places.hint("convert --model", model)),),
         secrets_made=() if host in LOOPBACK else (API_KEY,),
         notes=(layout.describe(placement.world),),
     )
@@ -276,11 +276,6 @@ PLANS: dict[str, Callable[..., JobPlan]] = {
     "finetune": plan_finetune,
     "serve": plan_serve,
 }
-
-
-def model_folders(profile: ClusterProfile, model: str) -> tuple[str, ...]:
-    """Where `model` may lie: in the hub's layout, and in Megatron's or as a run."""
-    return tuple(dict.fromkeys((_hub_folder(profile, model), _weights(profile, model))))
 
 
 def _single(job: str, profile: ClusterProfile, ask: Ask, config: dict[str, Any], **rest: Any) -> JobPlan:
@@ -326,59 +321,3 @@ def _check_batch(values: Mapping[str, Any], data_parallel: int) -> None:
             f"{batch / micro / data_parallel:.3g} accumulated steps, which isn't whole; "
             f"use a multiple of {micro * data_parallel}"
         )
-
-
-def _hint(command: str, model: str) -> str:
-    """What makes a repository's folder; a path's or a run's is the user's own affair."""
-    if _is_path(model) or "/" not in model:
-        return ""
-    verb, *option = command.split()
-    return f"`mixlaunch {' '.join([verb] if model == MODEL else [verb, *option, model])}` makes it"
-
-
-def _is_path(model: str) -> bool:
-    return model.startswith(("/", ".", "~"))
-
-
-def _path(value: str, option: str) -> str:
-    """An absolute path; `UsageError` for one that holds what only a shell would expand."""
-    quoting.checked(value, option)
-    if not value:
-        raise UsageError(f"{option}: empty; give a path")
-    if variable := REFERENCE.search(value):
-        raise UsageError(
-            f"{option}: {quoting.shown(value)} holds {variable[0]}, which no shell will expand any more"
-        )
-    return os.path.normpath(os.path.join(os.getcwd(), os.path.expanduser(value)))
-
-
-def _hub_folder(profile: ClusterProfile, model: str) -> str:
-    """`model` in the hub's layout: a path as it is, a repository by its last name in the models folder."""
-    if _is_path(model):
-        return _path(model, "--model")
-    return os.path.join(profile.paths.models, _basename(model))
-
-
-def _weights(profile: ClusterProfile, model: str) -> str:
-    """`model` in Megatron's layout: a path as it is, a repository's conversion, or a run by its name."""
-    if _is_path(model):
-        return _path(model, "--model")
-    if "/" in model:
-        return os.path.join(profile.paths.models, f"{_basename(model)}-megatron")
-    return os.path.join(profile.paths.runs, quoting.name(model, "--model"))
-
-
-def _basename(model: str) -> str:
-    owner, _, base = model.rpartition("/")
-    if owner:
-        quoting.name(owner, "--model")
-    return quoting.name(base, "--model")
-
-
-def _converted_name(profile: ClusterProfile, model: str, to: str) -> str:
-    base = os.path.basename(_path(model, "--model")) if _is_path(model) else _basename(model)
-    return os.path.join(profile.paths.models, f"{base}-{'megatron' if to == 'megatron' else 'hf'}")
-
-
-def _data_prefix(profile: ClusterProfile) -> str:
-    return os.path.join(profile.paths.data, "finetune")
