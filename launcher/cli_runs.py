@@ -3,11 +3,19 @@
 Each finds its runs by name, prefix or job id under the runs folder of one cluster, or of every known one.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from launcher.errors import MixlaunchError
+
+if TYPE_CHECKING:
+    from launcher.runs import Run
+
+NEWEST = 20  # runs that `status` shows
 
 
 def of_cluster(command: click.Command) -> click.Command:
@@ -32,46 +40,93 @@ def roots_of(cluster: str | None) -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="For programs; the keys are in docs/runs.md.")
+
+
 @of_cluster
 @click.command()
 @click.argument("names", metavar="[RUN]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Not only the newest 20.")
-def status(names: tuple[str, ...], everything: bool, cluster: str | None) -> None:
+@click.option("-w", "--watch", is_flag=True, help="Go on: a table that moves, off a terminal a line for all news.")
+@AS_JSON
+def status(names: tuple[str, ...], everything: bool, watch: bool, as_json: bool, cluster: str | None) -> None:
     """Show what runs are doing.
 
     All of them, newest first, or the details of RUNs: names, prefixes or job ids.
     """
-    from launcher import overview, runs
+    from launcher import live, overview, report, runs, screen
 
     roots = roots_of(cluster)
     if names:
-        overview.details([runs.find(name, roots) for name in names])
+        named = [runs.find(name, roots) for name in names]
+
+    def find() -> "Sequence[Run]":
+        return named if names else runs.every(roots)[: None if everything else NEWEST]
+
+    if watch:
+        live.watch(find, until_ended=bool(names), as_json=as_json)
+        return
+    found = find()
+    facts = report.Reporter()(found)
+    if as_json:
+        screen.as_json(facts)
+    elif names:
+        overview.details(found, facts)
     else:
-        found = runs.every(roots)
-        overview.table(found if everything else found[:20], roots)
+        overview.table(facts, roots)
+
+
+class RankType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A rank's number, or `all`."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value != "all" and not str(value).isdigit():
+            self.fail(f"{value!r} is neither a rank's number nor `all`", param, ctx)
+        return "all" if value == "all" else int(value)
+
+
+class Regex(click.ParamType):  # type: ignore[type-arg]
+    """A regular expression in Python's syntax."""
+
+    name = "regex"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "re.Pattern[str]":
+        try:
+            return re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            self.fail(f"{value!r} isn't a regular expression: {error}", param, ctx)
 
 
 @of_cluster
 @click.command("logs")
 @click.argument("name", metavar="[RUN]", default="newest")
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines come, also into the next attempt.")
-@click.option("--rank", type=int, metavar="N", default=0, help="Which rank's log.  [default: 0]")
+@click.option("--rank", type=RankType(), metavar="N|all", default=0, help="Which rank's log.  [default: 0]")
 @click.option("--batch", is_flag=True, help="The batch script's own log.")
 @click.option("--attempt", type=int, metavar="N", help="Which attempt's.  [default: the newest]")
-def show_logs(name: str, follow: bool, rank: int, batch: bool, attempt: int | None, cluster: str | None) -> None:
+@click.option("--grep", "pattern", type=Regex(), metavar="REGEX", help="Only lines that match.")
+def show_logs(
+    name: str,
+    follow: bool,
+    rank: int | str,
+    batch: bool,
+    attempt: int | None,
+    pattern: "re.Pattern[str] | None",
+    cluster: str | None,
+) -> None:
     """Print a run's log.
 
-    RUN is a name, a prefix or a job id; by default the newest run.
+    RUN is a name, a prefix or a job id; by default the newest run. With --rank all each line is headed by its rank.
     """
-    from launcher import logs, runs, watch
+    from launcher import runs, watch
 
     run = runs.find(name, roots_of(cluster))
-    source = logs.BATCH if batch else rank
-    if not follow:
-        click.echo(logs.find(run.path, attempt=attempt, source=source).read_text(errors="replace"), nl=False)
-        return
-    for line in logs.follow(run.path, source=source, attempt=attempt, active=watch.active(run)):
-        click.echo(line)
+    source = "batch" if batch else rank
+    for line in watch.log_lines(run, source=source, attempt=attempt, follow=follow):
+        if pattern is None or pattern.search(line):
+            click.echo(line)
 
 
 @of_cluster

@@ -43,6 +43,19 @@ def find(run_dir: Path, *, attempt: int | None = None, source: int | str = 0) ->
     return log
 
 
+def lines(log: Path) -> Iterator[str]:
+    """A log line by line, however long it is; line ends are left out, and what isn't UTF-8 is marked."""
+    with log.open("rb") as stream:
+        for line in stream:
+            yield line.rstrip(b"\r\n").decode(errors="replace")
+
+
+def ranks(run_dir: Path, attempt: int) -> list[int]:
+    """Ranks that left a log in that attempt, in order."""
+    names = (path.stem.removeprefix("rank_") for path in path(run_dir, attempt, BATCH).parent.glob("rank_*.log"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def follow(
     run_dir: Path, *, source: int | str = 0, attempt: int | None = None, active: Callable[[], bool]
 ) -> Iterator[str]:
@@ -50,26 +63,74 @@ def follow(
 
     Starts with the given attempt, by default the newest. `active` is asked only when nothing new came.
     """
+    for _, line in _follow(run_dir, lambda: [source], attempt, active):
+        yield line
+
+
+def follow_all(
+    run_dir: Path, *, attempt: int | None = None, active: Callable[[], bool]
+) -> Iterator[tuple[int | str, str]]:
+    """(rank, line) of every rank as they come, ranks that start later too."""
+
+    def known() -> list[int | str]:
+        return sorted({rank for number in attempts(run_dir) for rank in ranks(run_dir, number)})
+
+    return _follow(run_dir, known, attempt, active)
+
+
+def _follow(
+    run_dir: Path, sources: Callable[[], list[int | str]], attempt: int | None, active: Callable[[], bool]
+) -> Iterator[tuple[int | str, str]]:
     there = attempts(run_dir)
-    number = attempt if attempt is not None else (there[-1] if there else 0)
-    position, rest = 0, b""
+    first = attempt if attempt is not None else (there[-1] if there else 0)
+    readers: dict[int | str, _Reader] = {}
+    ending = False
     while True:
-        log = path(run_dir, number, source)
-        chunk, position = _read_from(log, position)
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode(errors="replace") for line in lines)
-        if chunk:
+        for source in sources():
+            readers.setdefault(source, _Reader(run_dir, source, first))
+        came = False
+        for source, reader in readers.items():
+            for line in reader.new():
+                came = True
+                yield source, line
+        if came:
             continue
-        if later := [n for n in attempts(run_dir) if n > number and path(run_dir, n, source).exists()]:
-            if rest:
-                yield rest.decode(errors="replace")
-            number, position, rest = later[0], 0, b""
-        elif active():
-            time.sleep(POLL)
-        elif not _read_from(log, position)[0]:  # what was written between our read and its end
+        if ending:  # what was written between our last read and its end has been read, too
             break
-    if rest:
-        yield rest.decode(errors="replace")
+        ending = not active()
+        if not ending:
+            time.sleep(POLL)
+    for source, reader in readers.items():
+        for line in reader.rest():
+            yield source, line
+
+
+class _Reader:
+    """One source of a run as it grows: whole lines only, and on into a later attempt when there is one."""
+
+    def __init__(self, run_dir: Path, source: int | str, attempt: int) -> None:
+        self._run_dir, self._source, self._attempt = run_dir, source, attempt
+        self._position, self._rest = 0, b""
+
+    def new(self) -> Iterator[str]:
+        """Lines that came since the last call; an empty chunk at the end of one attempt leads into the next."""
+        chunk, self._position = _read_from(path(self._run_dir, self._attempt, self._source), self._position)
+        *whole, self._rest = (self._rest + chunk).split(b"\n")
+        yield from (line.decode(errors="replace") for line in whole)
+        if not chunk and (later := self._later()):
+            yield from self.rest()
+            self._attempt, self._position = later[0], 0
+            yield from self.new()
+
+    def rest(self) -> Iterator[str]:
+        """A last line that never got its end."""
+        rest, self._rest = self._rest, b""
+        if rest:
+            yield rest.decode(errors="replace")
+
+    def _later(self) -> list[int]:
+        numbers = attempts(self._run_dir)
+        return [n for n in numbers if n > self._attempt and path(self._run_dir, n, self._source).exists()]
 
 
 def events(run_dir: Path) -> Iterator[dict[str, Any]]:

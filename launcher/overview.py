@@ -1,6 +1,6 @@
-"""What there is, for people: a table of runs, the details of a few, the clusters.
+"""What there is, for people: a table of runs, the details of a few.
 
-A run joins three sources: its record, its state as the scheduler tells it, and the newest events of the job itself.
+The facts of runs come from `report`; here they become words, columns and colours.
 """
 
 import datetime
@@ -8,88 +8,140 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import logs, profile, runs, screen, watch
+from launcher import hostlist, logs, screen, watch
 from launcher.errors import MixlaunchError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from launcher.runs import Run
-    from launcher.states import State
 
-COLUMNS = ("RUN", "JOB", "CLUSTER", "ID", "STATE", "PROGRESS", "LOSS", "TOK/S", "LEFT", "AGE")
+COLUMNS = (
+    *("RUN", "JOB", "CLUSTER", "ID", "STATE", "NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE"),
+    *("LEFT", "AGE", "NOTE"),
+)
 WORDS = {"step": "progress", "eval": "validation", "ready": "server"}  # what people call those events
-RIGHT = ("PROGRESS", "LOSS", "TOK/S", "LEFT", "AGE")
+RIGHT = ("NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE", "LEFT", "AGE")
 
 
-def table(found: Sequence["Run"], roots: Sequence[Path]) -> None:
+def table(facts: Sequence[dict[str, Any]], roots: Sequence[Path]) -> None:
     """One line a run, newest first."""
-    if not found:
+    if not facts:
         screen.say(f"no runs yet in {', '.join(map(str, roots))}")
-        return
-    states = runs.states_of(found)
-    screen.table(COLUMNS, [_row(run, states[run.path]) for run in found], right=RIGHT)
+    else:
+        screen.console().print(grid(facts))
 
 
-def _row(run: "Run", state: "State") -> tuple[str, ...]:
-    newest = logs.newest(run.path)
-    step = newest.get("step", {})
+def grid(facts: Sequence[dict[str, Any]]) -> "Table":
+    """The table of runs, not printed yet."""
+    return screen.grid(COLUMNS, [row(run) for run in facts], right=RIGHT)
+
+
+def row(run: dict[str, Any]) -> tuple[str, ...]:
+    """A run's line in the table."""
+    server = run["server"] or {}
     return (
-        run.name,
-        run.job,
-        run.cluster,
-        run.job_id or "",
-        _state(state),
-        _progress(newest),
-        _number(step.get("loss"), ".3f"),
-        screen.count(step["tokens_per_s"]) if isinstance(step.get("tokens_per_s"), int | float) else "",
-        state.time_left,
-        _age(run.created),
+        run["name"],
+        run["job"],
+        run["cluster"],
+        run["job_id"] or "",
+        run["state"],
+        str(len(run["nodes"])) if run["nodes"] else "",
+        _progress(run),
+        _number(run["loss"], ".3f"),
+        screen.count(run["tokens_per_s"]) if isinstance(run["tokens_per_s"], int | float) else "",
+        _number(server.get("requests_per_s"), ".3g"),
+        _number(server.get("queued"), "d"),
+        "" if run["time_left_s"] is None else duration(run["time_left_s"]),
+        age(run["created"]),
+        note(run),
     )
 
 
-def _state(state: "State") -> str:
-    """State with the reason, where waiting has one: `PENDING (Resources)`."""
-    return f"{state.state} ({state.reason})" if state.state == "PENDING" and state.reason else state.state
+def note(run: dict[str, Any]) -> str:
+    """What else one wants to know at a glance: why it waits and until when, how it ended."""
+    if run["state"] == "PENDING":
+        starts = f"starts about {moment(run['starts'])}" if run["starts"] else ""
+        return "; ".join(filter(None, [run["reason_in_words"], starts]))
+    if run["server"] and run["server"].get("answers") is False:
+        return "its server doesn't answer"
+    if not run["active"] and run["exit_code"]:
+        return f"exit {run['exit_code']}"
+    return run["reason"] or "" if run["source"] == "logs" and run["state"] != "COMPLETED" else ""
 
 
-def _progress(newest: dict[str, dict[str, Any]]) -> str:
-    if step := newest.get("step"):
-        return f"{step.get('step')}/{step.get('steps')}"
-    if (copied := newest.get("progress")) and copied.get("total"):
+def _progress(run: dict[str, Any]) -> str:
+    if run["step"] is not None:
+        return f"{run['step']}/{run['steps']}"
+    copied = run["progress"]
+    if copied and copied["total"]:
         return f"{copied['done'] / copied['total']:.0%}"
-    return "ready" if "ready" in newest and "exit" not in newest else ""
+    return "ready" if run["server"] else ""
 
 
 def _number(value: Any, form: str) -> str:
+    """A number in its form; what isn't finite arrives as text and stays so."""
+    if isinstance(value, str):
+        return value
     return format(value, form) if isinstance(value, int | float) else ""
 
 
-def _age(created: str) -> str:
-    seconds = (datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(created)).total_seconds()
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"
+def age(created: str) -> str:
+    """How long ago, as much as one reads at a glance."""
+    then = datetime.datetime.fromisoformat(created)
+    return duration((datetime.datetime.now().astimezone() - then).total_seconds())
 
 
-def details(found: Sequence["Run"]) -> None:
+def duration(seconds: float) -> str:
+    """`3d`, `5h`, `12m`, `40s`; two parts below a day where the second one matters: `1h20`."""
+    seconds = max(seconds, 0)
+    if seconds >= 86400:
+        return f"{seconds / 86400:.0f}d"
+    if seconds >= 3600:
+        hours, minutes = divmod(int(seconds) // 60, 60)
+        return f"{hours}h{minutes:02d}" if hours < 10 else f"{hours}h"
+    return f"{seconds // 60:.0f}m" if seconds >= 60 else f"{seconds:.0f}s"
+
+
+def moment(text: str) -> str:
+    """Slurm's time without what is clear: the date of today, the seconds."""
+    try:
+        then = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    today = then.date() == datetime.date.today()
+    return f"{then:%H:%M}" if today else f"{then:%a %d %b %H:%M}"
+
+
+def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
     """A few lines a run."""
-    states = runs.states_of(found)
-    for run in found:
-        state, newest = states[run.path], logs.newest(run.path)
-        screen.heading(f"{run.name}  {_state(state)}")
+    for run, known in zip(found, facts, strict=True):
+        newest = logs.newest(run.path)
         attempts = logs.attempts(run.path)
-        pairs = [
-            ("job", f"{run.job} on {run.cluster}{f', id {run.job_id}' if run.job_id else ''}"),
-            ("reason", "" if state.state == "COMPLETED" else state.reason),
-            ("nodes", state.nodes),
-            ("starts", state.start if state.state == "PENDING" else ""),
-            ("left", state.time_left),
-            *((WORDS.get(kind, kind), text) for kind in newest if (text := watch.describe(newest[kind]))),
-            ("attempts", str(len(attempts)) if len(attempts) > 1 else ""),
-            ("run", str(run.path)),
-            ("logs", str(logs.path(run.path, attempts[-1]).parent) if attempts else ""),
-        ]
-        screen.facts(pairs)
+        server = known["server"] or {}
+        load = f"{server['running']} running, {server['queued']} queued" if server.get("answers") else ""
+        state = known["state"]
+        screen.heading_with_state(run.name, state)
+        screen.facts(
+            [
+                ("job", f"{run.job} on {run.cluster}{f', id {run.job_id}' if run.job_id else ''}"),
+                ("why", note(known) if state == "PENDING" else ""),
+                ("reason", "" if state in ("COMPLETED", "PENDING") else known["reason"] or ""),
+                ("nodes", hostlist.compress(known["nodes"])),
+                ("left", "" if known["time_left_s"] is None else duration(known["time_left_s"])),
+                *((WORDS.get(kind, kind), text) for kind in newest if (text := watch.describe(newest[kind]))),
+                ("requests", load),
+                ("attempts", str(len(attempts)) if len(attempts) > 1 else ""),
+                ("run", str(run.path)),
+                ("logs", str(logs.path(run.path, attempts[-1]).parent) if attempts else ""),
+                ("why it ended", f"mixlaunch explain {run.name}" if ended_badly(known) else ""),
+            ]
+        )
+
+
+def ended_badly(run: dict[str, Any]) -> bool:
+    """Whether there is something to explain."""
+    return not run["active"] and run["state"] not in ("COMPLETED", "CANCELLED")
 
 
 def clusters() -> None:

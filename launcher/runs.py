@@ -167,6 +167,14 @@ def read(path: Path) -> Run:
     return Run(path=path, record=record)
 
 
+def reread(run: Run) -> Run:
+    """`run` with its record as it is now; as it was, where that can't be read."""
+    try:
+        return read(run.path)
+    except UsageError:
+        return run
+
+
 def every(roots: Iterable[Path]) -> list[Run]:
     """All runs below `roots`, newest first; folders that are no runs are passed over."""
     found = []
@@ -203,7 +211,7 @@ def state_of(run: Run) -> State:
     return states_of([run])[run.path]
 
 
-def states_of(runs: Iterable[Run]) -> dict[Path, State]:
+def states_of(runs: Sequence[Run]) -> dict[Path, State]:
     """What each run is doing, with one question to each cluster."""
     found: dict[Path, State] = {}
     clusters: dict[tuple[tuple[str, str], ...], dict[Path, str]] = {}
@@ -218,7 +226,13 @@ def states_of(runs: Iterable[Run]) -> dict[Path, State]:
             clusters.setdefault(tuple(run.environment.items()), {})[run.path] = current.job_id
     for environment, jobs in clusters.items():
         found |= states.of_slurm(jobs, dict(environment))
-    return found
+    return {run.path: _cancelled(run, found[run.path]) for run in runs}
+
+
+def _cancelled(run: Run, state: State) -> State:
+    """A run that we cancelled and Slurm has forgotten was cancelled, whatever its logs say."""
+    forgotten = run.record["cancelled"] and state.source == "logs" and not state.active
+    return replace(state, state="CANCELLED") if forgotten and state.state != "COMPLETED" else state
 
 
 def cancel(run: Run) -> bool:
@@ -226,13 +240,14 @@ def cancel(run: Run) -> bool:
     current = run if run.job_id else _adopted(run)
     if current.job_id is None or not state_of(current).active:
         return False
+    if run.is_local and socket.gethostname() != run.record["host"]:
+        raise UsageError(f"{run.name} runs on {run.record['host']}; cancel it there")
     if run.is_local:
-        if socket.gethostname() != run.record["host"]:
-            raise UsageError(f"{run.name} runs on {run.record['host']}; cancel it there")
         _write(replace(current, record={**current.record, "cancelled": True}))
         states.cancel_local(run.path, current.job_id)
     else:
         states.cancel_slurm([current.job_id], run.environment)
+        _write(replace(current, record={**current.record, "cancelled": True}))
     return True
 
 

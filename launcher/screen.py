@@ -6,6 +6,7 @@ that came from users is read as markup.
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from launcher.jobs import JobPlan
     from launcher.profile import ClusterProfile
@@ -23,6 +25,8 @@ STYLES = {  # of the states that Slurm knows
     "PENDING": "yellow",
     "FAILED": "red",
     "TIMEOUT": "red",
+    "PREEMPTED": "red",
+    "BOOT_FAIL": "red",
     "NODE_FAIL": "red",
     "OUT_OF_MEMORY": "red",
     "CANCELLED": "magenta",
@@ -78,8 +82,21 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
         console().print(line, soft_wrap=True)
 
 
+def heading_with_state(text: str, state: str) -> None:
+    """A title with the state of what follows, in the state's colour."""
+    from rich.text import Text
+
+    console().print()
+    console().print(Text.assemble((text, "bold"), "  ", (state, STYLES.get(state, ""))), soft_wrap=True)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table without lines: people read it, and so do `cut` and `awk`. Columns that hold nothing are left out."""
+    """A table without lines: people read it, and so do `cut` and `awk`."""
+    console().print(grid(columns, rows, right=right))
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> "Table":
+    """A table, not printed yet. Columns that hold nothing are left out; the last one gives way."""
     from rich.table import Table
     from rich.text import Text
 
@@ -87,10 +104,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for place in shown:
         column = columns[place]
-        grid.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        last = place == len(columns) - 1
+        style = "dim" if last and len(shown) > 1 else ""
+        least = None if last else max(len(column), *(len(row[place]) for row in rows))
+        justify: Any = "right" if column in right else "left"
+        grid.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis", style=style, min_width=least)
     for row in rows:
         grid.add_row(*(Text(row[place], style=STYLES.get(row[place].split(" ")[0], "")) for place in shown))
-    console().print(grid)
+    return grid
+
+
+def as_json(value: Any) -> None:
+    """What programs read: JSON, indented, in full."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def code(text: str, language: str) -> None:

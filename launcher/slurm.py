@@ -24,6 +24,7 @@ ENDED = {
     "OUT_OF_MEMORY",
     "BOOT_FAIL",
     "DEADLINE",
+    "PREEMPTED",  # and not requeued
     "REVOKED",
 }
 

@@ -18,6 +18,13 @@ MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, wi
 FAREWELL = 15  # seconds that a cancelled local run gets: its script gives the ranks ten
 LOOK_TIMEOUT = 15
 LAST_WORD = re.compile(r"^mixlaunch: (?P<reason>.*?)(?:; exit (?P<code>\d+)|; (?P<again>requeued|starting again))$")
+ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
+WHY_ENDED = {
+    "TIME LIMIT": "TIMEOUT",
+    "NODE FAILURE": "NODE_FAIL",
+    "PREEMPTION": "PREEMPTED",
+    "JOB REQUEUE": "PREEMPTED",
+}
 UNKNOWN = "UNKNOWN"  # nobody answers
 GONE = "ENDED"  # nobody has it any more, and it left no last word
 
@@ -46,7 +53,7 @@ def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[P
         known = slurm.states(jobs.values(), environment)
     except Fault as fault:
         return {run: from_logs(run, UNKNOWN, f"Slurm is silent: {fault}") for run in jobs}
-    return {run: _merged(run, known.get(job)) for run, job in jobs.items()}
+    return {run: _merged(run, job, known.get(job)) for run, job in jobs.items()}
 
 
 def of_local(run_dir: Path, host: str, *, cancelled: bool = False) -> State:
@@ -71,6 +78,17 @@ def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
             state = "FAILED" if code else "COMPLETED"
             return State(state=state, source="logs", reason=match["reason"], exit_code=code)
     return State(state=otherwise, source="logs", reason=why)
+
+
+def from_output(run_dir: Path, job_id: str) -> str | None:
+    """How Slurm ended the job's last attempt, from what it wrote into the job's own output; None if it didn't."""
+    try:
+        text = (run_dir / "logs" / f"slurm-{job_id}.out").read_text(errors="replace")
+    except OSError:
+        return None
+    if match := ENDED_BY_SLURM.search(text[text.rfind("mixlaunch: attempt") :]):
+        return WHY_ENDED.get(match[1] or "", "CANCELLED")
+    return None
 
 
 def is_running(run_dir: Path) -> bool:
@@ -102,12 +120,14 @@ def cancel_local(run_dir: Path, job_id: str) -> None:
         raise Fault(f"these processes can't be ended: {left}")
 
 
-def _merged(run_dir: Path, job: slurm.JobState | None) -> State:
+def _merged(run_dir: Path, job_id: str, job: slurm.JobState | None) -> State:
     if job is None:
-        return from_logs(run_dir, GONE, "Slurm has forgotten it")
-    code = int(job.exit_code.split(":")[0]) if job.exit_code else None
-    if code is None and not job.active:
-        code = from_logs(run_dir, GONE, "").exit_code
+        found = from_logs(run_dir, GONE, "Slurm has forgotten it")
+        ended = from_output(run_dir, job_id)
+        return replace(found, state=ended) if ended and found.state != "COMPLETED" else found
+    code = None if job.active else from_logs(run_dir, GONE, "").exit_code
+    if code is None and job.exit_code:  # Slurm's own is the lesser source: it makes 9 of a script's 137
+        code = int(job.exit_code.split(":")[0])
     return State(
         state=job.state,
         source="slurm",

@@ -20,6 +20,7 @@ ASK_SLURM_EVERY = 3.0
 ASK_HERE_EVERY = 0.5
 LAST_LINES = 15
 MISTAKE = 2
+ALL = "all"
 
 
 def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool, follow: bool) -> int:
@@ -94,6 +95,29 @@ def active(run: "Run") -> Callable[[], bool]:
 def _print_log(run: "Run") -> None:
     for line in logs.follow(run.path, active=active(run)):
         print(line, flush=True)
+
+
+def log_lines(run: "Run", *, source: int | str, attempt: int | None, follow: bool) -> Iterator[str]:
+    """A log's lines; with `follow` as they come. Those of all ranks are headed by their rank."""
+    if source == ALL:
+        yield from _all_lines(run, attempt, follow)
+    elif follow:
+        yield from logs.follow(run.path, source=source, attempt=attempt, active=active(run))
+    else:
+        yield from logs.lines(logs.find(run.path, attempt=attempt, source=source))
+
+
+def _all_lines(run: "Run", attempt: int | None, follow: bool) -> Iterator[str]:
+    width = len(str(run.record["nodes"] * run.record["tasks_per_node"] - 1))
+    if follow:
+        pairs = logs.follow_all(run.path, attempt=attempt, active=active(run))
+    else:
+        logs.find(run.path, attempt=attempt, source=logs.BATCH)
+        number = logs.attempts(run.path)[-1] if attempt is None else attempt
+        everyone = logs.ranks(run.path, number)
+        pairs = ((rank, line) for rank in everyone for line in logs.lines(logs.path(run.path, number, rank)))
+    for rank, line in pairs:
+        yield f"[{rank:>{width}}] {line}"
 
 
 def events(run: "Run") -> Iterator[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""Slurm's way to write many names in one: `gpu[01-04,7],login` and back to single names, and together again (pure).
+
+Only what squeue, sacct and people write: one pair of brackets a name, numbers in it with or without leading zeros.
+"""
+
+import re
+from collections.abc import Iterable
+
+from launcher.errors import UsageError
+
+PART = re.compile(r"(?P<head>[^\[\],\s]*)(?:\[(?P<ranges>[\d,\s-]+)\](?P<tail>[^\[\],\s]*))?")
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+MOST = 100_000
+
+
+def expand(text: str) -> list[str]:
+    """Single names, in order and each once; `UsageError` for what isn't a list of hosts."""
+    names: list[str] = []
+    for part in _parts(text):
+        match = PART.fullmatch(part)
+        if match is None:
+            raise UsageError(f"{text!r}: {part!r} isn't a host or hosts; such as gpu07 or gpu[01-04,7]")
+        head, ranges, tail = match["head"], match["ranges"], match["tail"] or ""
+        names += [f"{head}{number}{tail}" for number in _numbers(ranges, text)] if ranges else [head]
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise UsageError(f"{text!r}: {name!r} isn't the name of a host")
+    return list(dict.fromkeys(names))
+
+
+def compress(names: Iterable[str]) -> str:
+    """The short form, sorted: `gpu[01-03],login`."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    plain = []
+    for name in sorted(set(names)):
+        if match := re.fullmatch(r"(.*?)(\d{1,9})", name):
+            groups.setdefault((match[1], len(match[2]) if match[2][0] == "0" else 0), []).append(int(match[2]))
+        else:
+            plain.append(name)
+    return ",".join(sorted([*plain, *(_group(head, width, found) for (head, width), found in groups.items())]))
+
+
+def _parts(text: str) -> list[str]:
+    """At the commas that aren't in brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+def _numbers(ranges: str, text: str) -> list[str]:
+    found: list[str] = []
+    for item in ranges.split(","):
+        first, _, last = item.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise UsageError(f"{text!r}: {item!r} isn't a number or a range of them")
+        low, high = int(first), int(last or first)
+        if not 0 <= high - low < MOST:
+            raise UsageError(f"{text!r}: {item!r} isn't a range")
+        found += [f"{number:0{len(first)}d}" for number in range(low, high + 1)]
+    return found
+
+
+def _group(head: str, width: int, numbers: list[int]) -> str:
+    numbers = sorted(numbers)
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    if len(numbers) == 1:
+        return f"{head}{numbers[0]:0{width}d}"
+    return f"{head}[{','.join(_span(low, high, width) for low, high in spans)}]"
+
+
+def _span(low: int, high: int, width: int) -> str:
+    return f"{low:0{width}d}" if low == high else f"{low:0{width}d}-{high:0{width}d}"
