@@ -27,12 +27,12 @@ def of_cluster(command: click.Command) -> click.Command:
 
 def roots_of(cluster: str | None) -> list[Path]:
     """Where runs may lie: one cluster's folder, or every profile's."""
-    from launcher import profile
+    from launcher import catalog, profile
 
     if cluster:
         return [Path(profile.load(cluster).paths.runs)]
     roots = [Path(profile.load().paths.runs)]
-    for path in profile.available().values():
+    for path in catalog.available().values():
         try:
             roots.append(Path(profile.read(path).paths.runs))
         except MixlaunchError:

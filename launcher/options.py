@@ -90,7 +90,7 @@ def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
     """The plan of `job` for the options as click read them."""
     from launcher import inputs, jobs, profile
 
-    cluster = profile.load(typed.pop("cluster"))
+    cluster = profile.load(typed.pop("cluster"), typed.pop("override"))
     given = {name: value for name, value in typed.items() if value is not None}
     options: dict[str, Any] = {
         "ask": jobs.Ask(**{name: given.pop(name) for name in ("name", "nodes", "time") if name in given}),
@@ -107,6 +107,13 @@ def _option(section: str, name: str, help: str, default: str = "", **rest: Any) 
     return SectionedOption(
         [name], section=section, help=f"{help}  [default: {default}]" if default else help, **rest
     )
+
+
+def override(section: str = "Options") -> click.Option:
+    """`-o KEY=VALUE`, which every command about one cluster takes."""
+    names = ["-o", "override"]
+    help = "In place of the profile's own, such as -o node.gpus=4; repeat it."
+    return SectionedOption(names, section=section, multiple=True, metavar="KEY=VALUE", help=help)
 
 
 def _what(name: str, help: str, default: str = "", **rest: Any) -> click.Option:
@@ -186,6 +193,7 @@ def _job(job: str) -> list[click.Parameter]:
     nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))
     return [
         _option("Job", "--cluster", "Profile of the cluster.", cluster, metavar="NAME|FILE.yaml"),
+        override("Job"),
         *([nodes] if job in PARALLEL else []),
         _option("Job", "--name", "Name of the run.", job),
         _option("Job", "--time", "Minutes, HH:MM:SS or D-HH:MM:SS.", "the profile's", metavar="LIMIT"),

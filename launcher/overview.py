@@ -142,20 +142,3 @@ def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
 def ended_badly(run: dict[str, Any]) -> bool:
     """Whether there is something to explain."""
     return not run["active"] and run["state"] not in ("COMPLETED", "CANCELLED")
-
-
-def clusters() -> None:
-    """One line a profile; a broken one says what is wrong with it."""
-    rows = []
-    for name, path in sorted(profile.available().items()):
-        try:
-            cluster = profile.read(path)
-        except MixlaunchError as error:
-            rows.append((name, "", "", "", str(error).splitlines()[0]))
-            continue
-        node = cluster.node
-        memory = f" x {node.gpu_memory_gb:g} GB" if node.gpu_memory_gb else ""
-        gpus = f"{node.gpus}{memory}" if node.gpus else ""
-        default = "*" if name == profile.default() else ""
-        rows.append((name + default, cluster.scheduler, gpus, cluster.container.runtime, cluster.description))
-    screen.table(("CLUSTER", "SCHEDULER", "GPUS A NODE", "CONTAINER", "DESCRIPTION"), rows)

@@ -6,8 +6,9 @@ A model is a path, a repository of the hub (OWNER/NAME), or the name of a run.
 import os.path
 
 from launcher import quoting
+from launcher.documents import REFERENCE
 from launcher.errors import UsageError
-from launcher.profile import REFERENCE, ClusterProfile
+from launcher.profile import ClusterProfile
 from launcher.settings import MODEL
 
 

@@ -7,141 +7,61 @@ import difflib
 import functools
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
-from importlib import resources
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from launcher import capabilities, quoting
-from launcher.errors import ProfileError, UsageError
+from launcher import capabilities, catalog, documents, quoting
+from launcher.documents import Document, Location
+from launcher.errors import ProfileError
+from launcher.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
 
-DEFAULT = "local"
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d(:\d\d)?)?")
-REFERENCE = re.compile(r"\$(?:\{(?P<braced>[A-Za-z_]\w*)\}|(?P<plain>[A-Za-z_]\w*))")
 # What the launcher itself decides for every job; `extra` adds to these and never replaces them.
 OWNED = frozenset(
     (
         *("job-name", "account", "partition", "qos", "reservation", "constraint", "comment", "time", "exclusive"),
-        *("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus", "gpus-per-node", "gpus-per-task", "gres"),
-        *("mem", "signal", "requeue", "no-requeue", "open-mode", "output", "error", "chdir", "wrap", "array"),
-        *("parsable", "test-only", "wait", "export", "export-file", "nodelist", "uid", "gid"),
+        *("nodes", "ntasks", "ntasks-per-node", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"),
+        *("cpus-per-task", "cpus-per-gpu", "tres-per-task", "gres", "gpus", "gpus-per-node", "gpus-per-task"),
+        *("gpus-per-socket", "mem", "mem-per-cpu", "mem-per-gpu", "signal", "requeue", "no-requeue", "open-mode"),
+        *("output", "error", "input", "chdir", "wrap", "array", "parsable", "quiet", "test-only", "wait"),
+        *("clusters", "export", "export-file", "nodelist", "nodefile", "uid", "gid"),
     )
 )
-
-
-def _text(value: Any) -> Any:
-    """Numbers are fine where text is meant; booleans aren't: 1, true and True differ in an environment."""
-    if isinstance(value, bool):
-        raise ValueError(f"write {str(value).lower()!r} or 1 in quotes, as the variable should hold it")
-    return str(value) if isinstance(value, int | float) else value
-
-
-Text = Annotated[str, BeforeValidator(_text)]
-
-
-class Part(BaseModel):
-    """Base of every section: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Node(Part):
-    """One node's shape. `gpus: 0` means that ranks run on processors and any number of them fits."""
-
-    gpus: int = Field(default=0, ge=0, description="GPUs a node")
-    cpus: int | None = Field(default=None, ge=1, description="cores a node")
-    memory_gb: int | None = Field(
-        default=None, ge=1, description="memory a node, GB; asked for unless nodes are exclusive"
-    )
-    gpu_memory_gb: float | None = Field(default=None, gt=0, description="memory of one GPU, GB")
-    nvlink_domain: int | None = Field(
-        default=None, ge=1, description="GPUs that NVLink joins; the node's unless given"
-    )
-
-
-class Container(Part):
-    """How a rank gets its software."""
-
-    runtime: Literal["none", "pyxis", "apptainer", "docker"] = "none"
-    image: str | None = Field(default=None, description="what the runtime takes: a registry reference or a file")
-    mounts: tuple[str, ...] = Field(default=(), description="HOST[:CONTAINER[:ro]]; paths.* come by themselves")
-
-    @field_validator("mounts")
-    @classmethod
-    def _mounts(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
-        for mount in mounts:
-            host, *rest = mount.split(":")
-            inside = rest[0] if rest else host
-            if len(rest) > 2 or rest[1:] not in ([], ["ro"]) or "," in mount or not (host + inside).startswith("/"):
-                raise ValueError(f"{mount!r} isn't HOST[:CONTAINER[:ro]], absolute and without commas")
-        return mounts
-
-    @model_validator(mode="after")
-    def _image(self) -> "Container":
-        if self.runtime != "none" and not self.image:
-            raise ValueError(f"runtime {self.runtime} needs an image")
-        return self
-
-
-class Paths(Part):
-    """Shared folders, the same on the login node and on every node of a job."""
-
-    models: str = Field(description="hub folders and converted weights")
-    data: str = Field(description="prepared data")
-    runs: str = Field(description="run directories")
-
-    @field_validator("*")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        expanded = os.path.expanduser(path)
-        if not expanded.startswith("/"):
-            raise ValueError(f"{path!r} isn't absolute")
-        return os.path.normpath(expanded)
-
-
-class Serve(Part):
-    """Where `serve` listens; no host is 127.0.0.1 on this machine, and on a cluster every interface, with a key."""
-
-    host: str | None = None
-    port: int = Field(default=5000, ge=1, le=65535)
-
-
-class Login(Part):
-    """How to reach the cluster from elsewhere."""
-
-    host: str | None = Field(default=None, description="the login node, as ssh takes it")
+# Variables by which the script tells every rank its place.
+OF_RANKS = (
+    *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("SLURM_JOB_ID", "MIXLAUNCH_RUN", "MIXLAUNCH_LOGS", "MIXLAUNCH_ATTEMPT"),
+)
 
 
 class ClusterProfile(Part):
     """One cluster. The field names are the keys of the YAML file."""
 
-    name: str
-    description: str = ""
-    scheduler: Literal["slurm", "local"]
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    constraint: str | None = None
-    comment: str | None = None
+    name: str = Field(description="the file's name unless given")
+    description: str = Field(default="", description="for the list of clusters")
+    scheduler: Literal["slurm", "local"] = Field(description="local: processes of this machine")
+    account: Text | None = Field(default=None, description="sbatch --account")
+    partition: Text | None = Field(default=None, description="sbatch --partition; the default one unless given")
+    qos: Text | None = Field(default=None, description="sbatch --qos")
+    reservation: Text | None = Field(default=None, description="sbatch --reservation")
+    constraint: Text | None = Field(default=None, description="sbatch --constraint: features that nodes must have")
+    comment: Text | None = Field(default=None, description="sbatch --comment")
     time: Text = Field(default="04:00:00", description="limit of a job: minutes, HH:MM:SS or D-HH:MM:SS")
-    exclusive: bool = False
-    gpu_request: Literal["gres", "gpus-per-node", "gpus-per-task", "none"] = "gpus-per-node"
+    exclusive: bool = Field(default=False, description="whole nodes, with all their memory")
+    gpu_request: Literal["gres", "gpus-per-node", "gpus-per-task", "none"] = Field(
+        default="gpus-per-node", description="how GPUs are asked for; none where whole nodes come with theirs"
+    )
     node: Node = Field(default_factory=Node)
+    binding: Binding = Field(default_factory=Binding)
     container: Container = Field(default_factory=Container)
     environment: dict[str, Text] = Field(default={}, description="exported to every rank")
+    secrets: tuple[str, ...] = Field(
+        default=(), description="variables of your environment whose values only go to the run's secrets.env"
+    )
     python: str = Field(
         default="python", description="the one with megatron_mixtral, in the container if there is one"
     )
@@ -149,10 +69,11 @@ class ClusterProfile(Part):
     slurm_version: Text = Field(default=capabilities.OLDEST, description="decides which sbatch options there are")
     slurm_conf: str | None = Field(default=None, description="SLURM_CONF for every call of Slurm's commands")
     signal_lead: int = Field(
-        default=300, ge=10, description="seconds of warning before the limit: more than a save takes"
+        default=300, ge=10, le=65535, description="seconds of warning before the limit: more than a save takes"
     )
     serve: Serve = Field(default_factory=Serve)
     login: Login = Field(default_factory=Login)
+    templates: dict[str, str] = Field(default={}, description="parts of the script to replace: FRAGMENT: PATH")
     extra: dict[str, Text | Literal[True]] = Field(
         default={}, description="other sbatch options, NAME: VALUE or NAME: true"
     )
@@ -160,7 +81,14 @@ class ClusterProfile(Part):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        return _as_value_error(quoting.name, value)
+        return as_value_error(quoting.name, value)
+
+    @field_validator("account", "partition", "qos", "reservation", "constraint", "comment")
+    @classmethod
+    def _words(cls, value: str | None) -> str | None:
+        if value is not None:
+            as_value_error(quoting.directive, value)
+        return value
 
     @field_validator("time")
     @classmethod
@@ -171,17 +99,28 @@ class ClusterProfile(Part):
     @classmethod
     def _variables(cls, environment: dict[str, str]) -> dict[str, str]:
         for name in environment:
-            _as_value_error(quoting.variable, name)
+            _at("environment", name, _variable, name)
         return environment
+
+    @field_validator("secrets")
+    @classmethod
+    def _secrets(cls, secrets: tuple[str, ...]) -> tuple[str, ...]:
+        for name in secrets:
+            _variable(name)
+        return tuple(dict.fromkeys(secrets))
+
+    @field_validator("python", "slurm_conf")
+    @classmethod
+    def _program(cls, value: str | None) -> str | None:
+        if value is not None and (not value or value.startswith("-")):
+            raise ValueError(f"{value!r} isn't a path")
+        return value
 
     @field_validator("extra")
     @classmethod
     def _extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        for option in extra:
-            if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
-                raise ValueError(f"{option!r} isn't a long sbatch option without its dashes, such as mail-type")
-            if option in OWNED:
-                raise ValueError(f"{option!r} is the launcher's own; the profile's keys decide it")
+        for option, value in extra.items():
+            _at("extra", option, _option, option, value)
         return extra
 
     @field_validator("slurm_version")
@@ -192,16 +131,33 @@ class ClusterProfile(Part):
         return version
 
     @model_validator(mode="after")
-    def _known(self) -> "ClusterProfile":
+    def _together(self) -> "ClusterProfile":
         known = capabilities.known_options(self.slurm_version)
         for option in self.extra:
             if option not in known:
-                near = difflib.get_close_matches(option, known, n=1)
+                near = difflib.get_close_matches(option, known - OWNED, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"extra: sbatch of Slurm {self.slurm_version} has no --{option}{hint}")
-        if self.is_local and self.container.runtime == "pyxis":
-            raise ValueError("container.runtime: pyxis is a part of Slurm, and this cluster has none")
+                raise _mistake_at(
+                    f"extra: sbatch of Slurm {self.slurm_version} has no --{option}{hint}", "extra", option
+                )
+        if twice := set(self.secrets) & set(self.environment):
+            name = min(twice)
+            raise _mistake_at(f"{name} is a secret, and environment.{name} would show it", "environment", name)
+        if self.binding.numa and len(self.binding.numa) != self.node.gpus:
+            message = f"{len(self.binding.numa)} NUMA nodes for {self.node.gpus} GPUs (node.gpus); give one a GPU"
+            raise _mistake_at(f"binding.numa: {message}", "binding", "numa")
+        self._check_local()
         return self
+
+    def _check_local(self) -> None:
+        """Refuse what only Slurm has."""
+        if not self.is_local:
+            return
+        if self.container.runtime == "pyxis":
+            message = "container.runtime: pyxis is a part of Slurm, and this cluster has none"
+            raise _mistake_at(message, "container", "runtime")
+        if self.binding.of_srun:
+            raise _mistake_at("binding: these are options of srun, and this cluster has no Slurm", "binding")
 
     @property
     def is_local(self) -> bool:
@@ -226,172 +182,100 @@ def time_limit(value: str) -> str:
     return value
 
 
-def search_path() -> list[Path]:
-    """Folders that profiles are looked for in, first match first; the built-in ones come last."""
-    own = [Path(p).expanduser() for p in os.environ.get("MIXLAUNCH_CLUSTERS", "").split(os.pathsep) if p]
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return [*own, config / "mixlaunch" / "clusters", Path(str(resources.files("launcher.clusters")))]
+def _option(option: str, value: str | bool) -> None:
+    """`ValueError` unless a profile may add this option to every job's."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
+        raise ValueError(f"{option!r} isn't a long sbatch option without its dashes, such as mail-type")
+    if option in OWNED:
+        raise ValueError(f"{option!r} is the launcher's own; the profile's keys decide it")
+    if isinstance(value, str):
+        as_value_error(quoting.directive, value)
 
 
-def available() -> dict[str, Path]:
-    """Every profile's name and file; an earlier folder of the search path hides a later one's."""
-    found: dict[str, Path] = {}
-    for folder in search_path():
-        for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, path)
-    return found
+def _at(section: str, key: str, check: Callable[..., None], *values: Any) -> None:
+    """`check(*values)`, its refusal told at this key of the section rather than at the section."""
+    try:
+        check(*values)
+    except ValueError as error:
+        raise _mistake_at(f"{section}: {error}", section, key) from None
 
 
-def find(cluster: str) -> Path:
-    """The file of a cluster's name, or of a path that ends in .yaml; `ProfileError` lists what there is."""
-    if cluster.endswith((".yaml", ".yml")):
-        path = Path(cluster).expanduser()
-        if not path.is_file():
-            raise ProfileError(f"cluster profile {cluster}: no such file")
-        return path
-    found = available()
-    if cluster not in found:
-        near = difflib.get_close_matches(cluster, found, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ProfileError(f"unknown cluster {quoting.shown(cluster)}{hint} There are: {', '.join(sorted(found))}")
-    return found[cluster]
+def _variable(name: str) -> None:
+    """`ValueError` unless a profile may give the variable `name` a value."""
+    as_value_error(quoting.variable, name)
+    if name in OF_RANKS:
+        raise ValueError(f"{name} is the launcher's own: by it a rank knows its place")
 
 
-def default() -> str:
-    """The cluster that is meant when none is named."""
-    return os.environ.get("MIXLAUNCH_CLUSTER") or DEFAULT
+def load(cluster: str | None = None, overrides: Sequence[str] = ()) -> ClusterProfile:
+    """The profile named by `cluster`, else by $MIXLAUNCH_CLUSTER, else `local`, with KEY=VALUEs over it."""
+    return read(catalog.find(cluster or catalog.default()), overrides)
 
 
-def load(cluster: str | None = None) -> ClusterProfile:
-    """The profile named by `cluster`, else by $MIXLAUNCH_CLUSTER, else `local`."""
-    return read(find(cluster or default()))
-
-
-def read(path: Path) -> ClusterProfile:
+def read(path: Path, overrides: Sequence[str] = ()) -> ClusterProfile:
     """One file -> profile, its name the file's unless it says another; `ProfileError` names line and key."""
+    document = documents.read(path, overrides)
+    values = {"name": path.stem, **document.values}
+    if isinstance(values.get("templates"), dict):
+        values["templates"] = dict(_template_paths(document))
     try:
-        text = path.read_text()
-        raw = yaml.load(text, Loader=PlainLoader)
-        lines = dict(_lines(yaml.compose(text, Loader=PlainLoader)))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ProfileError(f"cluster profile {path}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ProfileError(f"cluster profile {path}: expected keys and values, such as `scheduler: slurm`")
-    try:
-        return ClusterProfile.model_validate(_expanded({"name": path.stem, **raw}))
+        return ClusterProfile.model_validate(values)
     except ValidationError as error:
-        raise ProfileError(_explain(path, lines, error)) from error
-    except _BadValue as error:
-        raise ProfileError(f"{_where(path, lines, error.location)}{error}") from error
-    except RecursionError as error:
-        raise ProfileError(f"cluster profile {path}: a value contains itself") from error
+        raise ProfileError(_explain(document, error)) from error
 
 
-def _as_value_error(check: Callable[[str, str], str], value: str) -> str:
-    """`quoting`'s refusal as the error that pydantic gathers with the others."""
-    try:
-        return check(value, "value")
-    except UsageError as error:
-        raise ValueError(str(error).removeprefix("value: ")) from None
+def _template_paths(document: Document) -> Iterator[tuple[str, Any]]:
+    """A relative path starts from the folder of the file that it stands in, be that a parent's."""
+    for name, path in document.values["templates"].items():
+        folder = document.origin(("templates", name)).folder
+        yield name, os.path.normpath(folder / os.path.expanduser(path)) if isinstance(path, str) and path else path
 
 
-class PlainLoader(yaml.SafeLoader):
-    """SafeLoader without YAML 1.1's surprises: `12:00:00` stays text and `no`, `on`, `yes` aren't booleans."""
+def _mistake_at(message: str, *location: str) -> PydanticCustomError:
+    """An error of several keys together, which pydantic gives no place of its own."""
+    return PydanticCustomError("at", "{message}", {"message": message, "location": location})
 
 
-PlainLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
-    ]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)$"), list("tf"))
-PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"-?(0|[1-9][0-9]*)$"), list("-0123456789"))
-
-
-class _BadValue(ValueError):
-    def __init__(self, location: tuple[str | int, ...], message: str) -> None:
-        super().__init__(message)
-        self.location = location
-
-
-def _expanded(value: Any, location: tuple[str | int, ...] = ()) -> Any:
-    """Every string with its $VARIABLES replaced, so that what the script gets is what `clusters show` prints."""
-    if isinstance(value, dict):
-        return {k: _expanded(v, (*location, k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_expanded(v, (*location, i)) for i, v in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    field = ".".join(map(str, location))
-    try:
-        return quoting.checked(REFERENCE.sub(_lookup, value), field)
-    except KeyError as error:
-        raise _BadValue(location, f"{field}: ${error.args[0]} isn't set in the environment") from error
-    except UsageError as error:
-        raise _BadValue(location, str(error)) from error
-
-
-def _lookup(match: re.Match[str]) -> str:
-    name = match["braced"] or match["plain"]
-    return os.environ.get(name) or _defaults()[name]
-
-
-def _defaults() -> dict[str, str]:
-    """Variables that the built-in profiles use and that have a value unless the environment gives another."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "mixlaunch"
-    return {
-        "MIXLAUNCH_PYTHON": sys.executable,
-        "MIXLAUNCH_STATE": str(state),
-        "MIXLAUNCH_SANDBOX": str(state / "sandbox"),
-    }
-
-
-def _lines(node: Any, location: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
-    """(key path, line) for every key of a composed document."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*location, key.value)
-            yield here, key.start_mark.line + 1
-            yield from _lines(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*location, index), value.start_mark.line + 1
-
-
-def _where(path: Path, lines: dict[tuple[str | int, ...], int], location: tuple[str | int, ...]) -> str:
-    for length in range(len(location), 0, -1):
-        if line := lines.get(location[:length]):
-            return f"cluster profile {path}:{line}: "
-    return f"cluster profile {path}: "
-
-
-def _explain(path: Path, lines: dict[tuple[str | int, ...], int], error: ValidationError) -> str:
+def _explain(document: Document, error: ValidationError) -> str:
     """One line per mistake, in the words of this module rather than pydantic's."""
-    return "\n".join(_where(path, lines, e["loc"]) + _mistake(e) for e in error.errors(include_url=False))
+    lines = []
+    for found in error.errors(include_url=False):
+        location = found["ctx"]["location"] if found["type"] == "at" else found["loc"]
+        lines.append(str(document.error(location, _mistake(found))))
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _mistake(error: Any) -> str:
     location, kind = error["loc"], error["type"]
     key = ".".join(map(str, location))
     if kind == "extra_forbidden":
-        valid = keys_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {key!r}; {hint}Valid: {', '.join(valid)}"
+        return f"unknown key {key!r}; {_nearest(location)}Valid: {', '.join(keys_at(location[:-1]))}"
     if kind == "missing":
         return f"{key} is missing"
+    if kind == "at":
+        return str(error["ctx"]["message"])
     message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return str(message)
     given = "" if kind == "value_error" else f" (got {error['input']!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
 
 
+def _nearest(location: Location) -> str:
+    """A hint at the valid key that was probably meant, in this section or else in another."""
+    key = str(location[-1])
+    nested = {leaf: f"{part}.{leaf}" for part in keys_at(()) for leaf in keys_at((part,))}
+    if key in nested:
+        near = [nested[key]]
+    else:
+        near = difflib.get_close_matches(key, keys_at(location[:-1]), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 @functools.cache
-def keys_at(location: tuple[str | int, ...]) -> tuple[str, ...]:
-    """The valid keys of the section at `location`."""
+def keys_at(location: Location) -> tuple[str, ...]:
+    """The valid keys of the section at `location`; none if that isn't a section."""
     model: Any = ClusterProfile
     for part in location:
         model = model.model_fields[str(part)].annotation
+        if not (isinstance(model, type) and issubclass(model, Part)):
+            return ()
     return tuple(model.model_fields)

@@ -16,8 +16,9 @@ from typing import Any
 from launcher import render
 from launcher.jobs import JobPlan
 from launcher.layout import Layout
-from launcher.profile import ClusterProfile, Container, Paths
+from launcher.profile import ClusterProfile
 from launcher.sandbox_config import Shape
+from launcher.sections import Binding, Container, Paths
 
 SEQUENCE = 64
 NEVER = 1_000_000  # steps: the rehearsal ends the run, not the run itself
@@ -26,6 +27,8 @@ REASONS = {
     "container": "the ranks run in this machine's Python",
     "python": "the ranks run in this machine's Python",
     "environment": "ranks are on processors, one thread each, and meet at the loopback",
+    "binding": "this machine has other cores than the cluster's nodes",
+    "secrets": "a rehearsal needs none",
     "paths": "models, data and runs are the rehearsal's own",
     "slurm_conf": "the sandbox is another Slurm",
     "extra": "options that only the real cluster knows the meaning of",
@@ -100,6 +103,8 @@ def rehearsed(plan: JobPlan, *, folder: Path, slurm_conf: Path, python: str, mod
     changed = profile.model_copy(
         update={
             "container": Container(),
+            "binding": Binding(),
+            "secrets": (),
             "environment": {**profile.environment, **ON_PROCESSORS},
             "python": python,
             "paths": Paths(models=str(folder / "models"), data=str(folder / "data"), runs=str(folder / "runs")),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from running import wait_until
 
-from launcher import jobs, profile, render, runs, sandbox, slurm
+from launcher import catalog, jobs, profile, render, runs, sandbox, slurm
 from launcher.sandbox_config import Shape
 
 CANARY = "canary"
@@ -146,7 +146,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in profile.available() if n not in ("local", "sandbox")])
+@pytest.mark.parametrize("name", [n for n in catalog.available() if n not in ("local", "sandbox")])
 def test_sbatch_accepts_every_job_of_every_cluster_in_its_own_geometry(name, mirrors, tmp_path):
     cluster = profile.load(name)
     for job, asked in ASKED.items():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher import profile
+from launcher import catalog, profile
 from launcher.errors import ProfileError
 
 
@@ -97,7 +97,7 @@ def test_own_profiles_hide_built_in_ones(tmp_path, write_profile, monkeypatch):
     (folder / "selene.yaml").write_text(write_profile().read_text())
     monkeypatch.setenv("MIXLAUNCH_CLUSTERS", str(folder))
     assert profile.load("selene").partition == "gpu"
-    assert {"local", "sandbox", "selene"} <= set(profile.available())
+    assert {"local", "sandbox", "selene"} <= set(catalog.available())
 
 
 def test_an_unknown_cluster_lists_those_there_are():
@@ -112,5 +112,5 @@ def test_the_default_is_this_machine(monkeypatch):
 
 
 def test_every_built_in_profile_reads():
-    for path in profile.available().values():
+    for path in catalog.available().values():
         assert profile.read(path).name == path.stem
