@@ -66,7 +66,8 @@ class State:
 
 def verify(folder: Path, shape: MixtralShape) -> None:
     """`CheckpointError` unless `folder` is ours, whole in its files, and holds exactly the tensors of `shape`."""
-    read_marker(folder)
+    if read_marker(folder).get("kind") == "legacy":
+        raise CheckpointError(f"{folder}: legacy files, for other programs; convert again without --layout legacy")
     refuse_foreign(folder)
     _check_contents(folder, shape)
 
@@ -136,6 +137,11 @@ def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
 
 
+def weights_wanted(model: Any) -> dict[str, Any]:
+    """What `model` asks of a weights folder: its parameters as shards of the whole."""
+    return _without_extra_states(_model_state(unwrap(model)))
+
+
 def load_weights(model: Any, folder: Path) -> None:
     """Fill `model` from a weights folder or training checkpoint, whatever layout wrote it, in the model's dtype.
 
@@ -143,8 +149,8 @@ def load_weights(model: Any, folder: Path) -> None:
     """
     model = unwrap(model)
     verify(folder, model.shape)
-    asked = {"model": _without_extra_states(_model_state(model))}
-    _fill(model, _load(asked, folder)["model"], folder)
+    asked = {"model": weights_wanted(model)}
+    fill(model, _load(asked, folder)["model"], folder)
 
 
 def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -152,7 +158,8 @@ def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
 
 
-def _fill(model: Any, state: dict[str, Any], folder: Path) -> None:
+def fill(model: Any, state: dict[str, Any], folder: Path) -> None:
+    """Give `model` the parameters of `state`; `CheckpointError` when one is missing or has no place."""
     result = model.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if "_extra_state" not in name]
     if missing or result.unexpected_keys:
@@ -166,7 +173,7 @@ def load_training(model: Any, optimizer: Any, folder: Path) -> State:
         raise CheckpointError(f"{folder}: holds {marker['kind']} alone, no optimizer to resume")
     plain = unwrap(model)
     verify(folder, plain.shape)
-    state = _without_extra_states(_model_state(plain))
+    state = weights_wanted(plain)
     asked: dict[str, Any] = {
         "model": state,
         "optimizer": optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_CONTENT)),
@@ -174,7 +181,7 @@ def load_training(model: Any, optimizer: Any, folder: Path) -> State:
     if same_world := marker["ranks"] == dist.get_world_size():
         asked["rank"] = _rank_object(None)
     loaded = _load(asked, folder)
-    _fill(plain, loaded["model"], folder)
+    fill(plain, loaded["model"], folder)
     optimizer.load_state_dict(loaded["optimizer"])
     return State(step=marker["step"], common=loaded.get("state", {}), rank=loaded["rank"] if same_world else None)
 

@@ -87,6 +87,11 @@ class Layout:
             raise LayoutError(f"this layout doesn't fit: {equation}")
         return world // model
 
+    def stages(self, layers: int) -> list[int]:
+        """How many layers each pipeline stage holds: where they don't divide evenly, earlier ones one more."""
+        whole, rest = divmod(layers, self.pipeline)
+        return [whole + (stage < rest) for stage in range(self.pipeline)]
+
     def check(self, shape: MixtralShape) -> None:
         """`LayoutError` naming the two numbers when the model can't be cut this way."""
         for name, whole, parts in (
@@ -151,6 +156,9 @@ class ConvertConfig:
     output: str
     to: str = "megatron"  # or "hf"
     layout: Layout = field(default_factory=Layout)
+    format: str = "torch_dist"  # or "legacy": a file for each rank of `layout`
+    names: str = "te-grouped"  # of legacy files: whose parameters, see legacy.NAMES
+    make_vocab_size_divisible_by: int = 128  # legacy files pad the vocabulary to this times tensor parallelism
     dtype: str | None = None  # None keeps the source's
     verify: bool = False  # read what was written back and compare
     check_finite: bool = False  # refuse NaN and infinity
@@ -189,6 +197,7 @@ class FinetuneConfig:
     keep_checkpoints: int = 2  # the newest so many; two at least
     log_interval: int = 1
     seed: int = 1234
+    packing: str | None = None  # stream, documents or none; None: documents where the data has a mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import hub, tensors, torch_dist, weights_folder
+from megatron_mixtral import hub, legacy, tensors, torch_dist, weights_folder
 from megatron_mixtral.config import ConvertConfig, MixtralShape
 from megatron_mixtral.copying import ITEMSIZE, Copier, Run, Source, Target, Unit, digests, write_all
 from megatron_mixtral.errors import InputError, JobError
@@ -25,6 +25,7 @@ from megatron_mixtral.work import Crew, Published, Work, rough_name
 
 UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
 SMALLEST_UNIT_BYTES = 1 << 20
+RELEASE = "release"  # with the file that names it, what upstream Megatron loads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Conversion:
     complete: Callable[[Path], None]  # write what is left to write in that folder, but for marker and assets
     kind: str
     identity: dict[str, Any]  # what makes it the same source later
+    about: dict[str, Any] = field(default_factory=dict)  # what mixlaunch.json says of this kind alone
 
     @property
     def marker(self) -> Path:
@@ -121,7 +123,7 @@ def keep(
         found = digests(unit, rough_name(path))
         if wrong := sorted(name for name in written if found[name] != written[name]):
             raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")
-    work.keep(path, descriptor, {"digests": written})
+    work.keep(unit.file, path, descriptor, {"digests": written})
 
 
 def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> None:
@@ -140,6 +142,7 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
         "source": {"path": str(conversion.source_folder), "revision": hub.revision(conversion.source_folder)},
         "layout": asdict(config.layout),
         "shape": asdict(conversion.shape),
+        **conversion.about,
         "conversion": work.plan,
         "digest": "blake3",
         "digests": dict(sorted(found.items())),
@@ -152,7 +155,9 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:
     """All that decides the output's bytes."""
-    asked = {"to": config.to, "dtype": config.dtype, "max_shard_gb": config.max_shard_gb}
+    asked = {"to": config.to, "dtype": config.dtype, "max_shard_gb": config.max_shard_gb, "format": config.format}
+    if config.format == legacy.KIND:
+        asked |= {"layout": asdict(config.layout), **conversion.about}
     return {**asked, "shape": asdict(conversion.shape), "files": conversion.identity}
 
 
@@ -160,6 +165,8 @@ def plan(config: ConvertConfig) -> Conversion:
     """Read the source's headers and lay out the output; `InputError` for whatever is wrong with the source."""
     if config.dtype is not None and config.dtype not in ITEMSIZE:
         raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
+    if config.format not in FORMATS:
+        raise InputError(f"format: {config.format!r} isn't one of {', '.join(FORMATS)}")
     directions = {"megatron": plan_to_megatron, "hf": plan_to_hub}
     if config.max_shard_gb <= 0:
         raise InputError(f"max_shard_gb: {config.max_shard_gb} isn't a size")
@@ -179,6 +186,11 @@ def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
     if shape.tie_word_embeddings:
         source.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
     source.check(hub_shapes(shape, names))
+    return FORMATS[config.format](config, shape, names, source)
+
+
+def plan_torch_dist(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
+    """The checkpoint that loads at every layout."""
     targets = list(megatron_targets(shape, names, source, config.dtype))
     total = sum(t.nbytes for t in targets)
     limit = max(SMALLEST_UNIT_BYTES, min(UNIT_BYTES, total // 32))
@@ -191,15 +203,37 @@ def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
 
     return Conversion(
         shape=shape,
-        source_folder=folder,
+        source_folder=source.folder,
         source=source,
         units=units,
-        subfolder="release",  # with the file that names it, what upstream Megatron loads
+        subfolder=RELEASE,
         framing=torch_dist.frames,
         complete=finish,
         kind="weights",
         identity=source.fingerprint(),
     )
+
+
+def plan_legacy(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
+    """The checkpoint of one layout, for Megatron jobs older than `torch_dist`."""
+    about = {"names": config.names, "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by}
+    cut = legacy.Cut(shape=shape, layout=config.layout, **about)
+    types = common_types(links(shape, names), source)
+    return Conversion(
+        shape=shape,
+        source_folder=source.folder,
+        source=source,
+        units=legacy.files(cut, names, dict.fromkeys(types, config.dtype) if config.dtype else types),
+        subfolder=RELEASE,
+        framing=legacy.frames,
+        complete=lambda out: None,
+        kind=legacy.KIND,
+        identity=source.fingerprint(),
+        about={"legacy": about},
+    )
+
+
+FORMATS: dict[str, Callable[..., Conversion]] = {"torch_dist": plan_torch_dist, legacy.KIND: plan_legacy}
 
 
 def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: str | None) -> Iterator[Target]:
@@ -248,10 +282,8 @@ def empty_objects(shape: MixtralShape) -> Iterator[str]:
 
 def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
     newest = weights_folder.resolve(folder)
-    weights_folder.read_marker(newest)
     shape = MixtralShape.from_folder(newest)
-    source = torch_dist.TorchDistFolder(newest)
-    source.check(tensors.shapes(shape), tensors.PADDED)
+    source = legacy.open_weights(newest, shape, weights_folder.read_marker(newest))
     units = hub.shards(hub_targets(shape, source, config.dtype), limit=int(config.max_shard_gb * 1e9))
 
     def finish(out: Path) -> None:

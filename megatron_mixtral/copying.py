@@ -37,10 +37,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Rows to read, and the hub tensor in whose digest they count."""
+    """Rows to read, the tensor in whose digest they count, and which of their columns to write if not all."""
 
     rows: Rows
     digest: str
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows that fit a buffer, their place in the file, the type to write, and whose digest they count in."""
+    """Rows that fit a buffer, their place in the file, and the type to write."""
 
+    run: Run
     rows: Rows
     place: int
     dtype: str
-    digest: str
 
 
 class Files:
@@ -131,7 +132,7 @@ class Copier:
         self._buffers = [memoryview(bytearray(BLOCK)) for _ in range(BUFFERS)]
 
     def write(self, unit: Unit, descriptor: int) -> dict[str, str]:
-        """Write the unit's tensors to their places in an open file; hub tensor -> BLAKE3 of its written bytes."""
+        """Write the unit's tensors to their places in an open file; digest's name -> BLAKE3 of what was written."""
         digests: dict[str, Any] = {}
         writes: deque[Future[None]] = deque()
         try:
@@ -140,7 +141,7 @@ class Copier:
                     writes.popleft().result()
                 data = self._read(block, number % BUFFERS)
                 writes.append(self._writer.submit(write_all, descriptor, data, block.place))
-                digests.setdefault(block.digest, blake3()).update(data)
+                digests.setdefault(block.run.digest, blake3()).update(data)
                 self.progress(len(data))
         finally:  # whatever happened, nobody may use file or buffers any more once this returns
             wait(writes)
@@ -160,10 +161,11 @@ class Copier:
                 stored, written = ITEMSIZE[self.source.dtype(name)], ITEMSIZE[target.dtype]
                 width = self.source.row_bytes(name) // stored
                 step = max(1, BLOCK // (width * max(stored, written)))
+                first, last = run.columns or (0, width)
                 for start in range(run.rows.start, run.rows.stop, step):
                     rows = Rows(name, run.rows.index, start, min(start + step, run.rows.stop))
-                    yield Block(rows, place, target.dtype, run.digest)
-                    place += len(rows) * width * written
+                    yield Block(run, rows, place, target.dtype)
+                    place += len(rows) * (last - first) * written
 
     def _read(self, block: Block, number: int) -> memoryview:
         """The block's rows in the type to write, in buffer `number` or, converted, in memory of their own."""
@@ -174,9 +176,20 @@ class Copier:
         data = self._buffers[number][:length]
         self.source.read(rows, data)
         stored = self.source.dtype(rows.name)
+        if block.run.columns:
+            data = cut(data, len(rows), ITEMSIZE[stored], block.run.columns)
         if stored == dtype and not self.check_finite:
             return data
         return converted(data, stored, dtype, name=rows.name, check_finite=self.check_finite)
+
+
+def cut(data: memoryview, rows: int, item: int, columns: tuple[int, int]) -> memoryview:
+    """Some columns of `rows` rows of elements of `item` bytes, one row behind the other in memory of their own."""
+    import numpy as np
+
+    first, last = columns
+    whole = np.frombuffer(data, np.uint8).reshape(rows, -1)
+    return memoryview(np.ascontiguousarray(whole[:, first * item : last * item]).reshape(-1))
 
 
 def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_finite: bool) -> memoryview:
@@ -195,7 +208,7 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
 
 
 def digests(unit: Unit, path: Path) -> dict[str, str]:
-    """Hub tensor -> BLAKE3 of its bytes as the unit's file has them now, read from the disk where that can be."""
+    """Digest's name -> BLAKE3 of the unit's file as it is now, read from the disk where that can be."""
     found: dict[str, Any] = {}
     files, buffer = Files(), memoryview(bytearray(BLOCK))
     with path.open("rb") as stream:

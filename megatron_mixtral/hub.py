@@ -35,9 +35,9 @@ class Stored:
 class HubFolder:
     """The tensors of a hub folder, as a source of rows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tensors: dict[str, Stored] | None = None) -> None:
         self.folder = folder
-        self.tensors = read_headers(folder)
+        self.tensors = read_headers(folder) if tensors is None else tensors
         self.files = Files()
 
     def dtype(self, name: str) -> str:

@@ -137,10 +137,9 @@ def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None
 
     None where they do, which is megatron-core's own way.
     """
-    whole, rest = divmod(shape.num_hidden_layers, layout.pipeline)
-    if not rest:
+    if shape.num_hidden_layers % layout.pipeline == 0:
         return None
-    stages = [["decoder"] * (whole + (stage < rest)) for stage in range(layout.pipeline)]
+    stages = [["decoder"] * count for count in layout.stages(shape.num_hidden_layers)]
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 

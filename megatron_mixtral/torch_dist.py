@@ -99,7 +99,7 @@ class TorchDistFolder:
     def fingerprint(self) -> dict[str, list[int]]:
         """Name -> size and time of change of every file read: what makes it the same source later."""
         paths = {self.folder / chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks}
-        return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)}
+        return {str(p.relative_to(self.folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)}
 
     def _check_chunks(self, name: str) -> None:
         tensor = self.tensors[name]

@@ -11,7 +11,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -20,6 +20,7 @@ from typing import Any
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORAGES = {"bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float32": "FloatStorage"}
+TYPES = {storage: dtype for dtype, storage in STORAGES.items()}
 METADATA = "torch.distributed.checkpoint.metadata"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
@@ -100,39 +101,60 @@ def pickled(value: Any) -> bytes:
 @cache
 def frame(sizes: tuple[int, ...], dtype: str) -> tuple[bytes, bytes]:
     """What comes before and after a tensor's bytes in the archive that `torch.save` makes of it."""
-    count = prod(sizes)
+    pieces, _ = around(pickled(tensor(sizes, dtype, record=0)), [prod(sizes) * ITEMSIZE[dtype]])
+    return pieces[0][1], pieces[1][1]
+
+
+def tensor(sizes: tuple[int, ...], dtype: str, *, record: int) -> Call:
+    """Stands, in the pickle of an archive, for the tensor whose bytes are the record `data/RECORD`."""
+    storage = Persistent(("storage", Named("torch", STORAGES[dtype]), str(record), "cpu", prod(sizes)))
     strides = tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
-    storage = Persistent(("storage", Named("torch", STORAGES[dtype]), "0", "cpu", count))
     hooks = Call(Named("collections", "OrderedDict"), ())
-    about = (storage, 0, sizes, strides, False, hooks)
-    description = pickled(Call(Named("torch._utils", "_rebuild_tensor_v2"), about))
-    return _archive(description, hole=count * ITEMSIZE[dtype])
+    return Call(Named("torch._utils", "_rebuild_tensor_v2"), (storage, 0, sizes, strides, False, hooks))
 
 
 def archive(value: Any) -> bytes:
     """What `torch.save` makes of a value without tensors."""
-    return b"".join(_archive(pickled(value), hole=None))
+    return around(pickled(value), [])[0][0][1]
 
 
-def _archive(description: bytes, *, hole: int | None) -> tuple[bytes, bytes]:
-    """A zip of uncompressed records, up to the bytes of `data/0`, of which there are `hole`, and from there on."""
+def around(description: bytes, sizes: Sequence[int]) -> tuple[list[tuple[int, bytes]], list[int]]:
+    """An archive of a pickle and of one record of each size, but for the records' own bytes.
+
+    Place and bytes of the pieces between which those go, and the place of each record.
+    """
     body, directory = b"", []
     for name, data in (("data.pkl", description), ("byteorder", b"little"), ("version", b"3\n")):
         checksum = zlib.crc32(data)
         directory.append(_header(b"PK\x01\x02", name, checksum, len(data), place=len(body)))
         body += _header(b"PK\x03\x04", name, checksum, len(data)) + data
-    if hole is not None:
-        assert hole < 1 << 32, "a plain zip holds records below 4 GiB"
+    pieces, places, begin = [], [], 0
+    for number, size in enumerate(sizes):
+        assert size < 1 << 32, "a plain zip holds records below 4 GiB"
         # No checksum, as torch may leave it out: its reader doesn't look.
-        directory.append(_header(b"PK\x01\x02", "data/0", 0, hole, place=len(body)))
-        unpadded = len(body) + len(_header(b"PK\x03\x04", "data/0", 0, hole)) + 4
-        padding = -unpadded % 64  # as torch does, so that the bytes can be mapped into memory where they are
-        body += _header(
-            b"PK\x03\x04", "data/0", 0, hole, extra=struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        )
-    listing, end = b"".join(directory), len(body) + (hole or 0)
-    count = len(directory)
-    return body, listing + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(listing), end, 0)
+        name, at = f"data/{number}", begin + len(body)
+        directory.append(_header(b"PK\x01\x02", name, 0, size, place=at))
+        padding = -(at + len(_header(b"PK\x03\x04", name, 0, size)) + 4) % 64  # as torch does: mappable
+        extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        pieces.append((begin, body + _header(b"PK\x03\x04", name, 0, size, extra=extra)))
+        places.append(begin + len(pieces[-1][1]))
+        body, begin = b"", places[-1] + size
+    return [*pieces, (begin, body + _end(directory, begin + len(body)))], places
+
+
+FULL = (1 << 32) - 1  # in a field of 32 bits: look into the extended one
+
+
+def _end(directory: list[bytes], place: int) -> bytes:
+    """A zip's directory and what closes it; beyond 4 GiB with the extended records that tell so."""
+    listing, count, extended = b"".join(directory), len(directory), b""
+    if place >= FULL or count >= 0xFFFF:
+        at = place + len(listing)
+        extended = struct.pack(
+            "<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, len(listing), place
+        ) + struct.pack("<4sLQL", b"PK\x06\x07", 0, at, 1)
+        place, count = FULL, min(count, 0xFFFF)
+    return listing + extended + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(listing), place, 0)
 
 
 def _header(
@@ -140,7 +162,9 @@ def _header(
 ) -> bytes:
     """What stands before a record's data; with `place`, its entry in the directory at the end."""
     full = f"archive/{name}".encode()
-    versions = struct.pack("<H", 20) * (1 if place is None else 2)
+    if place is not None and place >= FULL:
+        extra, place = struct.pack("<2HQ", 1, 8, place), FULL
+    versions = struct.pack("<H", 45 if place == FULL else 20) * (1 if place is None else 2)
     common = struct.pack("<4H3L2H", 0, 0, 0, 0, checksum, size, size, len(full), len(extra))
     attributes = b"" if place is None else struct.pack("<3H2L", 0, 0, 0, 0, place)
     return kind + versions + common + attributes + full + extra
@@ -273,25 +297,46 @@ def find_bytes(folder: Path, chunk: Chunk, dtype: str) -> int:
     """Where in the chunk's file its raw bytes begin. Raises whatever damaged bytes raise, `ValueError` by name."""
     with (folder / chunk.file).open("rb") as stream:
         part = io.BufferedReader(_Part(stream, chunk.place, chunk.length))  # type: ignore[type-var]
-        with zipfile.ZipFile(part) as records:
-            root = records.namelist()[0].split("/", 1)[0]
-            about, data = records.getinfo(f"{root}/data.pkl"), records.getinfo(f"{root}/data/0")
-            part.seek(_begin(part, about))  # unchecked: torch may leave its checksum out
-            tensor = _Unpickler(io.BytesIO(part.read(about.file_size))).load()
-            begin = _begin(part, data)
-    if (type(tensor).__module__, type(tensor).__name__) != ("torch._utils", "_rebuild_tensor_v2"):
-        raise ValueError(f"holds a {type(tensor).__module__}.{type(tensor).__name__}, not a tensor")
-    storage, start, shape, strides = tensor.arguments[:4]
-    dense = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-    if prod(shape) != prod(chunk.sizes) or tuple(strides) != dense:
-        raise ValueError(
-            f"holds {tuple(shape)} with strides {tuple(strides)} where {chunk.sizes} should be in a row"
-        )
-    if storage[1].__name__ != STORAGES[dtype]:
-        raise ValueError(f"holds a {storage[1].__name__}, not {dtype}")
-    if (start + prod(shape)) * ITEMSIZE[dtype] > data.file_size:
-        raise ValueError(f"holds {data.file_size} bytes, fewer than its shape needs")
-    return chunk.place + begin + start * ITEMSIZE[dtype]
+        value, record = _opened(part)
+        found, begin = _tensor(value, record)
+    if prod(found.shape) != prod(chunk.sizes):
+        raise ValueError(f"holds {found.shape} where {chunk.sizes} should be in a row")
+    if found.dtype != dtype:
+        raise ValueError(f"holds {found.dtype}, not {dtype}")
+    return chunk.place + begin
+
+
+def read_archive(path: Path) -> tuple[Any, Callable[[Any], tuple[Tensor, int]]]:
+    """What `torch.save` wrote, tensors as stand-ins, and what tells a stand-in's type, shape and place."""
+    with path.open("rb") as stream:
+        value, record = _opened(stream)
+    return value, lambda stand_in: _tensor(stand_in, record)
+
+
+def _opened(stream: Any) -> tuple[Any, Callable[[str], tuple[int, int]]]:
+    """The pickled value of an archive, and what tells place and size of its record `data/KEY`."""
+    with zipfile.ZipFile(stream) as records:
+        root = records.namelist()[0].split("/", 1)[0]
+        about = records.getinfo(f"{root}/data.pkl")
+        stream.seek(_begin(stream, about))  # unchecked: torch may leave its checksum out
+        value = _Unpickler(io.BytesIO(stream.read(about.file_size))).load()
+        places = {info.filename: (_begin(stream, info), info.file_size) for info in records.infolist()}
+    return value, lambda key: places[f"{root}/data/{key}"]
+
+
+def _tensor(value: Any, record: Callable[[str], tuple[int, int]]) -> tuple[Tensor, int]:
+    """Type, shape and place of the tensor that `value` stands for."""
+    if (type(value).__module__, type(value).__name__) != ("torch._utils", "_rebuild_tensor_v2"):
+        raise ValueError(f"holds a {type(value).__module__}.{type(value).__name__}, not a tensor")
+    storage, start, shape, strides = value.arguments[:4]
+    if tuple(strides) != tuple(prod(shape[i + 1 :]) for i in range(len(shape))):
+        raise ValueError(f"holds {tuple(shape)} with strides {tuple(strides)}, not in a row")
+    if (dtype := TYPES.get(storage[1].__name__)) is None:
+        raise ValueError(f"holds a {storage[1].__name__}; supported are {', '.join(STORAGES.values())}")
+    begin, size = record(str(storage[2]))
+    if (start + prod(shape)) * ITEMSIZE[dtype] > size:
+        raise ValueError(f"holds {size} bytes, fewer than its shape needs")
+    return Tensor(dtype, tuple(shape)), begin + start * ITEMSIZE[dtype]
 
 
 def _begin(part: Any, info: zipfile.ZipInfo) -> int:

@@ -4,10 +4,11 @@ Digests go by the hub's tensor names whatever the layout, so the same numbers pr
 """
 
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
-from megatron_mixtral import hub, tensors, torch_dist, weights_folder
+from megatron_mixtral import hub, legacy, weights_folder
 from megatron_mixtral.config import MixtralShape, VerifyConfig
 from megatron_mixtral.copying import BLOCK, Run, Source
 from megatron_mixtral.errors import CheckpointError, InputError
@@ -21,10 +22,11 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
     """Check this process's share of the tensors; `CheckpointError` names those that differ."""
     crew = Crew.from_environment()
     folder = weights_folder.resolve(Path(config.folder).expanduser().absolute())
-    recorded = weights_folder.read_marker(folder).get("digests")
+    marker = weights_folder.read_marker(folder)
+    recorded = marker.get("digests")
     if not recorded:
         raise InputError(f"{folder}: records no digests; convert writes them, training doesn't")
-    source, runs = tensors_of(folder)
+    source, runs = tensors_of(folder, marker)
     if missing := sorted(recorded.keys() - runs.keys()):
         raise CheckpointError(f"{folder}: tensor {missing[0]} has a digest and is missing")
     names = sorted(recorded)
@@ -41,16 +43,20 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
     print(f"{folder}: {len(mine)} tensors as they were converted", flush=True)
 
 
-def tensors_of(folder: Path) -> tuple[Source, dict[str, list[Run]]]:
-    """What the folder holds, and for each hub tensor the rows that make it up."""
+def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:
+    """What the folder holds, and for each hub tensor, or rank's own in legacy files, the rows that make it up."""
     shape = MixtralShape.from_folder(folder)
     wanted = hub_shapes(shape)
-    if not (folder / torch_dist.METADATA).exists():
+    if marker.get("kind") == "hub":
         stored = hub.HubFolder(folder)
         stored.check(wanted)
         return stored, {name: [Run(Rows(name, (), 0, size[0]), name)] for name, size in wanted.items()}
-    cut = torch_dist.TorchDistFolder(folder)
-    cut.check(tensors.shapes(shape), tensors.PADDED)
+    cut = legacy.open_weights(folder, shape, marker)
+    if isinstance(cut, legacy.LegacyFolder):  # whose ranks hold parts of the hub's tensors
+        names = {name: stored.shape[0] for name, stored in cut.parameters.items()}
+        return hub.HubFolder(folder, cut.parameters), {
+            n: [Run(Rows(n, (), 0, rows), n)] for n, rows in names.items()
+        }
     runs: dict[str, list[Run]] = {name: [] for name in wanted}
     for link in links(shape):
         runs[link.hub.name].append(Run(link.megatron, link.hub.name))

@@ -126,17 +126,21 @@ class Work:
     def record(self, name: str) -> dict[str, Any] | None:
         """What `keep` was given for the file; None when it isn't finished."""
         try:
-            return json.loads((self.records / f"{name}.json").read_text())
+            return json.loads(self._record(name).read_text())
         except FileNotFoundError:
             if not self.records.exists():
                 raise Published from None
             return None
+
+    def _record(self, name: str) -> Path:
+        return self.records / f"{name.replace('/', '_')}.json"
 
     def claim(self, path: Path) -> int:
         """Open the empty, rough version of `path` for this process alone; `InputError` when another writes it."""
         rough = rough_name(path)
         while True:
             try:
+                path.parent.mkdir(exist_ok=True)
                 descriptor = os.open(rough, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
                 raise Published from None
@@ -152,18 +156,18 @@ class Work:
                 pass
             os.close(descriptor)  # it was finished and renamed between the two lines
 
-    def keep(self, path: Path, descriptor: int, record: dict[str, Any]) -> None:
-        """The rough version is whole: on to the disk and to its name with it, then its record."""
+    def keep(self, name: str, path: Path, descriptor: int, record: dict[str, Any]) -> None:
+        """The rough version of file `name` is whole: on to the disk and to its name with it, then its record."""
         os.fsync(descriptor)
         rough_name(path).rename(path)
         os.close(descriptor)
-        replace_text(self.records / f"{path.name}.json", json.dumps(record))
+        replace_text(self._record(name), json.dumps(record))
 
     def wait(self, names: Sequence[str], tell: Callable[[int], Any]) -> None:
         """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
         missing, last = set(names), time.monotonic()
         while missing:
-            found = {name for name in missing if (self.records / f"{name}.json").exists()}
+            found = {name for name in missing if self._record(name).exists()}
             if found:
                 missing -= found
                 last = time.monotonic()

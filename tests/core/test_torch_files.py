@@ -53,7 +53,7 @@ def test_we_find_the_bytes_that_torch_saved(tmp_path, dtype):
     [
         (torch.zeros(5, 3).t(), "with strides"),
         (torch.zeros(3, 4), "should be in a row"),
-        (torch.zeros(3, 5, dtype=torch.bfloat16), "BFloat16Storage, not float32"),
+        (torch.zeros(3, 5, dtype=torch.bfloat16), "bfloat16, not float32"),
         ({"a": 1}, "not a tensor|data/0"),
     ],
 )
