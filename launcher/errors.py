@@ -32,6 +32,10 @@ class SubmitError(Fault):
     """The scheduler refused a job or didn't answer."""
 
 
+class UncertainError(SubmitError):
+    """Nobody can say now whether there is a job. The run directory stays, for its job to be found later."""
+
+
 class Interrupted(SubmitError):
     """Ctrl-C came while the scheduler already had the job, whose id is kept."""
 

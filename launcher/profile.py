@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from launcher import capabilities, catalog, documents, quoting
+from launcher import capabilities, catalog, documents, quoting, ssh
 from launcher.documents import Document, Location
 from launcher.errors import ProfileError
 from launcher.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
@@ -153,6 +153,8 @@ class ClusterProfile(Part):
         """Refuse what only Slurm has."""
         if not self.is_local:
             return
+        if self.login.host:
+            raise _mistake_at("login.host: jobs of this cluster are processes of this machine", "login", "host")
         if self.container.runtime == "pyxis":
             message = "container.runtime: pyxis is a part of Slurm, and this cluster has none"
             raise _mistake_at(message, "container", "runtime")
@@ -172,7 +174,13 @@ class ClusterProfile(Part):
     @property
     def slurm_environment(self) -> dict[str, str]:
         """What every call of a Slurm command needs besides the caller's environment."""
-        return {"SLURM_CONF": self.slurm_conf} if self.slurm_conf else {}
+        login = self.login.node
+        return ({"SLURM_CONF": self.slurm_conf} if self.slurm_conf else {}) | (login.variables if login else {})
+
+    @property
+    def login_node(self) -> ssh.Login | None:
+        """The login node to go through; None where Slurm's commands and the shared folders are at hand."""
+        return self.login.node
 
 
 def time_limit(value: str) -> str:

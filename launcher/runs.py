@@ -3,6 +3,7 @@
 `run.json` is the record; it is replaced whole, never edited, and a newer schema than ours is refused.
 """
 
+import contextlib
 import datetime
 import difflib
 import importlib.metadata
@@ -12,13 +13,14 @@ import platform
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import states
-from launcher.errors import Fault, Interrupted, SubmitError, UsageError
+from launcher import mirror, states
+from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 from launcher.states import SCRIPT, State
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ class Run:
     def environment(self) -> dict[str, str]:
         """What a Slurm command needs to reach this run's cluster."""
         conf = self.record["profile"].get("slurm_conf")
-        return {"SLURM_CONF": conf} if conf else {}
+        login = mirror.login_of(self.path)
+        return ({"SLURM_CONF": conf} if conf else {}) | (login.variables if login else {})
 
 
 def new_path(plan: "JobPlan") -> Path:
@@ -87,27 +90,37 @@ def new_path(plan: "JobPlan") -> Path:
 
 def start(plan: "JobPlan", *, asked: Sequence[str] = (), path: Path | None = None) -> Run:
     """Render, check, make the run directory, submit, record. Without a job, nothing stays behind."""
-    from launcher import lint, render, submit
+    from launcher import lint, render, secrets_env
 
+    secrets_env.require(plan)
     path = path or new_path(plan)
     text = render.render(plan, str(path))
-    lint.check(text)
-    run = create(plan, path, asked=asked)
-    (path / "config.yaml").write_text(render.config_text(plan))
+    lint.check(text, plan.profile.slurm_version)
+    here = mirror.place(plan.profile.login_node, path)
+    with mirror.submitting(here):
+        run = create(plan, here, asked=asked)
+        return _with_job(run, _submitted(plan, text, run))
+
+
+def _submitted(plan: "JobPlan", text: str, run: Run) -> str:
+    """The job of a run directory that has none yet; without one the directory is removed."""
+    from launcher import render, secrets_env, submit
+
+    (run.path / "config.yaml").write_text(render.config_text(plan))
     try:
-        job_id = submit.submit(plan, text, path)
+        secrets_env.write(plan, run.path)
+        return submit.submit(plan, text, run.path)
     except Interrupted as interrupted:
         _with_job(run, interrupted.job_id)
         raise
     except KeyboardInterrupt:
         _settle(run)
         raise
-    except submit.UncertainError:
+    except UncertainError:
         raise
-    except (SubmitError, OSError):
-        shutil.rmtree(path)
+    except (Fault, OSError):
+        shutil.rmtree(run.path)
         raise
-    return _with_job(run, job_id)
 
 
 def _settle(run: Run) -> None:
@@ -137,6 +150,7 @@ def create(plan: "JobPlan", path: Path, *, asked: Sequence[str] = ()) -> Run:
         "config": plan.config,
         "outputs": list(plan.outputs),
         "resumable": plan.resumable,
+        "secrets": list(plan.secrets),
         "profile": plan.profile.model_dump(mode="json"),
         "versions": {"mixlaunch": importlib.metadata.version("mixlaunch"), "python": platform.python_version()},
         "jobs": [],
@@ -177,6 +191,8 @@ def reread(run: Run) -> Run:
 
 def every(roots: Iterable[Path]) -> list[Run]:
     """All runs below `roots`, newest first; folders that are no runs are passed over."""
+    roots = list(roots)
+    _pull(roots)
     found = []
     for record in {path.resolve() for root in roots for path in root.glob(f"*/{RECORD}")}:
         try:
@@ -186,10 +202,32 @@ def every(roots: Iterable[Path]) -> list[Run]:
     return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
 
 
+def _pull(roots: Sequence[Path]) -> None:
+    """Bring copies up to date. One login node that doesn't answer is no reason to hide the runs of others."""
+    for root in roots:
+        try:
+            mirror.pull(root)
+        except Fault as fault:
+            if len(roots) == 1:
+                raise
+            print(f"warning: {fault}\n  its runs are shown as they were", file=sys.stderr)
+
+
 def find(reference: str, roots: Iterable[Path]) -> Run:
-    """The run that `reference` means: a path, a name, a job's id, "newest", or a prefix (its newest run)."""
+    """The run that `reference` means: a path, a name, a job's id, "newest", or a prefix (its newest run).
+
+    Of a run behind a login node, every log is brought here.
+    """
     if "/" in reference:
         return read(Path(reference).expanduser().absolute())
+    found = _matching(reference, list(roots))
+    if mirror.login_of(found.path):
+        mirror.refresh(found.path)
+        return reread(found)
+    return found
+
+
+def _matching(reference: str, roots: Sequence[Path]) -> Run:
     runs = every(roots)
     if not runs:
         raise UsageError(f"there are no runs in {', '.join(map(str, roots))}")
@@ -243,11 +281,11 @@ def cancel(run: Run) -> bool:
     if run.is_local and socket.gethostname() != run.record["host"]:
         raise UsageError(f"{run.name} runs on {run.record['host']}; cancel it there")
     if run.is_local:
-        _write(replace(current, record={**current.record, "cancelled": True}))
+        _changed(current, cancelled=True)
         states.cancel_local(run.path, current.job_id)
     else:
         states.cancel_slurm([current.job_id], run.environment)
-        _write(replace(current, record={**current.record, "cancelled": True}))
+        _changed(current, cancelled=True)
     return True
 
 
@@ -256,15 +294,31 @@ def _adopted(run: Run) -> Run:
     if run.is_local:
         return run
     try:
-        job_id = states.find_job(run.path / SCRIPT, run.environment)
+        job_id = _noted(run) or states.find_job(run.path / SCRIPT, run.environment)
     except Fault:
         return run
     return _with_job(run, job_id) if job_id else run
 
 
+def _noted(run: Run) -> str | None:
+    """The job that a login node's sbatch told of, though we didn't hear it."""
+    if (login := mirror.login_of(run.path)) is None:
+        return None
+    from launcher import submit_far
+
+    return submit_far.noted(login, mirror.original(run.path))
+
+
 def _with_job(run: Run, job_id: str) -> Run:
-    changed = replace(run, record={**run.record, "jobs": [*run.job_ids, job_id]})
+    return _changed(run, jobs=[*run.job_ids, job_id])
+
+
+def _changed(run: Run, **values: Any) -> Run:
+    """`run` with some of its record replaced, here and where it is a copy from."""
+    changed = replace(run, record={**run.record, **values})
     _write(changed)
+    with contextlib.suppress(Fault):  # a login node that has gone silent keeps its own notes of the job
+        mirror.put(run.path / RECORD)
     return changed
 
 

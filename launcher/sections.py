@@ -3,14 +3,16 @@
 What concerns two sections at once is checked by the profile that holds them.
 """
 
+import fnmatch
 import os
 import re
+import socket
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from launcher import quoting
+from launcher import quoting, ssh
 from launcher.errors import UsageError
 
 
@@ -132,14 +134,40 @@ class Serve(Part):
 
 
 class Login(Part):
-    """How to reach the cluster from elsewhere."""
+    """How to reach the cluster from elsewhere: over ssh, with what the user's own configuration says."""
 
-    host: str | None = Field(default=None, description="the login node, as ssh takes it")
+    host: str | None = Field(default=None, description="the login node, as ssh takes it: name, user@name or alias")
+    options: dict[str, Text] = Field(default={}, description="of ssh, beyond its configuration files: NAME: VALUE")
+    inside: tuple[str, ...] = Field(
+        default=(), description="machines that need no ssh, by name or pattern; login.host itself is one"
+    )
 
     @field_validator("host")
     @classmethod
     def _name(cls, host: str | None) -> str | None:
-        return _no_option(host)
+        if host and not re.fullmatch(r"[\w.+@-]+", _no_option(host) or ""):
+            raise ValueError(f"{host!r} isn't a name for ssh; ports and addresses with colons go into options")
+        return host or None
+
+    @field_validator("options")
+    @classmethod
+    def _words(cls, options: dict[str, str]) -> dict[str, str]:
+        for name, value in options.items():
+            if not re.fullmatch(r"[A-Za-z]+", name) or not value:
+                raise ValueError(f"{name!r} isn't an option of ssh_config with a value, such as Port: 2222")
+        return options
+
+    @property
+    def node(self) -> ssh.Login | None:
+        """The login node to go through; None on the cluster itself."""
+        if self.host is None:
+            return None
+        here = socket.gethostname()
+        names = {here, here.split(".")[0]}
+        name = self.host.rpartition("@")[2]
+        if name in names or any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in self.inside):
+            return None
+        return ssh.Login(self.host, tuple(f"{option}={value}" for option, value in self.options.items()))
 
 
 def as_value_error(check: Callable[[str, str], str], value: str) -> str:

@@ -3,14 +3,15 @@
 Nothing is cached, and output is asked for in explicit formats, never read from tables made for people.
 """
 
-import getpass
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from launcher import ssh
 from launcher.errors import Fault
+from launcher.ssh import Login
 
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # daemons live here, and an ordinary PATH lacks them
 TIMEOUT = 30  # seconds; a busy controller takes some
@@ -54,7 +55,12 @@ def which(program: str) -> str | None:
 
 
 def call(program: str, *arguments: str, environment: Mapping[str, str], timeout: float = TIMEOUT) -> str:
-    """Standard output of one Slurm command; `Fault` when it's missing, fails or doesn't answer."""
+    """Standard output of one Slurm command; `Fault` when it's missing, fails or doesn't answer.
+
+    It runs on this machine, or on the login node that `environment` names (`ssh.LOGIN`).
+    """
+    if login := environment.get(ssh.LOGIN):
+        return _call_there(Login.decoded(login), [program, *arguments], environment, timeout)
     path = which(program)
     if path is None:
         raise Fault(f"{program}: not found; Slurm's commands aren't on this machine's PATH")
@@ -78,10 +84,20 @@ def call(program: str, *arguments: str, environment: Mapping[str, str], timeout:
     return done.stdout
 
 
+def _call_there(login: Login, argv: list[str], environment: Mapping[str, str], timeout: float) -> str:
+    variables = {name: value for name, value in environment.items() if name != ssh.LOGIN}
+    done = ssh.run(login, ssh.command(argv, variables), timeout=timeout)
+    if done.code == ssh.NOT_FOUND:
+        raise Fault(f"{argv[0]}: not found on the PATH of {login.host}, nor on that of a login shell there")
+    if done.code:
+        raise Fault(f"{argv[0]}: {done.said}")
+    return done.out
+
+
 def queue(environment: Mapping[str, str], *, timeout: float = TIMEOUT) -> dict[str, JobState]:
     """This user's jobs that the controller still knows, the lately finished too, by id."""
     form = "%i|%T|%N|%S|%L|%r|%o"
-    arguments = ("--noheader", "--states=all", f"--user={getpass.getuser()}", f"--format={form}")
+    arguments = ("--noheader", "--states=all", "--me", f"--format={form}")
     jobs = {}
     for line in call("squeue", *arguments, environment=environment, timeout=timeout).splitlines():
         job, state, nodes, start, left, reason, command = line.split("|", 6)

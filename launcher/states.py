@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher import processes, slurm
+from launcher import mirror, processes, slurm
 from launcher.errors import Fault
 
 SCRIPT = "job.sbatch"
@@ -98,9 +98,8 @@ def is_running(run_dir: Path) -> bool:
 
 def find_job(script: Path, environment: Mapping[str, str]) -> str | None:
     """The id of the job that runs `script`, if Slurm has one; `Fault` if Slurm doesn't answer."""
-    found = [
-        job.id for job in slurm.queue(environment, timeout=LOOK_TIMEOUT).values() if job.command == str(script)
-    ]
+    path = str(mirror.original(script))
+    found = [job.id for job in slurm.queue(environment, timeout=LOOK_TIMEOUT).values() if job.command == path]
     return max(found, key=int, default=None)
 
 

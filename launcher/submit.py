@@ -16,18 +16,15 @@ from submitit.core import core
 from submitit.local import local
 from submitit.slurm import slurm as submitit_slurm
 
-from launcher import processes, slurm
-from launcher.errors import Fault, Interrupted, SubmitError
+from launcher import mirror, processes, secrets_env, slurm
+from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
 from launcher.jobs import JobPlan
 from launcher.states import MARK, SCRIPT, find_job
 
 SBATCH_TIMEOUT = 60  # seconds
 GRACE = 15
+SUBMITTED = re.compile(r"^Submitted batch job (\d+)", re.MULTILINE)
 UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
-
-
-class UncertainError(SubmitError):
-    """sbatch didn't say whether it made a job; Slurm can't be asked now. The run directory stays, to be adopted."""
 
 
 class VerbatimExecutor(submitit_slurm.SlurmExecutor):
@@ -69,7 +66,7 @@ class DetachedExecutor(local.LocalExecutor):
         script = self._run_dir / SCRIPT
         script.write_text(self._text)
         environment = {
-            **os.environ,
+            **secrets_env.without(os.environ, self._run_dir),
             MARK: str(self._run_dir),
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_NTASKS": "1",
@@ -88,6 +85,10 @@ class DetachedExecutor(local.LocalExecutor):
 
 def submit(plan: JobPlan, text: str, run_dir: Path) -> str:
     """Submit `text` as `run_dir`'s job and return its id. `run_dir` exists and is empty of jobs."""
+    if login := mirror.login_of(run_dir):
+        from launcher.submit_far import submit_far
+
+        return submit_far(login, text, run_dir, environment=plan.profile.slurm_environment)
     executor: core.PicklingExecutor
     if plan.profile.is_local:
         executor = DetachedExecutor(run_dir, text, seconds=seconds(plan.time), lead=plan.profile.signal_lead)
@@ -121,7 +122,7 @@ def _sbatch(argv: list[str], script: Path, text: str, environment: Mapping[str, 
     """Run sbatch once, to its end, and return the job's id."""
     process = subprocess.Popen(
         argv,
-        env=_environment(text, environment),
+        env=secrets_env.without(_environment(text, environment), script.parent),
         cwd=script.parent,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -130,19 +131,24 @@ def _sbatch(argv: list[str], script: Path, text: str, environment: Mapping[str, 
         errors="replace",
         start_new_session=True,  # the terminal's Ctrl-C is for us: sbatch must end in a job or in none
     )
-    interrupted = False
+    was_interrupted = False
     try:
         output, complaint = process.communicate(timeout=SBATCH_TIMEOUT)
     except KeyboardInterrupt:
-        interrupted = True
+        was_interrupted = True
         output, complaint = _finish(process)
     except subprocess.TimeoutExpired:
         output, complaint = _kill(process)
         complaint = f"no answer within {SBATCH_TIMEOUT} s. {complaint}".strip()
-    job_id = _job_id(process.returncode, output, complaint, script, environment)
-    if interrupted:
-        raise Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
+    job_id = job_of(process.returncode, output, complaint, script, environment)
+    if was_interrupted:
+        raise interrupted(job_id)
     return job_id
+
+
+def interrupted(job_id: str) -> Interrupted:
+    """What to say when Ctrl-C came too late."""
+    return Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
 
 
 def _finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
@@ -157,9 +163,9 @@ def _kill(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return process.communicate()
 
 
-def _job_id(code: int, output: str, complaint: str, script: Path, environment: Mapping[str, str]) -> str:
+def job_of(code: int, output: str, complaint: str, script: Path, environment: Mapping[str, str]) -> str:
     """What sbatch's answer means; where it isn't plain, Slurm is asked whether there is a job of this script."""
-    match = re.search(r"^Submitted batch job (\d+)", output, re.MULTILINE)
+    match = SUBMITTED.search(output)
     if code == 0 and match:
         return match[1]
     said = f"sbatch: {complaint.strip() or output.strip() or f'exit {code}'}"
@@ -177,12 +183,18 @@ def _job_id(code: int, output: str, complaint: str, script: Path, environment: M
     return found
 
 
-def _environment(text: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """The caller's environment without what would override the script or tie the job to one that we run in."""
+def decided_by(text: str) -> set[str]:
+    """Variables by which sbatch would be told something else than the script says."""
     options = re.findall(r"^#SBATCH --([a-z0-9-]+)", text, re.MULTILINE)
     decided = {"SBATCH_" + option.upper().replace("-", "_") for option in options}
     # Not every variable is called after its option.
-    decided |= {"SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_OPEN_MODE"}
+    others = {"SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_OPEN_MODE"}
+    return decided | others
+
+
+def _environment(text: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment without what would override the script or tie the job to one that we run in."""
+    decided = decided_by(text)
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -1,0 +1,102 @@
+"""The logs and events of a run behind a login node as they grow: one stream that keeps the copy up to date.
+
+Whoever follows a run reads its copy as it would read the run itself; the stream writes what is new into it.
+"""
+
+import atexit
+import shlex
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from launcher import mirror, ssh
+from launcher.ssh import Login, LostError
+
+POLL = 1  # seconds between two looks over there
+PATIENCE = 15  # seconds that the last words of an ended job may take
+# Frames: "PATH FROM BYTES" and so many bytes of that file; "- 0 0" after a look that found nothing more.
+SCRIPT = """
+cd {run} || exit
+old={known}
+while :; do
+  new=$(wc -c logs/attempt_*/*.log events.jsonl 2>/dev/null | sed 's/^ *//; / total$/d')
+  printf '%s\\n' "$new" | grep -vxF "$old" | while read -r size path; do
+    from=$(printf '%s\\n' "$old" | sed -n "s|^\\([0-9]*\\) $path\\$|\\1|p")
+    from=${{from:-0}}
+    [ "$size" -gt "$from" ] || continue
+    echo "$path $from $((size - from))" || exit
+    tail -c +$((from + 1)) "$path" | head -c $((size - from)) || exit
+  done
+  old=$new
+  echo "- 0 0" || exit
+  sleep {poll}
+done
+"""
+
+
+class Growth:
+    """Runs until `settle` or the end of this process."""
+
+    def __init__(self, login: Login, run: Path) -> None:
+        self._login, self._run = login, run
+        self._looks = 0
+        self._error: Exception | None = None
+        self._stopped = False
+        self._process = ssh.stream(login, _script(run))
+        atexit.register(self._stop)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def check(self) -> None:
+        """`LostError` when the stream has broken."""
+        if self._error is not None:
+            raise self._error
+
+    def settle(self) -> None:
+        """Wait until everything that is there by now is in the copy, and end."""
+        wanted, deadline = self._looks + 2, time.monotonic() + PATIENCE  # the look under way may have begun before
+        while self._looks < wanted and self._error is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._stop()
+        self.check()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        atexit.unregister(self._stop)
+        ssh.end(self._process)
+
+    def _read(self) -> None:
+        try:
+            assert self._process.stdout
+            while True:
+                self._frame(self._process.stdout)
+        except (OSError, ValueError, LostError) as error:
+            if not self._stopped:
+                ssh.forget(self._login)
+                self._error = LostError(f"login node {self._login.host}: the connection was lost ({error})")
+
+    def _frame(self, stream: IO[bytes]) -> None:
+        name, start, size = stream.readline().decode().split()
+        if name == "-":
+            self._looks += 1
+            return
+        chunk = stream.read(int(size))
+        path = self._run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with path.open("r+b") as file:
+            file.seek(int(start))
+            file.write(chunk)
+
+
+def of(run: Path) -> Growth | None:
+    """The growth of a copy; a run of this machine needs none."""
+    login = mirror.login_of(run)
+    return Growth(login, run) if login else None
+
+
+def _script(run: Path) -> str:
+    """Starts from what the copy holds."""
+    logs = [*run.glob("logs/attempt_*/*.log"), *run.glob("events.jsonl")]
+    known = "\n".join(f"{path.stat().st_size} {path.relative_to(run)}" for path in logs)
+    return SCRIPT.format(run=shlex.quote(str(mirror.original(run))), known=shlex.quote(known), poll=POLL)

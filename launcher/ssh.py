@@ -1,0 +1,312 @@
+"""A login node over OpenSSH: scripts run by its /bin/sh, files copied by rsync, all through one shared connection.
+
+What is to be done travels as a script on the far shell's stdin. So no value is in an argument list at either end,
+none is read by whatever login shell the user has there, and what its start-up files print is told apart.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import secrets
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from launcher.errors import Fault
+
+LOGIN = "MIXLAUNCH_LOGIN"  # among the variables that a Slurm command needs: the login node to run it on, encoded
+CONNECT_TIMEOUT = 15  # seconds, unless the user's own configuration says another
+OPEN_TIMEOUT = 60  # of a connection without a terminal: jump hosts and all
+PERSIST = 600  # seconds that the shared connection stays open when nobody uses it
+ALIVE = 15  # seconds between signs of life; three missing ones end a dead connection
+TIMEOUT = 60
+NOT_FOUND = 127
+VANISHED = 24  # rsync's word for files that were there when it looked and gone when it copied
+SHELL = "exec /bin/sh"
+# A non-interactive shell often has no Slurm on its PATH; the login shell's PATH is asked for then.
+FIND = (
+    "command -v {program} >/dev/null 2>&1 || "
+    'PATH=$PATH:$("${{SHELL:-/bin/sh}}" -lc \'echo "$PATH"\' </dev/null 2>/dev/null | tail -n 1)'
+)
+HINTS = (  # what ssh says, and what that means for somebody who can't see its settings
+    (
+        r"IDENTIFICATION HAS CHANGED",
+        "its key isn't the one in known_hosts: ask its administrators before you trust it",
+    ),
+    (r"Host key verification failed|host key is known", "its key isn't known here: connect once by `ssh {host}`"),
+    (r"Permission denied", "`ssh {host}` must work without a question, or mixlaunch be run on a terminal"),
+    (r"Could not resolve", "login.host of the profile is what `ssh` takes: a name, user@name, or an alias"),
+    (r"timed out|refused|unreachable|No route", "is it up, and does this machine's network reach it?"),
+)
+
+
+class LostError(Fault):
+    """The connection didn't hold: what was to be done may be done or not."""
+
+
+class MissingError(Fault):
+    """The folder to copy isn't there."""
+
+
+@dataclass(frozen=True)
+class Login:
+    """A login node as ssh is told: host or alias, and options as NAME=VALUE."""
+
+    host: str
+    options: tuple[str, ...] = ()
+
+    def encoded(self) -> str:
+        """One line of text that `decoded` reads."""
+        return shlex.join([*self.options, self.host])
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What makes `slurm.call` run a command over there."""
+        return {LOGIN: self.encoded()}
+
+    @staticmethod
+    def decoded(text: str) -> "Login":
+        *options, host = shlex.split(text)
+        return Login(host, tuple(options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A script's end: exit code and what it printed, without what a shell's start-up files print."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """What to quote in an error."""
+        return self.err.strip() or self.out.strip() or f"exit {self.code}"
+
+
+def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The script that becomes `argv`; each word arrives as it is."""
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    return "\n".join([*exports, FIND.format(program=argv[0]), f"exec {shlex.join(argv)}"])
+
+
+def run(login: Login, body: str, *, timeout: float = TIMEOUT) -> Done:
+    """Run `body` there to its end; `LostError` if it isn't known to have ended."""
+    connect(login)
+    mark = secrets.token_hex(8)
+    script = f"echo {mark}; echo {mark} >&2\n(\n{body}\n) </dev/null\necho {mark} $?\n"
+    process = _start(login, stderr=subprocess.PIPE)
+    try:
+        out, err = process.communicate(script.encode(), timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise LostError(f"login node {login.host}: no answer within {timeout:g} s") from None
+    finally:
+        end(process)
+    answer = re.search(rb"(?s)%b\n(.*)%b (\d+)\n\Z" % (mark.encode(), mark.encode()), out)
+    said = err.decode(errors="replace").rpartition(f"{mark}\n")[2]
+    if not answer:
+        forget(login)
+        raise LostError(f"login node {login.host}: the connection was lost: {_last_line(said)}")
+    return Done(code=int(answer[2]), out=answer[1].decode(errors="replace"), err=said)
+
+
+def stream(login: Login, body: str) -> "subprocess.Popen[bytes]":
+    """Start `body` and hand over the process whose stdout is what it prints; `end` ends it here, and soon there."""
+    connect(login)
+    mark = secrets.token_hex(8)
+    process = _start(login, stderr=subprocess.DEVNULL)
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(f"echo {mark}\n(\n{body}\n) </dev/null\n".encode())
+    process.stdin.close()
+    while (line := process.stdout.readline()) and line != f"{mark}\n".encode():
+        pass
+    return process
+
+
+def rsync(login: Login, *arguments: str) -> None:
+    """One rsync, where `far` makes the paths that lie there; `Fault` with what it said."""
+    connect(login)
+    program = _program("rsync")
+    # -s: paths go through rsync's own protocol, not through the far shell.
+    argv = [program, "--protect-args", "--timeout=60", "--compress", *arguments]
+    environment = {**os.environ, "RSYNC_RSH": " ".join(map(_rsync_word, _ssh(login)))}
+    done = subprocess.run(
+        argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode in (0, VANISHED):
+        return
+    said = _last_line(done.stderr, r"^rsync: ")
+    if re.search(r"change_dir .* No such file", done.stderr):
+        raise MissingError(f"login node {login.host}: rsync: {said}")
+    if re.search(r"rsync: (command )?not found", done.stderr):
+        raise Fault(f"login node {login.host}: it has no rsync on its PATH; mixlaunch copies files with it")
+    if "is your shell clean" in done.stderr:
+        said += f"; what does `ssh {login.host} true` print? It must print nothing"
+    if done.returncode == 255 or "connection unexpectedly closed" in done.stderr:
+        forget(login)
+        raise LostError(f"login node {login.host}: rsync: {said}")
+    raise Fault(f"login node {login.host}: rsync: {said}")
+
+
+def _rsync_word(word: str) -> str:
+    """Quoted in rsync's way, which isn't a shell's: a quote inside is doubled."""
+    return "'" + word.replace("'", "''") + "'"
+
+
+def far(login: Login, path: Path | str) -> str:
+    """A path there, for `rsync`."""
+    return f"{login.host}:{path}"
+
+
+# --- the shared connection ---------------------------------------------------------------------------------------
+
+
+_open: set[Login] = set()
+
+
+def connect(login: Login) -> None:
+    """Make the shared connection unless there is one: the only place where a password or code may be asked for."""
+    if login in _open:
+        return
+    if subprocess.run([*_ssh(login), "-O", "check", login.host], capture_output=True).returncode:
+        with tempfile.TemporaryFile() as said:
+            code = _knock(login, said)
+            said.seek(0)
+            complaint = said.read().decode(errors="replace")
+        if code == 255:
+            raise Fault(_refusal(login, complaint))
+        if code:
+            raise Fault(f"login node {login.host}: its shell ended with {code}: {_last_line(complaint)}")
+    _open.add(login)
+
+
+def forget(login: Login) -> None:
+    """Ask anew before the next use."""
+    _open.discard(login)
+
+
+def close(login: Login) -> None:
+    """End the shared connection, if there is one."""
+    forget(login)
+    subprocess.run([*_ssh(login), "-O", "exit", login.host], capture_output=True)
+
+
+def _knock(login: Login, said: IO[bytes]) -> int:
+    """Log in and out again; the connection stays. Its stderr is a file, because a connection may keep it open."""
+    try:
+        return subprocess.run(
+            [*_ssh(login), login.host, SHELL],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            timeout=None if _on_terminal() else OPEN_TIMEOUT,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        raise Fault(f"login node {login.host}: no connection within {OPEN_TIMEOUT} s") from None
+
+
+def _refusal(login: Login, complaint: str) -> str:
+    hint = next((text for pattern, text in HINTS if re.search(pattern, complaint)), "")
+    said = _last_line(complaint, r"^ssh:|denied|failed|known")
+    return f"login node {login.host}: {said}" + (f"\n  {hint.format(host=login.host)}" if hint else "")
+
+
+def _last_line(text: str, preferred: str = "") -> str:
+    """What matters of a complaint, which may come below a banner."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next(
+        (line for line in reversed(lines) if re.search(preferred, line)), lines[-1] if lines else "no reason"
+    )
+
+
+def _start(login: Login, *, stderr: int) -> "subprocess.Popen[bytes]":
+    # A session of its own: the terminal's Ctrl-C is for us, who decide what becomes of the far side.
+    argv, pipe = [*_ssh(login), login.host, SHELL], subprocess.PIPE
+    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Leave a command, whether it has ended or not."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+@functools.cache
+def _ssh(login: Login) -> tuple[str, ...]:
+    """ssh with what every call shares. The profile's options come first; the user's own stay in force."""
+    given = [word for option in login.options for word in ("-o", option)]
+    settings = _settings([_program("ssh"), *given, "-G", login.host])
+    ours = {} if _shares_already(login, given, settings) else {
+        "ControlMaster": "auto",
+        "ControlPath": str(_sockets() / hashlib.sha256(login.encoded().encode()).hexdigest()[:16]),
+        "ControlPersist": str(PERSIST),
+    }  # fmt: skip
+    if settings.get("connecttimeout", "none") in ("none", "0"):
+        ours["ConnectTimeout"] = str(CONNECT_TIMEOUT)
+    if settings.get("serveraliveinterval", "0") == "0":
+        ours["ServerAliveInterval"] = str(ALIVE)
+    if not _on_terminal():
+        ours["BatchMode"] = "yes"
+    return (_program("ssh"), *given, *_options(ours.items()))
+
+
+def _options(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return [word for name, value in pairs for word in ("-o", f"{name}={value}")]
+
+
+def _settings(argv: Sequence[str]) -> dict[str, str]:
+    """ssh's configuration for a host, as it would use it."""
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise Fault(f"ssh: {_last_line(done.stderr)}")
+    pairs = (line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    return {name: value for name, value in pairs}
+
+
+def _shares_already(login: Login, given: Sequence[str], settings: Mapping[str, str]) -> bool:
+    """Whether the user's own configuration shares connections to this host, maybe one that is open now."""
+    if settings.get("controlpath", "none") == "none":
+        return False
+    if settings.get("controlmaster", "false") not in ("false", "no"):
+        return True
+    check = [_program("ssh"), *given, "-O", "check", login.host]
+    return subprocess.run(check, capture_output=True).returncode == 0
+
+
+def _sockets() -> Path:
+    """A private folder with a short path: a socket's may be 100 characters long, and ssh adds some for a while."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "mixlaunch" if runtime and len(runtime) < 40 else Path(f"/tmp/mixlaunch-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise Fault(f"{folder}: {error.strerror}; sockets of connections lie there") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise Fault(f"{folder}: not a private folder of yours; sockets of connections lie there")
+    return folder
+
+
+def _program(name: str) -> str:
+    if path := shutil.which(name):
+        return path
+    package = {"ssh": "openssh-client"}.get(name, name)
+    raise Fault(f"{name}: not found on this machine's PATH; the login node is reached with it (Debian: {package})")
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

@@ -1,0 +1,158 @@
+"""Submission through a login node: the same script, brought there by rsync and given to sbatch by a POSIX shell.
+
+Nothing of ours is needed over there, so submitit isn't either. What sbatch says is kept beside the script: when the
+connection is lost, the next one reads it there, or claims the submission before sbatch could and so ends it.
+"""
+
+import contextlib
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher import mirror, ssh, states, submit
+from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
+from launcher.ssh import Done, Login, LostError
+
+SBATCH_TIMEOUT = 60  # seconds
+GRACE = 30  # more, for the way there and back
+NO_SBATCH, GIVEN_UP = 76, 75  # exit codes of ours
+NEVER, UNKNOWN = "never", "unknown"
+
+MAKE = """
+mkdir -p {parent} || exit
+mkdir {run} || exit
+mkdir -p {run}/logs {run}/submission
+"""
+# Whoever makes the folder of this submission first decides about it: sbatch here, or a settlement that gave it up.
+SBATCH = """
+cd {run} || exit
+{find}
+command -v sbatch >/dev/null || exit {no_sbatch}
+mkdir submission/{number} || exit {given_up}
+for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); do
+  case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
+done
+{exports}
+trap '' HUP PIPE
+limit=
+! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
+$limit sbatch {script} >submission/{number}/out 2>submission/{number}/err
+echo $? >submission/{number}/code.new
+mv submission/{number}/code.new submission/{number}/code
+cat submission/{number}/out
+cat submission/{number}/err >&2
+exit "$(cat submission/{number}/code)"
+"""
+SETTLE = """
+cd {run} || exit
+if mkdir submission/{number} 2>/dev/null; then
+  echo {never}
+  exit
+fi
+waited=0
+while [ ! -e submission/{number}/code ] && [ $waited -lt {seconds} ]; do
+  sleep 1
+  waited=$((waited + 1))
+done
+[ -e submission/{number}/code ] || {{ echo {unknown}; exit; }}
+cat submission/{number}/out
+cat submission/{number}/err >&2
+exit "$(cat submission/{number}/code)"
+"""
+
+
+def submit_far(login: Login, text: str, run: Path, *, environment: Mapping[str, str]) -> str:
+    """Submit the copy `run` and return its job's id, or say in an error whether there is one.
+
+    When a run's first submission comes to nothing, what was made over there is removed.
+    """
+    (run / states.SCRIPT).write_text(text)
+    there = mirror.original(run)
+    number = len(json.loads((run / "run.json").read_text())["jobs"])
+    if number == 0:
+        _make(login, there)
+    try:
+        _upload(login, run, there)
+        answer = _sbatch(login, text, there, number, environment)
+        return submit.job_of(answer.code, answer.out, answer.err, there / states.SCRIPT, environment)
+    except (Interrupted, UncertainError):
+        raise
+    except BaseException:
+        if number == 0:
+            _remove(login, there)
+        raise
+
+
+def noted(login: Login, there: Path) -> str | None:
+    """The id in what sbatch said of a run directory's last submission, if anything is kept of it."""
+    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/*/out")
+    ids = submit.SUBMITTED.findall(done.out)
+    return ids[-1] if ids else None
+
+
+def _make(login: Login, there: Path) -> None:
+    done = ssh.run(login, MAKE.format(parent=shlex.quote(str(there.parent)), run=shlex.quote(str(there))))
+    if done.code:
+        raise SubmitError(f"run directory {login.host}:{there}: {done.said}")
+
+
+def _upload(login: Login, run: Path, there: Path) -> None:
+    """Modes travel with new files: secrets stay their owner's. Once they are there, none is left here."""
+    ssh.rsync(login, "-rt", f"{run}/", ssh.far(login, f"{there}/"))
+    (run / "secrets.env").unlink(missing_ok=True)
+
+
+def _remove(login: Login, there: Path) -> None:
+    with contextlib.suppress(Fault):  # whatever failed before is what matters
+        ssh.run(login, f"exec rm -rf {shlex.quote(str(there))}")
+
+
+def _sbatch(login: Login, text: str, there: Path, number: int, environment: Mapping[str, str]) -> Done:
+    """What sbatch said, over a second connection if the first is lost."""
+    exports = (f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name != ssh.LOGIN)
+    body = SBATCH.format(
+        run=shlex.quote(str(there)),
+        find=ssh.FIND.format(program="sbatch"),
+        no_sbatch=NO_SBATCH,
+        given_up=GIVEN_UP,
+        number=number,
+        decided=" ".join(sorted(submit.decided_by(text))),
+        exports="\n".join(exports),
+        timeout=SBATCH_TIMEOUT,
+        script=shlex.quote(str(there / states.SCRIPT)),
+    )
+    try:
+        answer = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
+    except LostError as lost:
+        return _settled(login, there, number, str(lost), environment)
+    except KeyboardInterrupt:
+        answer = _settled(login, there, number, "interrupted", environment)
+        job_id = submit.job_of(answer.code, answer.out, answer.err, there / states.SCRIPT, environment)
+        raise submit.interrupted(job_id) from None
+    if answer.code == NO_SBATCH:
+        raise SubmitError(f"sbatch: not found on the PATH of {login.host}, nor on that of a login shell there")
+    return answer
+
+
+def _settled(login: Login, there: Path, number: int, why: str, environment: Mapping[str, str]) -> Done:
+    """What became of a submission whose answer was lost: from its notes, from Slurm; it can't begin any more."""
+    body = SETTLE.format(
+        run=shlex.quote(str(there)), number=number, never=NEVER, unknown=UNKNOWN, seconds=SBATCH_TIMEOUT + 5
+    )
+    try:
+        done = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
+        if done.out.strip() != UNKNOWN:
+            found = None
+        elif (found := states.find_job(there / states.SCRIPT, environment)) is None:
+            raise Fault(f"sbatch hasn't ended on {login.host}, and Slurm has no such job yet")
+    except Fault as fault:
+        raise UncertainError(
+            f"{why}\nWhether there is a job isn't known ({fault}). "
+            f"`mixlaunch status {there.name}` finds it later; don't submit again before."
+        ) from fault
+    if found:
+        return Done(code=0, out=f"Submitted batch job {found}", err="")
+    if done.out.strip() == NEVER:
+        raise SubmitError(f"{why}\nNothing was submitted.")
+    return done
