@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.cli_clusters import clusters
+from launcher.cli_plan import plan_command
 from launcher.cli_runs import RUN_COMMANDS, roots_of
 from launcher.cli_sandbox import sandbox
 from launcher.errors import MixlaunchError
-from launcher.options import HELP, SectionedOption, job_command
+from launcher.options import HELP, PARALLEL, SectionedOption, job_command
 
 if TYPE_CHECKING:
     from launcher.jobs import JobPlan
 
 SECTIONS = {
     "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat"),
-    "Before you submit": ("export", "rehearse", "clusters", "sandbox"),
+    "Before you submit": ("plan", "export", "rehearse", "clusters", "sandbox"),
     "Your runs": ("status", "logs", "cancel"),
     "To see it all": ("demo",),
 }
@@ -67,27 +68,41 @@ def cli() -> None:
 # --- the chain ---------------------------------------------------------------------------------------------------
 
 
-def _start(plan: "JobPlan", *, dry_run: bool, wait: bool | None, follow: bool) -> None:
+def _start(plan: "JobPlan", *, dry_run: bool, wait: bool | None, follow: bool, force: bool = False) -> None:
     """Submit `plan`; on this machine a job is watched to its end, on a cluster it is left to the queue."""
+    from launcher import outlooks
+
     if dry_run:
         _show(plan)
+        outlooks.require(plan, force=force)
         return
     from launcher import inputs, watch
 
+    outlooks.require(plan, force=force)
     inputs.require(plan)
+    _note(plan)
     waits = follow or (plan.profile.is_local if wait is None else wait)
     sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=waits, follow=follow))
 
 
+def _note(plan: "JobPlan") -> None:
+    """What stops nothing and is worth knowing before the queue tells it, on stderr."""
+    from launcher import outlooks
+
+    for remark in outlooks.remarks(plan):
+        click.echo(f"note: {remark}", err=True)
+
+
 def _show(plan: "JobPlan", *, script: bool = True) -> None:
     """What a submission would do, without doing any of it."""
-    from launcher import lint, render, runs, screen
+    from launcher import lint, outlooks, render, runs, screen
 
     run_dir = runs.new_path(plan)
     text = render.render(plan, str(run_dir))
     lint.check(text)
     screen.heading(f"{plan.job}: what would run")
-    screen.facts([*screen.plan_facts(plan), ("run", str(run_dir) if script else "")])
+    told = outlooks.facts(plan.outlook) if plan.outlook else []
+    screen.facts([*screen.plan_facts(plan), *told, ("run", str(run_dir) if script else "")])
     screen.heading("config.yaml")
     screen.code(render.config_text(plan), "yaml")
     if script:
@@ -116,11 +131,14 @@ START = (
     ),
     SectionedOption(["--follow"], section="Job", is_flag=True, help="Wait, and print rank 0's log."),
 )
+FORCE = SectionedOption(
+    ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
+)
 AS_JOB = SectionedOption(["--as-job"], section="Job", is_flag=True, help="As a job, not here in the foreground.")
 
 cli.add_command(job_command("download", _download, more=(*START, AS_JOB)))
 for _job in ("prepare", "convert", "finetune", "serve", "tiny"):
-    cli.add_command(job_command(_job, _start, more=START))
+    cli.add_command(job_command(_job, _start, more=(*START, FORCE) if _job in PARALLEL else START))
 cli.commands["tiny"].hidden = True
 
 
@@ -138,6 +156,7 @@ def _export(plan: "JobPlan") -> None:
     script = render.render(plan)
     lint.check(script)
     click.echo(script, nl=False)
+    _note(plan)
 
 
 for _job in HELP:
@@ -156,6 +175,7 @@ def rehearse() -> None:
 def _rehearse(plan: "JobPlan", *, keep: bool) -> None:
     from launcher import rehearse as rehearsing
 
+    _note(plan)
     sys.exit(rehearsing.run(plan, keep=keep))
 
 
@@ -199,7 +219,7 @@ def demo(text: Path | None, folder: Path) -> None:
 
 # --- commands of other modules -----------------------------------------------------------------------------------
 
-for _command in (*RUN_COMMANDS, clusters, sandbox):
+for _command in (plan_command, *RUN_COMMANDS, clusters, sandbox):
     cli.add_command(_command)
 
 

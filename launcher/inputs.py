@@ -1,14 +1,19 @@
-"""What a plan needs from this machine's file system: the shape of its model, and that its inputs are there.
+"""What a plan needs from the cluster's file system: the shape of its model, and that its inputs are there.
 
 The only part of planning that reads files; it writes none.
 """
 
+import contextlib
 import json
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import places
-from launcher.errors import UsageError
+from launcher import layout as layouts
+from launcher import places, ssh
+from launcher.errors import Fault, UsageError
 from launcher.layout import Shape
 from launcher.profile import ClusterProfile
 
@@ -17,36 +22,73 @@ if TYPE_CHECKING:
 
 
 def shape(profile: ClusterProfile, model: str) -> Shape | None:
-    """The shape that a `config.json` of `model` tells, if this machine sees one."""
-    for folder in map(Path, places.model_folders(profile, model)):
-        steps = sorted([*folder.glob("iter_*"), *folder.glob("checkpoints/iter_*")])[-1:]
-        for place in (folder, folder / "release", *steps):
-            try:
-                return _shape(json.loads((place / "config.json").read_text()))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # absent here or not a model's: the job itself says what is wrong with it
+    """The shape that a `config.json` of `model` tells, where this machine or the login node sees one."""
+    folders = places.model_folders(profile, model)
+    texts = _texts_there(profile.login_node, folders) if profile.login_node else _texts_here(folders)
+    for text in texts:
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError
+        ):  # not a model's: the job itself says what is wrong
+            return _shape(json.loads(text))
     return None
 
 
+def _texts_here(folders: Iterable[str]) -> Iterator[str]:
+    """Every `config.json` that may tell the shape, the likeliest first."""
+    for folder in map(Path, folders):
+        steps = sorted([*folder.glob("iter_*"), *folder.glob("checkpoints/iter_*")])[-1:]
+        for place in (folder, folder / "release", *steps):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                yield (place / "config.json").read_text()
+
+
+def _texts_there(login: ssh.Login, folders: Sequence[str]) -> Iterator[str]:
+    """The same in one round trip. Without an answer the shape stays unknown: planning needs no network."""
+    if layouts.known_shape(folders[0]):
+        return  # its name tells
+    lines = []
+    for folder in map(shlex.quote, folders):
+        newest = f"$(ls -d {folder}/iter_* {folder}/checkpoints/iter_* 2>/dev/null | tail -n 1)"
+        places = f'{folder} {folder}/release "{newest}"'
+        lines.append(f'for d in {places}; do [ ! -r "$d/config.json" ] || cat "$d/config.json"; printf "\\f"; done')
+    try:
+        yield from ssh.run(login, "\n".join(lines)).out.split("\f")
+    except Fault as fault:
+        print(f"note: {fault}\n  the model's shape isn't known and goes unchecked", file=sys.stderr)
+
+
 def _shape(config: dict[str, Any]) -> Shape:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     return Shape(
         layers=int(config["num_hidden_layers"]),
         experts=int(config["num_local_experts"]),
-        heads=int(config["num_attention_heads"]),
-        query_groups=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
+        heads=heads,
+        query_groups=int(config.get("num_key_value_heads") or heads),
         expert_width=int(config["intermediate_size"]),
+        hidden=hidden,
+        head_size=int(config.get("head_dim") or hidden // heads),
+        vocabulary=int(config["vocab_size"]),
+        experts_a_token=int(config["num_experts_per_tok"]),
+        positions=int(config.get("max_position_embeddings") or 32768),
+        tied=bool(config.get("tie_word_embeddings")),
     )
 
 
 def missing(plan: "JobPlan") -> list["Input"]:
-    """Inputs of `plan` that aren't there."""
+    """Inputs of `plan` that aren't there, where the job will run."""
+    if login := plan.profile.login_node:
+        tests = (f"[ -e {shlex.quote(given.path)} ]; echo $?" for given in plan.inputs)
+        answers = ssh.run(login, "\n".join(tests)).out.split()
+        return [given for given, answer in zip(plan.inputs, answers, strict=True) if answer != "0"]
     return [given for given in plan.inputs if not Path(given.path).exists()]
 
 
 def require(plan: "JobPlan") -> None:
     """`UsageError` naming every input that isn't there and how one gets it."""
+    login = plan.profile.login_node
+    where = f" on {login.host}" if login else ""
     if absent := missing(plan):
-        lines = (f"{i.what}: {i.path} doesn't exist\n  {i.hint}".rstrip() for i in absent)
+        lines = (f"{i.what}: {i.path} doesn't exist{where}\n  {i.hint}".rstrip() for i in absent)
         raise UsageError("\n".join(lines))
 
 
@@ -54,6 +96,8 @@ def require_file_system(plan: "JobPlan") -> None:
     """`UsageError` unless this machine has the cluster's shared folders: a laptop's disk isn't Lustre."""
     if plan.profile.is_local:
         return
+    if login := plan.profile.login_node:
+        raise UsageError(f"{plan.job}: this would fetch to this machine; give --as-job, or run it on {login.host}")
     for path in plan.outputs:
         if not Path(path).parent.exists():
             raise UsageError(

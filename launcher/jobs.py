@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from launcher import fit, nearest, places, quoting, settings
 from launcher import layout as layouts
-from launcher import places, quoting, settings
 from launcher.errors import LayoutError, UsageError
+from launcher.fit import Batch, Outlook, Request
 from launcher.layout import Layout, Placement, Shape
+from launcher.memory import Serving
 from launcher.profile import ClusterProfile, time_limit
 from launcher.settings import MODEL
 
@@ -72,6 +74,7 @@ class JobPlan:
     placement: Placement
     config: dict[str, Any]
     layout: Layout | None = None
+    outlook: Outlook | None = None  # of the layout: what it makes of the ranks, and whether memory suffices
     gpus_per_node: int = 0
     time: str
     resumable: bool = False
@@ -186,7 +189,7 @@ def plan_convert(
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
     layout = axes.over(PRESETS[preset] if preset else Layout())
-    _check_shape(shape or layouts.known_shape(model), layout)
+    outlook = _outlook(Request(cluster=profile, layout=layout, shape=shape or layouts.known_shape(model)))
     if to == "megatron":
         source, hint = places.hub_folder(profile, model), places.hint("download", model)
     else:
@@ -198,6 +201,7 @@ def plan_convert(
         placement=Placement(nodes=ask.nodes or 1, tasks_per_node=_processes(profile, processes)),
         resumable=True,
         layout=layout,
+        outlook=outlook,
         config=config | settings.check("convert", values),
         inputs=(Input(path=source, what="weights", hint=hint),),
         outputs=(target,),
@@ -216,24 +220,31 @@ def plan_finetune(
 ) -> JobPlan:
     """Training from converted weights or from another run's newest checkpoint, on prepared data."""
     layout = axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM)
-    _check_shape(shape or layouts.known_shape(model), layout)
-    placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
+    chosen = settings.check("finetune", values)
+    outlook = _outlook(
+        Request(
+            cluster=profile,
+            layout=layout,
+            nodes=ask.nodes,
+            shape=shape or layouts.known_shape(model),
+            work=_batch(chosen),
+        )
+    )
     weights = places.weights(profile, model)
     prefix = places.path(data, "--data") if data is not None else places.data_prefix(profile)
-    chosen = settings.check("finetune", values)
-    _check_batch(chosen, layout.data_parallel(placement.world))
     return JobPlan(
         **_common("finetune", profile, ask),
-        placement=placement,
+        placement=outlook.placement,
         layout=layout,
-        gpus_per_node=_gpus(profile, placement),
+        outlook=outlook,
+        gpus_per_node=_gpus(profile, outlook.placement),
         config={"model": weights, "data": prefix, "layout": asdict(layout), **chosen},
         resumable=True,
         inputs=(
             Input(path=weights, what="weights", hint=places.hint("convert --model", model)),
             Input(path=f"{prefix}.idx", what="data", hint="" if data else "`mixlaunch prepare FILES` makes it"),
         ),
-        notes=(layout.describe(placement.world),),
+        notes=(layout.describe(outlook.world),),
     )
 
 
@@ -250,21 +261,30 @@ def plan_serve(
 ) -> JobPlan:
     """An HTTP server on the job's first rank. Beyond this machine it asks for a key, which the script makes."""
     layout = axes.over(Layout() if profile.is_local else SERVE_ON_SLURM)
-    _check_shape(shape or layouts.known_shape(model), layout)
-    placement = layouts.place(layout, nodes=ask.nodes, gpus=profile.node.gpus)
+    chosen = settings.check("serve", values)
+    outlook = _outlook(
+        Request(
+            cluster=profile,
+            layout=layout,
+            nodes=ask.nodes,
+            shape=shape or layouts.known_shape(model),
+            work=_serving(chosen),
+        )
+    )
     weights = places.weights(profile, model)
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
     return JobPlan(
         **_common("serve", profile, ask),
-        placement=placement,
+        placement=outlook.placement,
         layout=layout,
-        gpus_per_node=_gpus(profile, placement),
-        config=config | settings.check("serve", values),
+        outlook=outlook,
+        gpus_per_node=_gpus(profile, outlook.placement),
+        config=config | chosen,
         resumable=True,
         inputs=(Input(path=weights, what="weights", hint=places.hint("convert --model", model)),),
         secrets_made=() if host in LOOPBACK else (API_KEY,),
-        notes=(layout.describe(placement.world),),
+        notes=(layout.describe(outlook.world),),
     )
 
 
@@ -306,18 +326,27 @@ def _gpus(profile: ClusterProfile, placement: Placement) -> int:
     return placement.tasks_per_node if profile.node.gpus else 0
 
 
-def _check_shape(shape: Shape | None, layout: Layout) -> None:
-    if shape:
-        shape.check(layout)
+def _outlook(request: Request) -> Outlook:
+    """What `request` comes to; the refusal of what can't be names the nearest layouts that can."""
+    try:
+        return fit.study(request)
+    except LayoutError as error:
+        raise nearest.explained(error, request) from None
 
 
-def _check_batch(values: Mapping[str, Any], data_parallel: int) -> None:
-    """The global batch is whole micro batches on every data-parallel rank."""
-    defaults = {s.name: s.default for s in settings.SETTINGS["finetune"]}
-    micro, batch = (values.get(n, defaults[n]) for n in ("micro_batch", "global_batch"))
-    if batch % (micro * data_parallel):
-        raise UsageError(
-            f"--global-batch: {batch} = micro batch {micro} x DP {data_parallel} x "
-            f"{batch / micro / data_parallel:.3g} accumulated steps, which isn't whole; "
-            f"use a multiple of {micro * data_parallel}"
-        )
+def _batch(chosen: Mapping[str, Any]) -> Batch:
+    """What the finetune settings say about memory and time."""
+    values = settings.complete("finetune", chosen)
+    return Batch(
+        sequence=values["sequence_length"],
+        micro_batch=values["micro_batch"],
+        global_batch=values["global_batch"],
+        precision=values["precision"],
+        recompute=values.get("recompute") or "none",
+    )
+
+
+def _serving(chosen: Mapping[str, Any]) -> Serving:
+    """What the serve settings say about memory."""
+    values = settings.complete("serve", chosen)
+    return Serving(requests=values["max_batch"], tokens=values["max_tokens"], precision=values["precision"])

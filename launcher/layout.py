@@ -55,30 +55,62 @@ def _quotient(whole: int, parts: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a model that a layout has to divide."""
+    """The sizes of a model: those that a layout has to divide, and those that its memory follows from."""
 
     layers: int
     experts: int
     heads: int
     query_groups: int
     expert_width: int
+    hidden: int
+    head_size: int
+    vocabulary: int
+    experts_a_token: int = 2
+    positions: int = 32768
+    tied: bool = False  # one matrix for embedding and head
 
     def check(self, layout: Layout) -> None:
-        """`LayoutError` with every division that isn't whole."""
+        """`LayoutError` with every division that doesn't come out."""
         divisions = (
             ("experts / EP", self.experts, layout.expert),
-            ("layers / PP", self.layers, layout.pipeline),
             ("attention heads / TP", self.heads, layout.tensor),
             ("query groups / TP", self.query_groups, layout.tensor),
             ("expert width / ETP", self.expert_width, layout.expert_tensor),
         )
-        if bad := [f"{what} = {whole} / {parts}" for what, whole, parts in divisions if whole % parts]:
-            raise LayoutError(f"this model can't be cut so: {', '.join(bad)} must be whole")
+        bad = [f"{what} = {whole} / {parts} isn't whole" for what, whole, parts in divisions if whole % parts]
+        if self.layers < layout.pipeline:
+            bad.append(f"layers / PP = {self.layers} / {layout.pipeline} leaves stages without a layer")
+        if bad:
+            raise LayoutError(f"this model can't be cut so: {', '.join(bad)}")
+
+    def stages(self, pipeline: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage; where they don't divide evenly the earlier stages take one more."""
+        whole, rest = divmod(self.layers, pipeline)
+        return tuple(whole + (stage < rest) for stage in range(pipeline))
 
 
 SHAPES = {
-    "8x7B": Shape(layers=32, experts=8, heads=32, query_groups=8, expert_width=14336),
-    "8x22B": Shape(layers=56, experts=8, heads=48, query_groups=8, expert_width=16384),
+    "8x7B": Shape(
+        layers=32,
+        experts=8,
+        heads=32,
+        query_groups=8,
+        expert_width=14336,
+        hidden=4096,
+        head_size=128,
+        vocabulary=32000,
+    ),
+    "8x22B": Shape(
+        layers=56,
+        experts=8,
+        heads=48,
+        query_groups=8,
+        expert_width=16384,
+        hidden=6144,
+        head_size=128,
+        vocabulary=32768,  # the Instruct model's; the base model has 32000
+        positions=65536,
+    ),
 }
 
 
@@ -98,6 +130,20 @@ class Placement:
     def world(self) -> int:
         """All ranks."""
         return self.nodes * self.tasks_per_node
+
+    def islands(self, size: int, nvlink: int) -> int:
+        """The most NVLink domains of `nvlink` GPUs that a group of `size` neighbouring ranks touches.
+
+        Domains of several nodes are taken to begin at the job's first node.
+        """
+        return max(
+            len({self._island(rank, nvlink) for rank in range(first, first + size)})
+            for first in range(0, self.world, size)
+        )
+
+    def _island(self, rank: int, nvlink: int) -> tuple[int, int]:
+        node, place = divmod(rank, self.tasks_per_node)
+        return (node, place // nvlink) if nvlink < self.tasks_per_node else (rank // nvlink, 0)
 
 
 def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:

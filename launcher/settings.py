@@ -153,3 +153,8 @@ def check(job: str, values: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(f"{job} has no setting {name!r}; {hint}Valid: {', '.join(known) or 'none'}")
     return {name: known[name].checked(value) for name, value in values.items()}
+
+
+def complete(job: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` and what the job does where they say nothing."""
+    return {setting.name: setting.default for setting in SETTINGS[job]} | dict(values)

@@ -174,13 +174,13 @@ def test_every_setting_is_an_option_of_the_job_and_of_its_export():
 
 
 def test_export_offers_what_the_job_offers():
-    starting = {"--dry-run", "--wait", "--follow", "--as-job"}
+    starting = {"--dry-run", "--wait", "--follow", "--as-job", "--force"}
     for job in options.HELP:
         own = {o for p in cli.commands[job].params for o in p.opts}
         assert {o for p in cli.commands["export"].commands[job].params for o in p.opts} == own - starting
 
 
-@pytest.mark.parametrize("words", [["finetune"], ["export", "serve"], ["clusters"], ["sandbox", "up"], ["logs"]])
+@pytest.mark.parametrize("words", [["finetune"], ["export", "serve"], ["clusters"], ["sandbox", "up"], ["plan"]])
 def test_every_help_fits_eighty_columns(mixlaunch, words):
     result = mixlaunch(*words, "--help")
     assert result.exit_code == 0

@@ -145,7 +145,7 @@ def test_the_shape_comes_from_the_model_when_it_is_there(tmp_path, cluster):
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / "config.json").write_text(
         '{"num_hidden_layers": 4, "num_local_experts": 8, "num_attention_heads": 8, "num_key_value_heads": 2,'
-        ' "intermediate_size": 512}'
+        ' "intermediate_size": 512, "hidden_size": 256, "vocab_size": 32000, "num_experts_per_tok": 2}'
     )
     shape = inputs.shape(cluster, str(tmp_path))
     assert shape is not None

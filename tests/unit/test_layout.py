@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import LayoutError
-from launcher.layout import SHAPES, Layout, known_shape, place
+from launcher.layout import SHAPES, Layout, Placement, known_shape, place
 
 TRAIN = Layout(pipeline=4, expert=8)
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
@@ -72,7 +72,7 @@ def test_one_machine_has_one_node():
     ("layout", "said"),
     [
         (Layout(expert=3), "experts / EP = 8 / 3"),
-        (Layout(pipeline=5), "layers / PP = 32 / 5"),
+        (Layout(pipeline=33), "layers / PP = 32 / 33 leaves stages without a layer"),
         (Layout(tensor=16), "query groups / TP = 8 / 16"),
         (Layout(expert_tensor=5), "expert width / ETP = 14336 / 5"),
     ],
@@ -80,6 +80,27 @@ def test_one_machine_has_one_node():
 def test_a_model_is_cut_whole(layout, said):
     with pytest.raises(LayoutError, match=said):
         SHAPES["8x7B"].check(layout)
+
+
+def test_layers_need_not_divide_evenly():
+    SHAPES["8x7B"].check(Layout(pipeline=5))
+    assert SHAPES["8x7B"].stages(5) == (7, 7, 6, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "size", "nvlink", "islands"),
+    [
+        (8, 8, 8, 1),  # an EP group is a node
+        (8, 8, 4, 2),  # two NVLink domains in a node
+        (4, 8, 4, 2),  # four GPUs a node
+        (4, 8, 8, 1),  # NVLink over two nodes
+        (4, 8, 72, 1),
+        (8, 2, 4, 1),
+        (6, 4, 6, 2),  # groups of four on nodes of six
+    ],
+)
+def test_a_group_of_neighbours_may_leave_its_nvlink_domain(tasks, size, nvlink, islands):
+    assert Placement(nodes=48 // tasks, tasks_per_node=tasks).islands(size, nvlink) == islands
 
 
 def test_published_models_are_known_by_name():

@@ -1,0 +1,170 @@
+"""What one GPU of a job has to hold, stage by stage, by arithmetic alone (pure); docs/memory.md has every term.
+
+Bytes everywhere. Letters: H hidden, Q width of all queries, K width of all keys, F expert width, k experts a token,
+V vocabulary, T the tokens of one micro batch that one rank keeps.
+"""
+
+from dataclasses import dataclass
+
+from launcher.layout import Layout, Shape
+
+GIB = 2**30
+BYTES = {"bf16": 2, "fp32": 4}
+OUTSIDE = 2 * GIB  # CUDA's context, NCCL's buffers, and the gaps between what torch has taken from the driver
+TIGHT = 0.9  # of a GPU: beyond it the estimate's own error decides
+RECOMPUTE = ("none", "selective", "full")
+PAGE = 256  # tokens of the server's cache that come and go together
+PROMPT_STEP = 2048  # tokens that the server reads at once
+CACHE_SHARE = 0.85  # of what the weights leave
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What `finetune` computes. `micro_batches` are those that one replica does in a step."""
+
+    sequence: int
+    micro_batch: int
+    micro_batches: int
+    precision: str = "bf16"
+    recompute: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What `serve` holds at once, as in its settings."""
+
+    requests: int
+    tokens: int
+    precision: str = "bf16"
+
+    @property
+    def pages(self) -> int:
+        """Pages of one request at its longest."""
+        return -(-self.tokens // PAGE)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of the whole cache that the server asks for; one page is padding's."""
+        return (self.requests * self.pages + 1) * PAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """One pipeline stage's GPU: `parts` by name, in the order of docs/memory.md."""
+
+    stage: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def padded_vocabulary(shape: Shape, layout: Layout) -> int:
+    """Rows of the embedding: as few more than the vocabulary as make it divide over TP."""
+    return -(-shape.vocabulary // layout.tensor) * layout.tensor
+
+
+def parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
+    """(dense, of experts): numbers that one rank of `stage` holds."""
+    layers, hidden = shape.stages(layout.pipeline)[stage], shape.hidden
+    queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    attention = hidden * (queries + 2 * keys + queries) // layout.tensor
+    dense = layers * (attention + 2 * hidden + shape.experts * hidden)
+    table = padded_vocabulary(shape, layout) // layout.tensor * hidden
+    first, last = stage == 0, stage == layout.pipeline - 1
+    dense += table * (first + last - (first and last and shape.tied)) + hidden * last
+    width = shape.expert_width // layout.expert_tensor
+    return dense, layers * (shape.experts // layout.expert) * 3 * hidden * width
+
+
+def training(shape: Shape, layout: Layout, world: int, work: Training) -> tuple[Usage, ...]:
+    """Of each pipeline stage, at the moment of a step when it holds most."""
+    return tuple(_training_stage(shape, layout, world, work, stage) for stage in range(layout.pipeline))
+
+
+def _training_stage(shape: Shape, layout: Layout, world: int, work: Training, stage: int) -> Usage:
+    size = BYTES[work.precision]
+    dense, experts = parameters(shape, layout, stage)
+    shards = dense / (world // (layout.tensor * layout.pipeline))
+    shards += experts / (world // (layout.expert_tensor * layout.expert * layout.pipeline))
+    state = 8 if work.precision == "fp32" else 12  # two moments; bf16 weights have a twin in fp32 as well
+    kept, working = _activations(shape, layout, work, stage)
+    parts = {
+        "weights": size * (dense + experts),
+        "gradients": 4 * (dense + experts),
+        "optimizer": round(state * shards),
+        "activations": kept,
+        "backward": working,
+    }
+    if stage == layout.pipeline - 1:
+        parts["logits"] = tokens_kept(layout, work) * size * (padded_vocabulary(shape, layout) + 2 * shape.hidden)
+    return Usage(stage=stage, parts=parts)
+
+
+def tokens_kept(layout: Layout, work: Training) -> int:
+    """T: a micro batch's tokens on one rank. Sequence parallelism goes with TP."""
+    return work.micro_batch * work.sequence // (layout.context * layout.tensor)
+
+
+def in_flight(layout: Layout, work: Training, stage: int) -> int:
+    """Micro batches whose forward pass is done and whose backward pass isn't, under one-forward-one-backward."""
+    return min(layout.pipeline - stage, work.micro_batches)
+
+
+def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tuple[int, int]:
+    """(kept for the backward pass, in use during it besides) of one stage."""
+    a_number = tokens_kept(layout, work) * BYTES[work.precision]
+    layers = shape.stages(layout.pipeline)[stage] * in_flight(layout, work, stage)
+    hidden, width, chosen = shape.hidden, shape.expert_width, shape.experts_a_token
+    queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    attention = (
+        3 * hidden + 2 * queries + 2 * keys
+    )  # both norms' inputs, q, k, v, attention's output and the norm's
+    experts = hidden + chosen * (hidden * layout.expert_tensor + 2 * width)  # the norm's output, rows, gate and up
+    backward = chosen * width + 2 * hidden
+    if layout.expert * layout.expert_tensor > 1:
+        backward += 2 * chosen * hidden  # rows on their way to and from other ranks
+    whole = attention + experts
+    if work.recompute == "full":
+        return a_number * layers * hidden, a_number * (whole + backward)
+    if work.recompute == "selective":
+        return a_number * layers * attention, a_number * (experts + backward)
+    return a_number * layers * whole, a_number * backward
+
+
+def serving(shape: Shape, layout: Layout, work: Serving) -> tuple[Usage, ...]:
+    """Of each pipeline stage, with the whole cache that is asked for."""
+    return tuple(_serving_stage(shape, layout, work, stage) for stage in range(layout.pipeline))
+
+
+def _serving_stage(shape: Shape, layout: Layout, work: Serving, stage: int) -> Usage:
+    size = BYTES[work.precision]
+    a_prompt = max(PROMPT_STEP, work.requests) * size
+    hidden, queries, keys = shape.hidden, shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    layer = 3 * hidden + (2 * queries + 2 * keys) // layout.tensor
+    rows = shape.experts_a_token * (2 * hidden + 3 * shape.expert_width // layout.expert_tensor)
+    parts = {
+        "weights": size * sum(parameters(shape, layout, stage)),
+        "a step": a_prompt * (layer + rows),
+        "KV cache": work.cache_tokens * cache_bytes(shape, layout, work.precision, stage),
+    }
+    if stage == layout.pipeline - 1:
+        parts["a step"] += work.requests * shape.vocabulary * 4
+    return Usage(stage=stage, parts=parts)
+
+
+def cache_bytes(shape: Shape, layout: Layout, precision: str, stage: int) -> int:
+    """Keys and values of one token on one rank of `stage`."""
+    layers = shape.stages(layout.pipeline)[stage]
+    return 2 * layers * shape.query_groups // layout.tensor * shape.head_size * BYTES[precision]
+
+
+def cache_room(shape: Shape, layout: Layout, work: Serving, gpu: float) -> int:
+    """Tokens that the cache holds on the fullest GPU of `gpu` bytes; less than none where weights don't fit."""
+    return min(
+        int((gpu - OUTSIDE - usage.parts["weights"] - usage.parts["a step"]) * CACHE_SHARE)
+        // cache_bytes(shape, layout, work.precision, usage.stage)
+        for usage in serving(shape, layout, work)
+    )

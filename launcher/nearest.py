@@ -1,0 +1,222 @@
+"""The layouts nearest to one that doesn't fit: fewest changes first, then the smaller bubble, then memory (pure).
+
+A change is an option that one would type; each suggestion is a request that `fit.study` lets through with room.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher import fit, settings
+from launcher import layout as layouts
+from launcher.errors import LayoutError
+from launcher.fit import Batch, Outlook, Request
+from launcher.memory import GIB, RECOMPUTE, Serving
+
+SHOWN = 4
+MOST_CHANGES = 3
+MOST_NODES = 512
+SHORTEST = 256  # tokens of an answer worth serving
+OPTIONS = {  # of what can be changed, in the order that people think of it
+    "nodes": "--nodes",
+    "tensor": "--tp",
+    "pipeline": "--pp",
+    "expert": "--ep",
+    "expert_tensor": "--etp",
+    "context": "--cp",
+    "micro_batch": "--micro-batch",
+    "global_batch": "--global-batch",
+    "sequence": "--sequence-length",
+    "recompute": "--recompute",
+    "requests": "--max-batch",
+    "tokens": "--max-tokens",
+}
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """What to change, and what comes of it."""
+
+    changes: Changes
+    outlook: Outlook
+
+    @property
+    def options(self) -> str:
+        """As typed: `--nodes 8 --pp 8`."""
+        return " ".join(f"{OPTIONS[name]} {value}" for name, value in self.changes.items())
+
+    @property
+    def effect(self) -> str:
+        """`64 ranks = TP1 x PP8 x ..., bubble 18 %, 51.2 of 80 GiB`."""
+        parts = [self.outlook.request.layout.describe(self.outlook.world)]
+        if self.outlook.request.layout.pipeline > 1 and self.outlook.tokens_a_step:
+            parts.append(f"bubble {self.outlook.bubble:.1%}")
+        if fullest := self.outlook.fullest:
+            gpu = fit.gpu_bytes(self.outlook.request)
+            parts.append(f"{fullest.total / GIB:.1f}{f' of {gpu / GIB:g}' if gpu else ''} GiB")
+        return "; ".join(parts)
+
+
+class Refused(LayoutError):
+    """What can't be, with the nearest that can."""
+
+    def __init__(self, message: str, suggestions: list[Suggestion]) -> None:
+        super().__init__(message)
+        self.suggestions = suggestions
+
+
+def explained(error: LayoutError, request: Request) -> Refused:
+    """`error` with the layouts nearest to `request` that fit."""
+    found = find(request)
+    return Refused("\n".join([str(error), *lines(found)]), found)
+
+
+def lines(suggestions: list[Suggestion]) -> Iterator[str]:
+    """For people; nothing when there are none."""
+    if suggestions:
+        yield "Nearest that fit:"
+        width = max(len(s.options) for s in suggestions)
+        yield from (f"  {s.options:<{width}}  {s.effect}" for s in suggestions)
+
+
+def find(request: Request) -> list[Suggestion]:
+    """The nearest that fit, best first; none when nothing near does."""
+    values = _alternatives(request)
+    for count in range(1, MOST_CHANGES + 1):
+        found = sorted(_changed(request, values, count), key=lambda s: _rank(request, s))
+        if found:
+            return found[:SHOWN]
+    return []
+
+
+def _changed(request: Request, values: dict[str, list[Any]], count: int) -> Iterator[Suggestion]:
+    for names in itertools.combinations(values, count):
+        for chosen in itertools.product(*(values[name] for name in names)):
+            changes = dict(zip(names, chosen, strict=True))
+            if (outlook := _study(apply(request, changes))) is not None:
+                yield Suggestion(changes=changes, outlook=outlook)
+
+
+def apply(request: Request, changes: Changes) -> Request:
+    """`request` with `changes` made."""
+    layout = {name: changes[name] for name in vars(request.layout) if name in changes}
+    work = {name: changes[name] for name in vars(request.work) if name in changes} if request.work else {}
+    return replace(
+        request,
+        nodes=changes.get("nodes", request.nodes),
+        layout=replace(request.layout, **layout),
+        work=replace(request.work, **work) if request.work else None,
+    )
+
+
+def _study(request: Request) -> Outlook | None:
+    """The outlook of a request that fits, tensor parallelism inside an NVLink domain."""
+    try:
+        outlook = fit.study(request)
+    except LayoutError:
+        return None
+    torn = any(e.axis == "TP" and e.islands > 1 for e in outlook.exchanges)
+    return None if outlook.shortage or torn else outlook
+
+
+def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
+    outlook = suggestion.outlook
+    memory = outlook.fullest.total if outlook.fullest else 0
+    over_fabric = sum(e.islands > 1 for e in outlook.exchanges)
+    training = isinstance(asked.work, Batch)
+    size = outlook.bubble if training else float(outlook.world)
+    order = (over_fabric, round(size, 3), round(memory / GIB, 1), _distance(asked, suggestion))
+    return len(suggestion.changes), *order
+
+
+def _distance(asked: Request, suggestion: Suggestion) -> float:
+    """How far the numbers moved, in doublings."""
+    before = {**vars(asked.layout), **(vars(asked.work) if asked.work else {}), "nodes": asked.nodes}
+    moved = 0.0
+    for name, value in suggestion.changes.items():
+        old = before[name]
+        moved += abs(math.log2(value / old)) if isinstance(old, int) and isinstance(value, int) else 1.0
+    return moved
+
+
+def _alternatives(request: Request) -> dict[str, list[Any]]:
+    """Other values for everything that may be changed, without the one that was asked for."""
+    asked = {**vars(request.layout), **(vars(request.work) if request.work else {}), "nodes": request.nodes}
+    values = {"nodes": _nodes(request), **_of_layout(request), **_of_work(request)}
+    kept = {name: [v for v in options if v != asked[name]] for name, options in values.items()}
+    return {name: options for name, options in kept.items() if options}
+
+
+def _nodes(request: Request) -> list[int]:
+    """Up to four times as many as were asked for or are needed, then doublings."""
+    gpus = request.cluster.node.gpus
+    if not gpus or request.work is None:
+        return []
+    asked = request.nodes or math.ceil(request.layout.unit / gpus)
+    further = (asked * 2**i for i in range(10))
+    return sorted({*range(1, min(4 * asked, 64) + 1), *(n for n in further if n <= MOST_NODES)})
+
+
+def _of_layout(request: Request) -> dict[str, list[int]]:
+    """What divides the model; of an unknown model only parts of what was asked for."""
+    layout, shape = request.layout, request.shape
+    if shape is None:
+        return {name: _divisors(size) for name, size in vars(layout).items()}
+    even = (size for size in range(1, shape.layers + 1) if shape.layers % size == 0 or size.bit_count() == 1)
+    return {
+        "tensor": _divisors(math.gcd(shape.query_groups, shape.heads)),
+        "pipeline": list(even),
+        "expert": _divisors(shape.experts),
+        "expert_tensor": [1],
+        "context": [1],
+    }
+
+
+def _of_work(request: Request) -> dict[str, list[Any]]:
+    work = request.work
+    if isinstance(work, Batch):
+        stronger = RECOMPUTE[RECOMPUTE.index(work.recompute) + 1 :]
+        offered = next((s.choices for s in settings.SETTINGS["finetune"] if s.name == "recompute"), ())
+        return {
+            "micro_batch": _halves(work.micro_batch),
+            "global_batch": _multiples(work.global_batch, work.micro_batch * _data(request)),
+            "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
+            "recompute": [way for way in stronger if way in offered],
+        }
+    if isinstance(work, Serving):
+        longest = min(work.tokens, request.shape.positions) if request.shape else work.tokens
+        return {"tokens": [longest, *(n for n in _halves(longest) if n >= SHORTEST)]}
+    return {}
+
+
+def _data(request: Request) -> int:
+    """DP as it would be; 1 where the ranks don't fit anyway."""
+    try:
+        world = layouts.place(request.layout, nodes=request.nodes, gpus=request.cluster.node.gpus).world
+        return request.layout.data_parallel(world)
+    except LayoutError:
+        return 1
+
+
+def _multiples(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value`; none where it is one."""
+    if value % unit == 0:
+        return []
+    below = value - value % unit
+    return [n for n in (below, below + unit) if n]
+
+
+def _divisors(whole: int) -> list[int]:
+    return [part for part in range(1, whole + 1) if whole % part == 0]
+
+
+def _halves(value: int) -> list[int]:
+    """Half of it, a quarter and so on, as long as they are whole."""
+    found = []
+    while value % 2 == 0:
+        value //= 2
+        found.append(value)
+    return found
