@@ -26,17 +26,22 @@ def of_cluster(command: click.Command) -> click.Command:
 
 
 def roots_of(cluster: str | None) -> list[Path]:
-    """Where runs may lie: one cluster's folder, or every profile's."""
-    from launcher import catalog, profile
+    """Where runs may lie: one cluster's folder, or every profile's.
+
+    Of clusters behind login nodes only the default one is asked unless runs there are known here already.
+    """
+    from launcher import catalog, mirror, profile
 
     if cluster:
-        return [Path(profile.load(cluster).paths.runs)]
-    roots = [Path(profile.load().paths.runs)]
+        return [profile.load(cluster).runs_here]
+    roots = [profile.load().runs_here]
     for path in catalog.available().values():
         try:
-            roots.append(Path(profile.read(path).paths.runs))
+            found = profile.read(path)
         except MixlaunchError:
             continue  # `clusters` shows what is wrong with it
+        if found.login_node is None or mirror.is_known(found.login_node):
+            roots.append(found.runs_here)
     return list(dict.fromkeys(roots))
 
 
@@ -57,11 +62,11 @@ def status(names: tuple[str, ...], everything: bool, watch: bool, as_json: bool,
     from launcher import live, overview, report, runs, screen
 
     roots = roots_of(cluster)
-    if names:
-        named = [runs.find(name, roots) for name in names]
 
     def find() -> "Sequence[Run]":
-        return named if names else runs.every(roots)[: None if everything else NEWEST]
+        if names:
+            return [runs.find(name, roots) for name in names]
+        return runs.every(roots)[: None if everything else NEWEST]
 
     if watch:
         live.watch(find, until_ended=bool(names), as_json=as_json)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from launcher import capabilities, catalog, documents, quoting, ssh
+from launcher import capabilities, catalog, documents, mirror, quoting, ssh
 from launcher.documents import Document, Location
 from launcher.errors import ProfileError
 from launcher.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
@@ -181,6 +181,11 @@ class ClusterProfile(Part):
     def login_node(self) -> ssh.Login | None:
         """The login node to go through; None where Slurm's commands and the shared folders are at hand."""
         return self.login.node
+
+    @property
+    def runs_here(self) -> Path:
+        """Where this machine sees the run directories: the shared folder, or the copies of it."""
+        return mirror.place(self.login.node, Path(self.paths.runs))
 
 
 def time_limit(value: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher import hostlist, load, logs, runs, waiting
+from launcher import hostlist, load, logs, mirror, runs, waiting
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Reporter:
 
     def _report(self, run: "Run", state: "State") -> dict[str, Any]:
         facts = of(run, state)
-        if run.job == "serve" and facts["server"] and state.active:
+        reachable = mirror.login_of(run.path) is None
+        if run.job == "serve" and facts["server"] and state.active and reachable:
             now = load.of_run(run)
             facts["server"] |= _server(now, self._loads.get(run.name))
             if now:
@@ -50,7 +51,7 @@ def of(run: "Run", state: "State") -> dict[str, Any]:
         "name": run.name,
         "job": run.job,
         "cluster": run.cluster,
-        "path": str(run.path),
+        "path": mirror.shown(run.path),
         "created": run.created,
         "job_id": run.job_id,
         "job_ids": run.job_ids,

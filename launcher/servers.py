@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import runs
+from launcher import mirror, runs
 from launcher.errors import Fault, UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def newest(roots: Iterable[Path]) -> Server:
 def _key_of(path: Path) -> str | None:
     """From the run's secrets, which only its owner can read."""
     try:
-        lines = (path / "secrets.env").read_text().splitlines()
+        lines = mirror.read(path / "secrets.env").decode().splitlines()
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from launcher import logs, runs, screen
+from launcher import growth, logs, mirror, runs, screen
 
 if TYPE_CHECKING:
     from launcher.jobs import JobPlan
@@ -30,7 +30,7 @@ def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool, follow: bool)
     screen.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
     facts = [(name, value) for name, value in screen.plan_facts(plan) if name in ("ranks", "layout", "limit")]
     later = [("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")]
-    screen.facts([*facts, ("run", str(run.path)), *([] if wait else later)])
+    screen.facts([*facts, ("run", mirror.shown(run.path)), *([] if wait else later)])
     return to_the_end(run, follow=follow) if wait else 0
 
 
@@ -53,15 +53,16 @@ def to_the_end(run: "Run", *, follow: bool) -> int:
 
 def verdict(run: "Run") -> int:
     """Say how `run` ended; 0, 2 for a mistake in what was asked, 1 for anything else."""
+    mirror.refresh(run.path)
     state = runs.state_of(run)
     if state.state == "COMPLETED":
-        screen.done(f"{run.job} done: {run.path}")
+        screen.done(f"{run.job} done: {mirror.shown(run.path)}")
         return 0
     code = state.exit_code
     screen.failed(f"{run.job} ended as {state.state}{f', exit {code}' if code is not None else ''}")
     log = _blamed(run)
     if log is not None and log.is_file():
-        screen.facts([("log", str(log))])
+        screen.facts([("log", mirror.shown(log))])
         for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
             screen.say(f"  {line}", "dim")
     return MISTAKE if code == MISTAKE else 1
@@ -81,12 +82,17 @@ def _blamed(run: "Run") -> Any:
 def active(run: "Run") -> Callable[[], bool]:
     """Whether the run still goes on, asking its scheduler no more often than is polite."""
     asked, answer = 0.0, True
+    grown = growth.of(run.path)
     every = ASK_HERE_EVERY if run.is_local else ASK_SLURM_EVERY
 
     def ask() -> bool:
         nonlocal asked, answer
-        if time.monotonic() - asked > every:
+        if grown:
+            grown.check()
+        if answer and time.monotonic() - asked > every:
             answer, asked = runs.state_of(run).active, time.monotonic()
+            if grown and not answer:
+                grown.settle()
         return answer
 
     return ask
