@@ -61,6 +61,19 @@ def resolve(path: Path) -> Path:
     )
 
 
+def find(path: Path) -> Path:
+    """As `resolve`, but a model in the hub's layout is found as well."""
+    hub_like = (path / "config.json").is_file() and not (path / ".metadata").exists()
+    if hub_like and is_hub(path) and not complete(path):
+        return path
+    return resolve(path)
+
+
+def is_hub(folder: Path) -> bool:
+    """Whether a folder that `find` found is in the hub's layout."""
+    return not (folder / MARKER).is_file()
+
+
 def read_marker(folder: Path) -> dict[str, Any]:
     """The parsed `mixlaunch.json`; `CheckpointError` when absent, damaged or of a newer format."""
     path = folder / MARKER

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import weights_folder
+from megatron_mixtral import tokenizer, weights_folder
 from megatron_mixtral.config import MixtralShape, ServeConfig
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.events import EventLog
+from megatron_mixtral.progress import Progress
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PRECISIONS = ("bf16", "fp32")
@@ -44,7 +45,10 @@ class Setup:
         """What clients call the model: as configured, or the name of its folder or of the run it's from."""
         if self.config.name:
             return self.config.name
-        parts = [part for part in self.folder.resolve().parts if part not in ("release", "checkpoints")]
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+            return folder.parents[1].name.rpartition("--")[2]
+        parts = [part for part in folder.parts if part not in ("release", "checkpoints")]
         return next(part for part in reversed(parts) if not part.startswith("iter_"))
 
 
@@ -71,8 +75,9 @@ def checked(config: ServeConfig) -> Setup:
             raise InputError(f"{name} {value}: must be at least {least}")
     if config.precision not in PRECISIONS:
         raise InputError(f"precision {config.precision!r} isn't one of {', '.join(PRECISIONS)}")
-    folder = weights_folder.resolve(Path(config.model))
+    folder = weights_folder.find(Path(config.model))
     shape = MixtralShape.from_folder(folder)
+    tokenizer.load(folder)
     config.layout.data_parallel(world)
     config.layout.check(shape)
     if config.layout.context > 1:
@@ -84,13 +89,15 @@ def checked(config: ServeConfig) -> Setup:
 
 def load(setup: Setup, log: EventLog) -> Any:
     """This rank's replica of the model."""
-    from megatron_mixtral import checkpoint, mcore, model
+    from megatron_mixtral import loading, mcore, model
     from megatron_mixtral.serve.replica import Replica, Sizes
 
     config, started = setup.config, time.monotonic()
     mcore.initialize(config.layout)
     part = model.build(setup.shape, config.layout, precision=config.precision, random_weights=False)
-    checkpoint.load_weights(part, setup.folder)
+    progress = Progress(loading.size(part), label="loading", events=log)
+    loading.load(part, setup.folder, progress=progress.add)
+    progress.finish()
     replica = Replica(part, Sizes(requests=config.max_batch, context_tokens=config.max_tokens))
     log.write("load", path=str(setup.folder), seconds=round(time.monotonic() - started, 3))
     return replica
@@ -141,7 +148,6 @@ class Server:
         self._site.join()
 
     def _build_site(self, replicas: int) -> Any:
-        from megatron_mixtral import tokenizer
         from megatron_mixtral.serve import api, asking, http, metrics, service
 
         config, running = self._setup.config, self._setup.config.max_batch * replicas

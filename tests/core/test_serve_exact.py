@@ -1,16 +1,20 @@
-"""The served model's greedy answers are transformers', token for token, at every layout and under load."""
+"""The served model's greedy answers are transformers', token for token, at every layout and in a crowd."""
 
+import asyncio
 import random
 
+import httpx
 import pytest
 import serving
 
-LAYOUTS = {
-    "PP1": (1, {}),
-    "PP2": (2, {"pipeline": 2}),
-    "EP2": (2, {"expert": 2}),
-    "TP2": (2, {"tensor": 2}),
-    "PP2EP2": (4, {"pipeline": 2, "expert": 2}),
+HUB, MEGATRON = 0, 1
+LAYOUTS = {  # name -> ranks, layout, and which of the model's two forms on disk is served
+    "PP1": (1, {}, MEGATRON),
+    "PP2": (2, {"pipeline": 2}, MEGATRON),
+    "EP2": (2, {"expert": 2}, HUB),
+    "TP2": (2, {"tensor": 2}, MEGATRON),
+    "DP2": (2, {}, HUB),
+    "PP2EP2": (4, {"pipeline": 2, "expert": 2}, HUB),
 }
 LENGTHS = (1, 2, 3, 5, 17, 40, 63, 64, 65, 130)  # around the edges of pages of 16 and steps of 64
 
@@ -23,26 +27,46 @@ def reference(served_model):
     return prompts, serving.continuations(served_model[0], prompts)
 
 
+BODY = {"model": "tiny", "max_tokens": serving.ANSWER, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+
+
+async def ask(client, prompt):
+    reply = await client.post("/v1/completions", json={**BODY, "prompt": prompt, "echo": True})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]
+
+
+async def leave(client, prompt, lines):
+    """Hang up in the middle of a long answer."""
+    body = {**BODY, "prompt": prompt, "max_tokens": 110, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            lines -= bool(line)
+            if lines == 0:
+                return
+    raise AssertionError("the answer was over before the client left")
+
+
+async def crowd(url, prompts):
+    """All prompts at once, and as they are answered eight others come and go."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        quitters = [leave(client, prompts[i], 2 + 3 * i) for i in range(8)]
+        answers = [ask(client, prompt) for prompt in prompts]
+        return (await asyncio.gather(*quitters[:4], *answers, *quitters[4:]))[4 : 4 + len(prompts)]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_64_prompts_at_once_while_others_are_cancelled(name, served_model, reference, tmp_path):
-    ranks, layout = LAYOUTS[name]
+def test_64_prompts_at_once_while_others_leave(name, served_model, reference, tmp_path):
+    ranks, layout, form = LAYOUTS[name]
     prompts, expected = reference
-    with serving.server(tmp_path, served_model[1], ranks=ranks, layout=layout, max_batch=16) as running:
-        client = running.client()
-        body = {"model": "tiny", "max_tokens": serving.ANSWER, "temperature": 0, "logprobs": 0, "ignore_eos": True}
-        for prompt in prompts[:5]:  # these leave in the middle of their answers
-            with client.stream(
-                "POST", "/v1/completions", json={**body, "prompt": prompt, "max_tokens": 120, "stream": True}
-            ) as response:
-                lines = response.iter_lines()
-                next(lines)
-        reply = client.post("/v1/completions", json={**body, "prompt": prompts, "echo": True})
-        assert reply.status_code == 200, reply.text
-        raw = client.put(
-            "/api", json={"prompts": ["The cat", "Once"], "tokens_to_generate": serving.ANSWER, "top_k": 1}
-        ).json()
+    with serving.server(tmp_path, served_model[form], ranks=ranks, layout=layout, max_batch=16) as running:
+        choices = asyncio.run(crowd(running.url, prompts))
+        body = {"prompts": ["The cat", "Once"], "tokens_to_generate": serving.ANSWER, "top_k": 1}
+        raw = running.client().put("/api", json=body).json()
         assert running.stop() == [0] * ranks
-    check_choices(reply.json()["choices"], served_model[0], prompts, expected)
+    check_choices(choices, served_model[0], prompts, expected)
     check_megatron(raw, served_model[0])
 
 

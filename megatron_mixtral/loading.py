@@ -1,0 +1,183 @@
+"""A rank's part of a model straight from files, in place and by rows: a weights folder's or the hub's layout.
+
+Several threads read ahead while values are put where they belong, and it is told how many bytes are done. What a
+rank doesn't need isn't read; nothing is written and nothing converted first.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mixtral import checkpoint, weights_folder
+from megatron_mixtral.config import MixtralShape
+from megatron_mixtral.copying import Files, Source
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.hub import HubFolder
+from megatron_mixtral.tensors import PADDED
+from megatron_mixtral.torch_dist import TorchDistFolder
+from megatron_mixtral.weights import Names, Rows, hub_shapes, links, megatron_axes
+
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    apply_factory_merges,
+)
+
+BLOCK = 64 << 20  # bytes read at a time
+READERS = 4  # threads: a parallel file system or a page cache gives more to several
+
+
+class HubRows:
+    """A hub folder read by Megatron's names; what is stored is checked against the shape at once."""
+
+    def __init__(self, folder: Path, shape: MixtralShape) -> None:
+        self.hub = HubFolder(folder)
+        if shape.tie_word_embeddings:
+            self.hub.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
+        names = Names.found_in(self.hub.tensors)
+        self.hub.check(hub_shapes(shape, names))
+        self._parts: dict[tuple[str, tuple[int, ...]], list[tuple[Rows, Rows]]] = {}
+        for link in links(shape, names):
+            self._parts.setdefault((link.megatron.name, link.megatron.index), []).append((link.megatron, link.hub))
+        self._some = {name: parts[0][1].name for (name, _), parts in self._parts.items()}
+        for (name, _), parts in self._parts.items():
+            if other := [hub.name for _, hub in parts if self.hub.dtype(hub.name) != self.dtype(name)]:
+                raise InputError(f"{folder}: {other[0]} and {self._some[name]} differ in type; convert it first")
+
+    def dtype(self, name: str) -> str:
+        return self.hub.dtype(self._some[name])
+
+    def row_bytes(self, name: str) -> int:
+        return self.hub.row_bytes(self._some[name])
+
+    def read(self, rows: Rows, out: memoryview) -> None:
+        width = self.row_bytes(rows.name)
+        for here, there in self._parts[rows.name, rows.index]:
+            start, stop = max(rows.start, here.start), min(rows.stop, here.stop)
+            if start < stop:
+                shift = there.start - here.start
+                part = Rows(there.name, there.index, start + shift, stop + shift)
+                self.hub.read(part, out[(start - rows.start) * width : (stop - rows.start) * width])
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of a stored tensor, and the rows and columns of a parameter that they are for."""
+
+    rows: Rows
+    columns: slice
+    into: Tensor
+
+
+def load(model: Any, folder: Path, *, progress: Callable[[int], Any] = int) -> None:
+    """Fill `model`, built without random weights, from `folder`; whatever is missing there is refused by name.
+
+    `progress` is called with each number of bytes put in place; their sum is `size(model)`.
+    """
+    plain = checkpoint.unwrap(model)
+    source, lengths = _open(folder, plain.shape)
+    state = checkpoint.weights_wanted(plain)
+    factories, _ = extract_matching_values(
+        state, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
+    )
+    apply_factories(state)
+    shards: list[ShardedTensor] = []
+    dict_list_map_inplace(lambda shard: shards.append(shard) or shard.data, state)
+    with torch.no_grad(), ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
+        _fill(source, (block for shard in shards for block in _blocks(shard, source, lengths)), readers, progress)
+    checkpoint.fill(plain, apply_factory_merges(state, factories), folder)
+
+
+def size(model: Any) -> int:
+    """Bytes of this rank's parameters."""
+    return sum(p.numel() * p.element_size() for p in checkpoint.unwrap(model).parameters())
+
+
+def _open(folder: Path, shape: MixtralShape) -> tuple[Any, dict[str, int]]:
+    """Where to read, checked; and how many rows the tensors have there that tensor parallelism may pad."""
+    if weights_folder.is_hub(folder):
+        return HubRows(folder, shape), dict.fromkeys(PADDED, shape.vocab_size)
+    checkpoint.verify(folder, shape)
+    stored = TorchDistFolder(folder)
+    return stored, {name: stored.tensors[name].shape[0] for name in PADDED if name in stored.tensors}
+
+
+def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> Iterator[Block]:
+    """The shard plane by plane (layer, expert), each in runs of rows; rows that only pad become zero."""
+    axes = megatron_axes(shard.key)
+    offset, data = tuple(shard.global_offset), shard.data
+    for index, plane in _planes(data, offset[:axes], axes - shard.prepend_axis_num):
+        matrix = plane if plane.dim() > 1 else plane.unsqueeze(1)
+        first = offset[axes]
+        column = offset[axes + 1] if plane.dim() > 1 else 0
+        count = min(matrix.shape[0], max(lengths.get(shard.key, first + matrix.shape[0]) - first, 0))
+        matrix[count:].zero_()
+        step = max(1, BLOCK // source.row_bytes(shard.key))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            rows = Rows(shard.key, index, first + start, first + stop)
+            yield Block(rows, slice(column, column + matrix.shape[1]), matrix[start:stop])
+
+
+def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Each plane of a shard with its place; the last `own` of the leading axes are the shard's own."""
+    assert own in (0, 1), "layers come one by one, experts may come together"
+    if own == 0:
+        yield first, data
+        return
+    for number, plane in enumerate(data):
+        yield (*first[:-1], first[-1] + number), plane
+
+
+def _fill(
+    source: Source, blocks: Iterable[Block], readers: ThreadPoolExecutor, progress: Callable[[int], Any]
+) -> None:
+    """Read ahead by as many blocks as there are readers, and put each where it belongs."""
+    own = threading.local()
+
+    def read(block: Block) -> Tensor:
+        if not hasattr(own, "source"):
+            own.source = _with_own_files(source)
+        rows = block.rows
+        buffer = memoryview(bytearray(len(rows) * source.row_bytes(rows.name)))
+        own.source.read(rows, buffer)
+        stored = torch.frombuffer(buffer, dtype=getattr(torch, source.dtype(rows.name)))
+        return stored.view(len(rows), -1)[:, block.columns]
+
+    waiting: list[tuple[Block, Future[Tensor]]] = []
+
+    def put() -> None:
+        block, values = waiting.pop(0)
+        block.into.copy_(values.result())
+        progress(block.into.numel() * block.into.element_size())
+
+    try:
+        for block in blocks:
+            waiting.append((block, readers.submit(read, block)))
+            if len(waiting) > READERS:
+                put()
+        while waiting:
+            put()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def _with_own_files(source: Any) -> Any:
+    """A copy that opens files for itself: their descriptors aren't for several threads."""
+    mine = copy.copy(source)
+    if isinstance(source, HubRows):
+        mine.hub = copy.copy(source.hub)
+        mine.hub.files = Files()
+    else:
+        mine.files = Files()
+    return mine

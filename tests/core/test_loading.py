@@ -1,0 +1,78 @@
+"""Loading by rows puts the same bits in the same places as megatron-core's own loader, from either layout."""
+
+from pathlib import Path
+
+import pytest
+from ranks import ranks
+
+from megatron_mixtral import convert
+from megatron_mixtral.config import ConvertConfig
+
+FUSED = "fused"  # as transformers 5 names experts
+LAYOUTS = {
+    "pp2": {"pipeline": 2},
+    "ep2": {"expert": 2},
+    "tp2": {"tensor": 2},
+    "tp2_etp2": {"tensor": 2, "expert_tensor": 2},
+    "tp2_ep2": {"tensor": 2, "expert": 2},
+}
+
+
+def differences(folder, layouts):
+    """At each layout, the parameters that differ from those of megatron-core's loader; and bytes told and there."""
+    import torch
+
+    from megatron_mixtral import checkpoint, loading, mcore, model, weights_folder
+    from megatron_mixtral.config import Layout, MixtralShape
+
+    loading.BLOCK = 200  # a few rows, so that every tensor takes several reads
+    found = {}
+    for name, layout in layouts.items():
+        for source in sorted(Path(folder).iterdir()):
+            weights, layout_now = source / "megatron" / "release", Layout(**layout)
+            mcore.initialize(layout_now, timeout=60, seed=5)
+            shape = MixtralShape.from_folder(weights)
+            part = model.build(shape, layout_now, precision="fp32", random_weights=False)
+            checkpoint.load_weights(part, weights)
+            wanted = {key: value.detach().clone() for key, value in part.named_parameters()}
+            for path in (source / "hub", weights):
+                for parameter in part.parameters():
+                    parameter.data.fill_(float("nan"))
+                told = []
+                loading.load(part, weights_folder.find(path), progress=told.append)
+                off = [key for key, value in part.named_parameters() if not torch.equal(value, wanted[key])]
+                found[name, source.name, path.name] = (off, sum(told) <= loading.size(part), len(told) > 20)
+    mcore.shutdown()
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Hub folders, each with its conversion beside it."""
+    import hub_folders
+
+    folder = tmp_path_factory.mktemp("sources")
+    kinds = {
+        "plain": {"shards": 3, "dtype": "float32"},
+        FUSED: {"names": hub_folders.Names(block="mlp", fused=True), "dtype": "bfloat16"},
+        "tied": {"tie_word_embeddings": True, "num_hidden_layers": 2},
+    }
+    for kind, options in kinds.items():
+        hub_folders.write(folder / kind / "hub", **options)
+        config = ConvertConfig(source=str(folder / kind / "hub"), output=str(folder / kind / "megatron"))
+        convert.run(config, folder / kind)
+    return folder
+
+
+def check(found, count):
+    assert len(found) == count
+    assert {case: result for case, result in found.items() if result != ([], True, True)} == {}
+
+
+def test_one_process_loads_every_folder(sources):
+    check(ranks(1, differences, str(sources), {"alone": {}})[0], 6)
+
+
+def test_two_ranks_load_their_parts_at_every_layout(sources):
+    for found in ranks(2, differences, str(sources), LAYOUTS):
+        check(found, 6 * len(LAYOUTS))
