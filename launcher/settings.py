@@ -140,6 +140,13 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
             kind=str,
             help="What clients call the model; its folder's name unless given.",
         ),
+        _choice(
+            "packing",
+            None,
+            "How documents make sequences: end to end, whole without seeing each other (chats unless given), "
+            "or one each.",
+            *("stream", "documents", "none"),
+        ),
     ),
 }
 

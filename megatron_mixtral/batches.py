@@ -18,11 +18,11 @@ class Documents:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self._tokens, self.lengths, self._starts = _mapped(prefix)
-        self._masks: np.ndarray | None = None
+        self.tokens, self.lengths, self.starts = _mapped(prefix)
+        self.masks: np.ndarray | None = None
         mask = Path(f"{prefix}_mask")
         if mask.with_name(mask.name + ".idx").exists():
-            self._masks, lengths, _ = _mapped(mask)
+            self.masks, lengths, _ = _mapped(mask)
             if not np.array_equal(lengths, self.lengths):
                 raise InputError(f"{mask}.idx: its documents aren't those of {prefix}.idx")
 
@@ -31,10 +31,10 @@ class Documents:
 
     def read(self, index: int, begin: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) and mask (0/1, int64) of tokens begin <= t < end of one document."""
-        start = int(self._starts[index])
+        start = int(self.starts[index])
         span = slice(start + begin, start + (int(self.lengths[index]) if end is None else end))
-        ids = self._tokens[span].astype(np.int64)
-        return ids, np.ones_like(ids) if self._masks is None else self._masks[span].astype(np.int64)
+        ids = self.tokens[span].astype(np.int64)
+        return ids, np.ones_like(ids) if self.masks is None else self.masks[span].astype(np.int64)
 
 
 def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,6 +50,8 @@ def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise InputError(f"{idx}: not an index of tokens")
     count = int.from_bytes(raw[18:26], "little")
     lengths = np.fromfile(idx, dtype=np.int32, offset=34, count=count)
+    if len(lengths) != count or (lengths < 0).any():
+        raise InputError(f"{idx}: damaged, it has no length for each of its {count} documents")
     size = np.dtype(kind).itemsize
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if int(lengths.sum(dtype=np.int64)) * size != data.stat().st_size:
@@ -72,6 +74,19 @@ def split(count: int, validation: float, seed: int) -> Split:
     order = np.random.default_rng([seed, 0]).permutation(count)
     held = min(max(round(count * validation), 1), count - 1) if validation else 0
     return Split(train=np.sort(order[held:]), validation=np.sort(order[:held]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sequence of S tokens, each array [S]: what goes in, what is to come out, and which of that is learnt.
+
+    `lengths` adds up to S: stretches that see nothing of each other.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+    lengths: tuple[int, ...]
 
 
 class Samples:
@@ -101,6 +116,11 @@ class Samples:
         order = self._chosen[random.permutation(len(self._chosen))]
         lengths = self._documents.lengths[order].astype(np.int64)
         return order, np.cumsum(lengths) - lengths, random.permutation(self.per_epoch)
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number`, in which each token sees all before it."""
+        ids, mask = self[number]
+        return Sample(ids=ids[:-1], labels=ids[1:], mask=mask[1:], lengths=(self._length,))
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask, each of sequence_length + 1; the mask tells which ids are to be predicted."""

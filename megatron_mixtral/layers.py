@@ -34,6 +34,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square normalisation over H, replicated on tensor-parallel ranks."""
@@ -72,9 +77,14 @@ class Attention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:  # [S, B, N * D]
-        """Causal whatever the mask says: query i is the one at position S' - S + i."""
+        """Causal whatever the mask says: query i is the one at position S' - S + i.
+
+        With `packed_seq_params` query [T, N, D], key and value are stretches laid end to end that see themselves
+        alone, and the result is [T, N * D].
+        """
         assert attention_bias is None, "Mixtral has no attention bias"
-        assert packed_seq_params is None, "packed sequences need variable-length attention"
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = causal_mask(q.shape[2], k.shape[2], self.window, q.device)
         out = F.scaled_dot_product_attention(
@@ -88,6 +98,22 @@ class Attention(MegatronModule):
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        ends, grouped = packed.cu_seqlens_q, query.shape[1] != key.shape[1]
+        if varlen_serves(query):
+            back = self.window - 1 if self.window else -1
+            longest = packed.max_seqlen_q
+            settings: dict[str, Any] = {"scale": self.scale, "window_size": (back, 0), "enable_gqa": grouped}
+            return varlen_attn(query, key, value, ends, ends, longest, longest, **settings).flatten(1)
+        lengths = ends.diff().tolist()
+        parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self(*part).squeeze(1) for part in parts])
+
+
+def varlen_serves(x: Tensor) -> bool:
+    """Whether one kernel can do all stretches: half precision on a GPU."""
+    return varlen_attn is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

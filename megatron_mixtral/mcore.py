@@ -152,6 +152,21 @@ if not HAVE_GPU:
     logging.getLogger(_random.__name__).setLevel(logging.ERROR)
 
 
+def weigh_aux_loss(share: float) -> None:
+    """Count what routers add to the loss by `share`, the learnt tokens among all of this step's.
+
+    megatron-core adds it for every token and divides by the learnt ones: with one token in four learnt, it weighs
+    four times as much as asked for.
+    """
+    global _aux_share
+    _aux_share = share
+
+
+_aux_share = 1.0
+_set_aux_scale = moe_utils.MoEAuxLossAutoScaler.set_loss_scale
+moe_utils.MoEAuxLossAutoScaler.set_loss_scale = staticmethod(lambda scale: _set_aux_scale(scale * _aux_share))
+
+
 def have_transformer_engine() -> bool:
     """Whether megatron-core found Transformer Engine; its layers are used then."""
     return bool(gpt_layer_specs.HAVE_TE)

@@ -71,7 +71,7 @@ def _scheduler(config: FinetuneConfig, optimizer: Any) -> OptimizerParamSchedule
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.warmup_steps, max(config.steps - 1, 0)),
+        lr_warmup_steps=warmup(config),
         lr_decay_steps=max(config.steps, 1),
         lr_decay_style="cosine",
         start_wd=config.weight_decay,
@@ -79,6 +79,11 @@ def _scheduler(config: FinetuneConfig, optimizer: Any) -> OptimizerParamSchedule
         wd_incr_steps=config.steps,
         wd_incr_style="constant",
     )
+
+
+def warmup(config: FinetuneConfig) -> int:
+    """Steps of warm-up: what was asked for, but the last step is always of the cosine."""
+    return min(config.warmup_steps, max(config.steps - 1, 0))
 
 
 def zero_grad(parts: Optimization) -> None:

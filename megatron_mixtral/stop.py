@@ -1,6 +1,6 @@
-"""The early warning: SIGUSR2 asks a training job to save and leave after the step it is in.
+"""The early warning: SIGUSR2 or SIGTERM asks a training job to save and leave after the step it is in.
 
-Import this first: until the handler stands, the signal kills the process.
+Slurm's preemption sends SIGTERM, the batch script USR2. Import this first: until the handler stands, either kills.
 """
 
 import signal
@@ -14,10 +14,11 @@ def _request(*_: object) -> None:
 
 
 def listen() -> None:
-    """From now on SIGUSR2 only leaves a note."""
+    """From now on both signals only leave a note."""
     signal.signal(signal.SIGUSR2, _request)
+    signal.signal(signal.SIGTERM, _request)
 
 
 def requested() -> bool:
-    """Whether this rank got the signal; ranks must agree before they act on it."""
+    """Whether this rank got one; ranks must agree before they act on it."""
     return _requested

@@ -22,10 +22,11 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megatron_mixtral import batches, chart, checkpoint, data, mcore, model, optimize, tokenizer  # noqa: E402
+from megatron_mixtral import agreement, batches, chart, checkpoint, feed, mcore, model, optimize  # noqa: E402
 from megatron_mixtral.config import FinetuneConfig, MixtralShape  # noqa: E402
-from megatron_mixtral.errors import InputError, JobError, Requeue  # noqa: E402
+from megatron_mixtral.errors import JobError, Requeue  # noqa: E402
 from megatron_mixtral.events import EventLog  # noqa: E402
+from megatron_mixtral.feed import Batch, Feed  # noqa: E402
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -75,12 +76,17 @@ class Trainer:
         self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
         self.source = self._source()
         self.shape = MixtralShape.from_folder(self.source)
-        self.train, self.validation = _samples(config, self.shape, self.source)
+        self.corpus = feed.read(config, self.shape, self.source)
+        self.train, self.validation = (
+            samples and Feed(samples, config, self.replica, self.replicas)
+            for samples in (self.corpus.train, self.corpus.validation)
+        )
         self.parts, self.progress = self._start()
 
     def run(self) -> None:
         """Steps until the last one, a stop, or too many skipped in a row."""
         self._announce()
+        self._leave_before_the_first_step()
         gc.freeze()  # what is there now stays: looking through it again makes every collection slow
         skipped_in_a_row = 0
         while self.progress.step < self.config.steps:
@@ -111,17 +117,11 @@ class Trainer:
 
     def _source(self) -> Path:
         """The weights to start from, decided by rank 0: this run's newest checkpoint, or the given model."""
-        found: list[Any] = [None]
-        if self.rank == 0:
-            newest = checkpoint.newest(self.checkpoints)
-            try:
-                found = [newest or checkpoint.resolve(Path(self.config.model).expanduser())]
-            except InputError as error:
-                found = [error]
-        dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
+
+        def find() -> Path:
+            return checkpoint.newest(self.checkpoints) or checkpoint.resolve(Path(self.config.model).expanduser())
+
+        return agreement.on_first_rank(find)
 
     def _start(self) -> tuple[optimize.Optimization, Progress]:
         """Model and optimizer with the source's values; a checkpoint of this run brings its progress along."""
@@ -142,13 +142,21 @@ class Trainer:
             optimize.allocate_state(parts)
             state = checkpoint.load_training(parts.chunks[0], parts.optimizer, self.source)
             progress = Progress(**state.common["progress"])
+            feed.same(self.config, self.corpus.identity, state.common["data"])
             if state.rank:
                 mcore.restore_random_state(state.rank)
         else:
             checkpoint.load_weights(built, self.source)
             parts = optimize.build(self.config, built)
+        _check_finite(built, self.source)
         self.events.write("load", path=str(self.source), seconds=round(time.monotonic() - begun, 2))
         return parts, progress
+
+    def _leave_before_the_first_step(self) -> None:
+        """Asked to stop while everything was being loaded: nothing is new, so nothing is saved."""
+        if self.progress.step < self.config.steps and any(agreement.gathered(stop.requested())):
+            self.events.write("exit", code=Requeue.exit_code, reason="asked to stop")
+            raise Requeue(f"asked to stop before step {self.progress.step + 1}")
 
     def _announce(self) -> None:
         at = self.progress
@@ -159,7 +167,7 @@ class Trainer:
             world=self.world,
             layout=dataclasses.asdict(self.config.layout) | {"data": self.replicas},
             source=str(self.source),
-            tokens=self.train.tokens,
+            tokens=self.corpus.train.tokens,
             attempt=int(os.environ.get("MIXLAUNCH_ATTEMPT", "0")),
         )
         lay = self.config.layout
@@ -167,13 +175,15 @@ class Trainer:
             f"{'resuming after' if self.resumes else 'starting from'} {self.source}"
             f"{f' at step {at.step}' if at.step else ''}\n"
             f"{self.world} ranks = tensor {lay.tensor} x pipeline {lay.pipeline} x context {lay.context} x data "
-            f"{self.replicas}, expert {lay.expert}; {self.train.tokens:,} tokens of training data, "
+            f"{self.replicas}, expert {lay.expert}; {self.corpus.train.tokens:,} tokens of training data, "
             f"{self.config.global_batch * self.config.sequence_length:,} a step"
         )
         if mcore.HAVE_GPU:
             self._say(model.ways(self.parts.chunks[0].module))
-        if self.config.validation and self.validation is None:
-            self._say("no validation: the data is a single document")
+        for note in self.corpus.notes:
+            self._say(note)
+        if self.config.warmup_steps > (warmup := optimize.warmup(self.config)):
+            self._say(f"warm-up of {self.config.warmup_steps} steps is cut to {warmup}: the run has no more")
 
     # One step
 
@@ -181,10 +191,13 @@ class Trainer:
         config, begun = self.config, time.monotonic()
         optimize.zero_grad(self.parts)
         optimize.set_step(self.parts, self.progress.step + 1)
-        sums = self._pass(self.train, self.progress.samples, forward_only=False)
+        made = self.train.take(self.progress.samples, ahead=self.progress.step + 1 < config.steps)
+        if self.corpus.masked:
+            mcore.weigh_aux_loss(self._share_learnt(made))
+        sums = self._pass(made, forward_only=False)
         updated, norm = optimize.step(self.parts)
         aux = mcore.take_aux_loss()
-        total, tokens, aux, stops = self._sum_over_ranks([*sums, aux, float(stop.requested())])
+        total, tokens, aux, stops = agreement.summed([*sums, aux, float(stop.requested())])
         micro_batches = config.global_batch // config.micro_batch
         self.progress = Progress(
             step=self.progress.step + 1,
@@ -200,23 +213,23 @@ class Trainer:
             seconds=time.monotonic() - begun,
         )
 
-    def _pass(self, samples: batches.Samples, first: int, *, forward_only: bool) -> tuple[float, float]:
-        """Forward (and backward) over one global batch; this rank's part of (sum of losses, tokens learnt)."""
-        config = self.config
-        chosen = batches.numbers(
-            first,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            rank=self.replica,
-            replicas=self.replicas,
+    def _share_learnt(self, made: list[Batch]) -> float:
+        """Learnt tokens among all of this step's; every rank of a replica counts the same."""
+        learnt, everything = agreement.summed(
+            [sum(float(getattr(b.mask, what)()) for b in made) for what in ("sum", "numel")]
         )
+        return learnt / everything
+
+    def _pass(self, made: list[Batch], *, forward_only: bool) -> tuple[float, float]:
+        """Forward (and backward) over one global batch; this rank's part of (sum of losses, tokens learnt)."""
+        rows, length = made[0].ids.shape
         losses = get_forward_backward_func()(
             forward_step_func=_forward,
-            data_iterator=_micro_batches(samples, chosen),
+            data_iterator=iter(made),
             model=self.parts.chunks,
-            num_microbatches=len(chosen),
-            seq_length=config.sequence_length,
-            micro_batch_size=config.micro_batch,
+            num_microbatches=len(made),
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
         # Tensor-parallel ranks of the last stage all know the loss; one of them tells it.
@@ -225,23 +238,18 @@ class Trainer:
         total, tokens = torch.stack(losses).double().sum(0).tolist()
         return total, tokens
 
-    def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        everyone = torch.tensor(values, dtype=torch.float64, device=mcore.device())
-        dist.all_reduce(everyone)
-        return everyone.tolist()
-
     @torch.no_grad()
     def _evaluate(self) -> float:
         """Mean validation loss over the first `eval_steps` batches, or over all when they are fewer."""
         assert self.validation is not None
         size = self.config.global_batch
-        rounds = min(self.config.eval_steps, -(-self.validation.per_epoch // size))
+        rounds = min(self.config.eval_steps, -(-self.corpus.validation.per_epoch // size))
         for chunk in self.parts.chunks:
             chunk.eval()
-        passes = [self._pass(self.validation, i * size, forward_only=True) for i in range(rounds)]
+        passes = [self._pass(self.validation.take(i * size), forward_only=True) for i in range(rounds)]
         for chunk in self.parts.chunks:
             chunk.train()
-        total, tokens = self._sum_over_ranks([sum(p[i] for p in passes) for i in range(2)])
+        total, tokens = agreement.summed([sum(p[i] for p in passes) for i in range(2)])
         return total / tokens if tokens else math.nan
 
     # After a step
@@ -288,7 +296,7 @@ class Trainer:
             self.parts.chunks[0],
             self.parts.optimizer,
             step=at,
-            common={"progress": dataclasses.asdict(self.progress)},
+            common={"progress": dataclasses.asdict(self.progress), "data": self.corpus.identity},
             rank_state=mcore.random_state(),
             assets=self.source,
             source={"model": self.config.model, "data": self.config.data},
@@ -304,47 +312,16 @@ class Trainer:
             print(text, flush=True)
 
 
-def _samples(
-    config: FinetuneConfig, shape: MixtralShape, source: Path
-) -> tuple[batches.Samples, batches.Samples | None]:
-    """Training and validation samples; `InputError` for data that doesn't go with the model."""
-    prefix = Path(config.data).expanduser()
-    documents = batches.Documents(prefix)
-    described = data.meta(prefix)
-    if described:
-        if described["vocab_size"] > shape.vocab_size:
-            raise InputError(
-                f"{prefix}: prepared with {described['vocab_size']} tokens, but the model knows {shape.vocab_size}"
-            )
-        words = tokenizer.find(source)
-        if words and described["tokenizer"] != tokenizer.digest(words):
-            raise InputError(f"{prefix}: prepared with another tokenizer than the model's in {source}")
-    divided = batches.split(len(documents), config.validation, config.seed)
-    train = batches.Samples(documents, divided.train, config.sequence_length, config.seed)
-    if not len(divided.validation):
-        return train, None
-    return train, batches.Samples(documents, divided.validation, config.sequence_length, config.seed, pad=True)
+def _check_finite(built: torch.nn.Module, source: Path) -> None:
+    """`InputError` naming a parameter that holds NaN or infinity, on whatever rank it is."""
+    wrong = next((name for name, value in built.named_parameters() if not value.isfinite().all()), None)
+    agreement.raise_alike(wrong and f"{source}: parameter {wrong} holds NaN or infinity")
 
 
-def _micro_batches(samples: batches.Samples, chosen: list[list[int]]) -> Iterator[dict[str, torch.Tensor]]:
-    """ids, labels, mask and positions, each [B, S], of one micro batch after another."""
-    place = mcore.device()
-    for numbers in chosen:
-        pairs = [samples[n] for n in numbers]
-        ids, mask = (torch.stack([torch.from_numpy(p[i]) for p in pairs]).to(place) for i in range(2))
-        positions = torch.arange(ids.shape[1] - 1, device=place).expand(len(numbers), -1)
-        yield {
-            "ids": ids[:, :-1].contiguous(),
-            "labels": ids[:, 1:].contiguous(),
-            "mask": mask[:, 1:].float(),
-            "positions": positions,
-        }
-
-
-def _forward(waiting: Iterator[dict[str, torch.Tensor]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    batch = next(waiting)
-    output = chunk(batch["ids"], batch["positions"], None, labels=batch["labels"])
-    return output, partial(_loss, batch["mask"])
+def _forward(waiting: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(waiting).on_device()
+    output = chunk(batch.ids, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
+    return output, partial(_loss, batch.mask)
 
 
 def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,187 @@
+"""What a training run reads: its data checked against the model, and each step's batches, made while the last runs.
+
+Shapes: B sequences of S tokens; packed ones are laid end to end, [1, B * S], with the stretches in `packed`.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_mixtral import agreement, batches, data, mcore, scan, tokenizer
+from megatron_mixtral.batches import Documents, Sample, Samples
+from megatron_mixtral.config import FinetuneConfig, MixtralShape
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.packing import PackedSamples
+
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Training and validation samples. `identity` tells which data in which order: a resumed run must have it."""
+
+    train: Samples | PackedSamples
+    validation: Samples | PackedSamples | None
+    identity: dict[str, Any]
+    masked: bool  # whether some tokens aren't learnt
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro batch: ids, labels and positions (int64) and mask (float32), all alike in shape."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    packed: PackedSeqParams | None
+
+    def on_device(self) -> "Batch":
+        place = mcore.device()
+        if place.type == "cpu":
+            return self
+        moved = {n: getattr(self, n).to(place, non_blocking=True) for n in ("ids", "labels", "mask", "positions")}
+        packed = self.packed
+        if packed:
+            ends = packed.cu_seqlens_q.to(place)
+            packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
+        return Batch(**moved, packed=packed)
+
+
+def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
+    """Open and check the data; all ranks call it. `InputError` for data that doesn't go with the model or batch."""
+    prefix = Path(config.data).expanduser()
+    documents = agreement.on_first_rank(lambda: Documents(prefix) and None) or Documents(prefix)
+    notes = [_check_tokenizer(prefix, shape, source)]
+    digest = scan.check(documents, shape.vocab_size)
+    packing = config.packing or ("stream" if documents.masks is None else "documents")
+    divided = batches.split(len(documents), config.validation, config.seed)
+    train = _samples(config, documents, divided.train, packing, pad=False)
+    if train.per_epoch < config.global_batch:
+        raise InputError(
+            f"{prefix}: {train.per_epoch} sequences of {config.sequence_length} tokens are less than one batch of "
+            f"{config.global_batch}; give more data, a smaller global_batch or a shorter sequence_length"
+        )
+    if isinstance(train, PackedSamples):
+        notes.append(_tell_packing(train, packing))
+    validation = None
+    if len(divided.validation):
+        validation = _samples(config, documents, divided.validation, packing, pad=True)
+    elif config.validation:
+        notes.append("no validation: the data is a single document")
+    order = {n: getattr(config, n) for n in ("sequence_length", "validation", "seed")}
+    return Corpus(
+        train=train,
+        validation=validation,
+        identity={"digest": digest, "packing": packing, **order},
+        masked=documents.masks is not None or isinstance(train, PackedSamples),
+        notes=tuple(note for note in notes if note),
+    )
+
+
+def same(config: FinetuneConfig, found: dict[str, Any], saved: dict[str, Any]) -> None:
+    """`InputError` when a resumed run would not go on with the data, in the order, that it began with."""
+    for name, before in saved.items():
+        if found.get(name) == before:
+            continue
+        what = "other tokens" if name == "digest" else f"{name} {found.get(name)} in place of {before}"
+        raise InputError(
+            f"{config.data}: {what} than when this run began, so it can't be resumed; put it back, or start a new "
+            "run with this one as its model"
+        )
+
+
+def _samples(
+    config: FinetuneConfig, documents: Documents, chosen: np.ndarray, packing: str, *, pad: bool
+) -> Samples | PackedSamples:
+    if packing == "stream":
+        return Samples(documents, chosen, config.sequence_length, config.seed, pad=pad)
+    return PackedSamples(documents, chosen, config.sequence_length, config.seed, share=packing == "documents")
+
+
+def _tell_packing(train: PackedSamples, packing: str) -> str:
+    how = "packed, none sees another" if packing == "documents" else "one a sequence"
+    cut = f"; {train.cut} cuts in longer ones" if train.cut else ""
+    return f"documents {how}: {train.per_epoch:,} sequences, {train.waste:.1%} of their places empty{cut}"
+
+
+def _check_tokenizer(prefix: Path, shape: MixtralShape, source: Path) -> str:
+    """Compare the vocabulary of the data with the model's; what to say where that can't be done."""
+    described = data.meta(prefix)
+    if not described:
+        return f"{prefix}.json isn't there (prepare writes it): whose tokenizer made the data isn't checked"
+    if described["vocab_size"] > shape.vocab_size:
+        raise InputError(
+            f"{prefix}: prepared with {described['vocab_size']} tokens, but the model knows {shape.vocab_size}"
+        )
+    words = tokenizer.find(source)
+    if not words:
+        return f"{source} has no tokenizer: whether it is the data's isn't checked"
+    if described["tokenizer"] != tokenizer.digest(words):
+        raise InputError(f"{prefix}: prepared with another tokenizer than the model's in {source}")
+    return ""
+
+
+class Feed:
+    """Batches of one data-parallel replica, those of the next step made in a thread while this one's are used."""
+
+    def __init__(
+        self, samples: Samples | PackedSamples, config: FinetuneConfig, replica: int, replicas: int
+    ) -> None:
+        self._samples, self._config, self._place = samples, config, (replica, replicas)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def take(self, first: int, *, ahead: bool = False) -> list[Batch]:
+        """The micro batches of the step that begins at sample `first`; with `ahead` the next step's are begun."""
+        known = self._ahead and self._ahead[0] == first
+        made = self._ahead[1].result() if self._ahead and known else self._make(first)
+        if ahead:
+            following = first + self._config.global_batch
+            self._ahead = following, self._thread.submit(self._make, following)
+        return made
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, first: int) -> list[Batch]:
+        config, (replica, replicas) = self._config, self._place
+        chosen = batches.numbers(
+            first,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=replica,
+            replicas=replicas,
+        )
+        return [_batch([self._samples.sample(n) for n in numbers]) for numbers in chosen]
+
+
+def _batch(samples: list[Sample]) -> Batch:
+    ids, labels, mask = (
+        torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in ("ids", "labels", "mask")
+    )
+    stretches = [length for s in samples for length in s.lengths]
+    if len(stretches) == len(samples):
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        return Batch(ids=ids, labels=labels, mask=mask.float(), positions=positions, packed=None)
+    flat = {"ids": ids.view(1, -1), "labels": labels.view(1, -1), "mask": mask.float().view(1, -1)}
+    positions = torch.cat([torch.arange(length) for length in stretches])[None]
+    return Batch(**flat, positions=positions, packed=_params(stretches))
+
+
+def _params(stretches: list[int]) -> PackedSeqParams:
+    ends = torch.zeros(len(stretches) + 1, dtype=torch.int32)
+    ends[1:] = torch.tensor(stretches).cumsum(0)
+    longest = max(stretches)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
