@@ -29,6 +29,17 @@ def mixlaunch(tmp_path):
     return run
 
 
+UNDER = {"verify": "convert"}  # jobs whose commands lie under another's
+
+
+def typed(job: str) -> list[str]:
+    return [UNDER[job], job] if job in UNDER else [job]
+
+
+def command_of(job: str):
+    return cli.commands[UNDER[job]].commands[job] if job in UNDER else cli.commands[job]
+
+
 def launched(*words: str, code: str = "from launcher.cli import main; main()") -> subprocess.CompletedProcess:
     """The command in a process of its own."""
     return subprocess.run(
@@ -151,8 +162,8 @@ def test_export_is_the_plans_script(mixlaunch, cluster, write_profile):
 
 @pytest.mark.parametrize("job", jobs.PLANS)
 def test_a_dry_run_shows_everything_and_touches_nothing(mixlaunch, home, job):
-    more = {"tiny": ["--output", "/x"], "prepare": ["/x"], "download": ["--as-job"]}.get(job, [])
-    result = mixlaunch(job, "--cluster", "selene", "--dry-run", *more)
+    more = {"tiny": ["--output", "/x"], "prepare": ["/x"], "download": ["--as-job"], "verify": ["/x"]}.get(job, [])
+    result = mixlaunch(*typed(job), "--cluster", "selene", "--dry-run", *more)
     assert result.exit_code == 0, result.output
     for shown in ("selene", "config.yaml", "job.sbatch", "#SBATCH --partition=luna", f"megatron_mixtral {job}"):
         assert shown in result.stdout
@@ -168,7 +179,7 @@ def test_a_dry_run_says_layout_and_what_is_missing(mixlaunch):
 
 def test_every_setting_is_an_option_of_the_job_and_of_its_export():
     for job, known in settings.SETTINGS.items():
-        for command in (cli.commands[job], cli.commands["export"].commands[job]):
+        for command in (command_of(job), cli.commands["export"].commands[job]):
             offered = {opt for parameter in command.params for opt in parameter.opts}
             assert {setting.option for setting in known} <= offered
 
@@ -176,11 +187,13 @@ def test_every_setting_is_an_option_of_the_job_and_of_its_export():
 def test_export_offers_what_the_job_offers():
     starting = {"--dry-run", "--wait", "--follow", "--as-job", "--force"}
     for job in options.HELP:
-        own = {o for p in cli.commands[job].params for o in p.opts}
+        own = {o for p in command_of(job).params for o in p.opts}
         assert {o for p in cli.commands["export"].commands[job].params for o in p.opts} == own - starting
 
 
-@pytest.mark.parametrize("words", [["finetune"], ["export", "serve"], ["clusters"], ["sandbox", "up"], ["plan"]])
+@pytest.mark.parametrize(
+    "words", [["finetune"], ["export", "serve"], ["clusters"], ["sandbox", "up"], ["logs"], ["plan"]]
+)
 def test_every_help_fits_eighty_columns(mixlaunch, words):
     result = mixlaunch(*words, "--help")
     assert result.exit_code == 0
@@ -204,6 +217,18 @@ def test_clusters_show_prints_what_reads_back(mixlaunch, tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(shown.stdout)
     assert mixlaunch("clusters", "show", str(again)).stdout == shown.stdout
+
+
+def test_convert_has_a_command_under_it_and_stays_one(mixlaunch):
+    assert "convert: what would run" in mixlaunch("convert", "--cluster", "selene", "--dry-run").stdout
+    help = mixlaunch("convert", "--help").stdout
+    assert "--layout [torch_dist|legacy]" in help
+    assert "verify  Prove a converted folder." in help
+    wrong = mixlaunch("convert", "--cluster", "selene", "verify", "/x")
+    assert (wrong.exit_code, "--cluster goes behind `convert verify`" in wrong.stderr) == (2, True)
+    assert mixlaunch("convert", "verfy", "/x").exit_code == 2
+    missing = mixlaunch("convert", "verify", "/nowhere/at/all")
+    assert (missing.exit_code, "/nowhere/at/all doesn't exist" in missing.stderr) == (2, True)
 
 
 def test_status_without_runs_says_so(mixlaunch):
