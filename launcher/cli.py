@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.cli_clusters import clusters
+from launcher.cli_nodes import nodes
 from launcher.cli_plan import plan_command
 from launcher.cli_runs import RUN_COMMANDS, roots_of
 from launcher.cli_sandbox import sandbox
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat"),
     "Before you submit": ("plan", "export", "rehearse", "clusters", "sandbox"),
-    "Your runs": ("status", "logs", "cancel"),
+    "Your runs": ("status", "logs", "explain", "cancel", "nodes"),
     "To see it all": ("demo",),
 }
 
@@ -219,7 +220,7 @@ def demo(text: Path | None, folder: Path) -> None:
 
 # --- commands of other modules -----------------------------------------------------------------------------------
 
-for _command in (plan_command, *RUN_COMMANDS, clusters, sandbox):
+for _command in (plan_command, *RUN_COMMANDS, nodes, clusters, sandbox):
     cli.add_command(_command)
 
 

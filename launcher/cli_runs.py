@@ -135,6 +135,32 @@ def show_logs(
 
 
 @of_cluster
+@click.command("explain")
+@click.argument("name", metavar="[RUN]", default="newest")
+@click.option("--attempt", type=int, metavar="N", help="Which attempt.  [default: what the run came to]")
+@click.option("--mark-bad", is_flag=True, help="Put the nodes that failed on the cluster's list of bad ones.")
+@click.option("--for", "lasting", default="7d", metavar="12h|7d|2w|forever", help="How long.  [default: 7d]")
+@AS_JSON
+def explain_run(
+    name: str, attempt: int | None, mark_bad: bool, lasting: str, as_json: bool, cluster: str | None
+) -> None:
+    """Say why a run ended, or how it does.
+
+    The first rank and node that failed, what its end means, the lines that show it, and what to do. RUN is a
+    name, a prefix or a job id; by default the newest run.
+    """
+    from launcher import explain, runs, screen
+
+    told = explain.explain(runs.find(name, roots_of(cluster)), attempt=attempt)
+    if mark_bad:
+        explain.mark_bad(told, lasting)
+    if as_json:
+        screen.as_json(explain.as_dict(told))
+    else:
+        explain.show(told)
+
+
+@of_cluster
 @click.command()
 @click.argument("names", metavar="RUN...", nargs=-1, required=True)
 def cancel(names: tuple[str, ...], cluster: str | None) -> None:
@@ -149,4 +175,4 @@ def cancel(names: tuple[str, ...], cluster: str | None) -> None:
             screen.say(f"{run.name} has ended already")
 
 
-RUN_COMMANDS = (status, show_logs, cancel)
+RUN_COMMANDS = (status, show_logs, explain_run, cancel)

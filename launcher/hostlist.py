@@ -40,6 +40,11 @@ def compress(names: Iterable[str]) -> str:
     return ",".join(sorted([*plain, *(_group(head, width, found) for (head, width), found in groups.items())]))
 
 
+def spans(numbers: Iterable[int]) -> str:
+    """`0-3,7` of 0, 1, 2, 3, 7."""
+    return ",".join(_span(low, high, 0) for low, high in _runs(sorted(set(numbers))))
+
+
 def _parts(text: str) -> list[str]:
     """At the commas that aren't in brackets."""
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
@@ -59,16 +64,20 @@ def _numbers(ranges: str, text: str) -> list[str]:
 
 
 def _group(head: str, width: int, numbers: list[int]) -> str:
-    numbers = sorted(numbers)
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
     if len(numbers) == 1:
         return f"{head}{numbers[0]:0{width}d}"
-    return f"{head}[{','.join(_span(low, high, width) for low, high in spans)}]"
+    return f"{head}[{','.join(_span(low, high, width) for low, high in _runs(sorted(numbers)))}]"
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """First and last of each unbroken row."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
 
 
 def _span(low: int, high: int, width: int) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import hostlist, logs, screen, watch
-from launcher.errors import MixlaunchError
+from launcher import hostlist, logs, mirror, screen, watch
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from launcher.runs import Run
+    from launcher.states import State
 
 COLUMNS = (
     *("RUN", "JOB", "CLUSTER", "ID", "STATE", "NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE"),
@@ -132,11 +132,16 @@ def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
                 *((WORDS.get(kind, kind), text) for kind in newest if (text := watch.describe(newest[kind]))),
                 ("requests", load),
                 ("attempts", str(len(attempts)) if len(attempts) > 1 else ""),
-                ("run", str(run.path)),
-                ("logs", str(logs.path(run.path, attempts[-1]).parent) if attempts else ""),
+                ("run", mirror.shown(run.path)),
+                ("logs", mirror.shown(logs.path(run.path, attempts[-1]).parent) if attempts else ""),
                 ("why it ended", f"mixlaunch explain {run.name}" if ended_badly(known) else ""),
             ]
         )
+
+
+def resumable(state: "State") -> bool:
+    """Whether it makes sense to run it again."""
+    return not state.active and state.state != "COMPLETED"
 
 
 def ended_badly(run: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from launcher.states import SCRIPT, State
 
 if TYPE_CHECKING:
     from launcher.jobs import JobPlan
+    from launcher.profile import ClusterProfile
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -53,6 +54,13 @@ class Run:
     def cluster(self) -> str:
         """Name of the profile."""
         return str(self.record["profile"]["name"])
+
+    @property
+    def profile(self) -> "ClusterProfile":
+        """The profile as it was when the run was made."""
+        from launcher.profile import ClusterProfile
+
+        return ClusterProfile.model_validate(self.record["profile"])
 
     @property
     def is_local(self) -> bool:

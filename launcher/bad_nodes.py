@@ -1,0 +1,116 @@
+"""Nodes that a cluster's jobs keep off: a list with reasons and dates of expiry, in the cluster's runs folder.
+
+It lies there because whoever shares the folder shares the nodes. It is replaced whole; what has expired is gone.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import getpass
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import Fault, UsageError
+
+if TYPE_CHECKING:
+    from launcher.profile import ClusterProfile
+
+FILE = "bad_nodes.json"
+SCHEMA = 1
+FOR = "7d"
+UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadNode:
+    """One entry; `until` is ISO text with a time zone, or None for no end."""
+
+    node: str
+    reason: str
+    by: str
+    since: str
+    until: str | None
+
+    def expired(self, now: datetime.datetime) -> bool:
+        return self.until is not None and datetime.datetime.fromisoformat(self.until) <= now
+
+
+def path(profile: "ClusterProfile") -> Path:
+    """Where a cluster's list lies."""
+    return Path(profile.paths.runs) / FILE
+
+
+def read(profile: "ClusterProfile") -> list[BadNode]:
+    """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
+    now = datetime.datetime.now().astimezone()
+    return [entry for entry in _load(path(profile)) if not entry.expired(now)]
+
+
+def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
+    """Put nodes on the list, or their entries anew; returns them."""
+    now = datetime.datetime.now().astimezone()
+    until = (now + lasting).isoformat(timespec="seconds") if lasting else None
+    since = now.isoformat(timespec="seconds")
+    new = [
+        BadNode(node=node, reason=reason, by=getpass.getuser(), since=since, until=until)
+        for node, reason in reasons.items()
+    ]
+    with _changing(path(profile)) as entries:
+        entries |= {entry.node: entry for entry in new}
+    return new
+
+
+def remove(profile: "ClusterProfile", nodes: Iterable[str]) -> list[str]:
+    """Take nodes off the list; returns those that were on it."""
+    with _changing(path(profile)) as entries:
+        return [node for node in nodes if entries.pop(node, None)]
+
+
+def duration(text: str) -> datetime.timedelta | None:
+    """`12h`, `7d`, `2w`; None for `forever`; `UsageError` otherwise."""
+    if text == "forever":
+        return None
+    match = re.fullmatch(r"(\d{1,4})([mhdw])", text)
+    if match is None or not int(match[1]):
+        raise UsageError(f"--for: {text!r} is no time; such as 12h, 7d, 2w or forever")
+    return datetime.timedelta(**{UNITS[match[2]]: int(match[1])})
+
+
+@contextlib.contextmanager
+def _changing(file: Path) -> Iterator[dict[str, BadNode]]:
+    """The list under a lock, to be changed in place and then written."""
+    now = datetime.datetime.now().astimezone()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (file.parent / f".{FILE}.lock").open("a") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: the last writer wins
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            entries = {entry.node: entry for entry in _load(file) if not entry.expired(now)}
+            yield entries
+            _write(file, list(entries.values()))
+    except OSError as error:
+        raise Fault(f"{file}: {error.strerror}") from error
+
+
+def _write(file: Path, entries: list[BadNode]) -> None:
+    record = {"schema": SCHEMA, "nodes": [asdict(entry) for entry in sorted(entries, key=lambda e: e.node)]}
+    temporary = file.with_name(f".{FILE}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1))
+    temporary.replace(file)
+
+
+def _load(file: Path) -> list[BadNode]:
+    try:
+        record: Any = json.loads(file.read_text())
+        return [BadNode(**entry) for entry in record["nodes"]]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Fault(f"{file}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise Fault(f"{file}: not a list of nodes ({error}); mend or remove it") from error

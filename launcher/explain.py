@@ -1,0 +1,307 @@
+"""`explain`: what a run is doing or why it ended, where that began, the lines that say so, and what to do.
+
+It says no more than it knows: a healthy run is called healthy, and what nobody recorded is called unknown.
+"""
+
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import causes, evidence, hostlist, judge, logs, overview, runs, screen, slurm, waiting
+from launcher.errors import Fault, UsageError
+
+if TYPE_CHECKING:
+    from launcher.judge import Finding
+    from launcher.runs import Run
+    from launcher.states import State
+
+QUIET = 600  # seconds without a word, after which a running job may hang
+DOWN = re.compile(r"down|drain|fail|error|unk|boot|powering|maint|[*]", re.I)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """`verdict`: waiting, running, finished, cancelled, failed or unknown; the finding is of the last attempt."""
+
+    run: "Run"
+    state: "State"
+    verdict: str
+    summary: str
+    advice: tuple[str, ...] = ()
+    finding: "Finding | None" = None
+    earlier: "tuple[Finding, ...]" = ()
+
+    @property
+    def bad_nodes(self) -> dict[str, str]:
+        """Nodes that any attempt speaks against, with what they are accused of."""
+        found = [*self.earlier, *([self.finding] if self.finding else [])]
+        return {
+            node: f"{finding.cause.title} in {self.run.name}" for finding in found for node in finding.bad_nodes
+        }
+
+    @property
+    def failed_nodes(self) -> tuple[str, ...]:
+        """`bad_nodes`; without any, the node with which the last failure began."""
+        last = self.finding.nodes if self.finding and self.finding.cause is not causes.CANCELLED else ()
+        return tuple(self.bad_nodes) or last
+
+
+def explain(run: "Run", *, attempt: int | None = None) -> Explanation:
+    """Look at a run, or at one attempt of it; `UsageError` names the attempts if there is none of that number."""
+    state = runs.state_of(run)
+    run = runs.reread(run)
+    there = logs.attempts(run.path)
+    if attempt is not None and attempt not in there:
+        raise UsageError(f"{run.name} has no attempt {attempt}; there are: {', '.join(map(str, there)) or 'none'}")
+    findings = {number: _finding(run, number, state, there) for number in there}
+    if attempt is not None:
+        return _of_attempt(run, state, attempt, findings[attempt])
+    ended = [number for number in there if number != there[-1] or not state.active or _was_requeued(run, number)]
+    earlier = tuple(found for number in ended if (found := findings[number]))
+    if state.active:
+        return _of_active(run, state, earlier)
+    if state.state == "COMPLETED":
+        return Explanation(run=run, state=state, verdict="finished", summary=_finished(run), earlier=earlier)
+    last = findings[there[-1]] if there else judge.judge(evidence.of_attempt(run, None, state))
+    return _of_ended(run, state, last, tuple(found for found in earlier if found is not last))
+
+
+def _finding(run: "Run", number: int, state: "State", there: Sequence[int]) -> "Finding | None":
+    last = number == there[-1] and not state.active
+    return _with_slurms_word(run, judge.judge(evidence.of_attempt(run, number, state if last else None)))
+
+
+def _was_requeued(run: "Run", number: int) -> bool:
+    """Whether the newest attempt of a job that lives has ended: the job waits for its next one."""
+    return bool(evidence.of_attempt(run, number).last_word)
+
+
+def _of_attempt(run: "Run", state: "State", number: int, found: "Finding | None") -> Explanation:
+    if found is None:
+        summary = f"attempt {number} did its work"
+        return Explanation(run=run, state=state, verdict="finished", summary=summary)
+    newest = number == logs.attempts(run.path)[-1]
+    if state.active and newest and not _was_requeued(run, number):
+        return _of_active(run, state, ())
+    return _of_ended(run, state, found, ())
+
+
+def _of_ended(run: "Run", state: "State", found: "Finding | None", earlier: "tuple[Finding, ...]") -> Explanation:
+    if found is None:  # the logs say done where Slurm says otherwise: it was ended in its last moments
+        summary = f"Slurm says {state.state}, and its own log says that it was done"
+        return Explanation(run=run, state=state, verdict="unknown", summary=summary, earlier=earlier)
+    verdict = "cancelled" if found.cause is causes.CANCELLED else "failed"
+    return Explanation(
+        run=run,
+        state=state,
+        verdict=verdict,
+        summary=_sentence(run, found),
+        advice=tuple(_addressed(run, found.cause.advice, again=overview.resumable(state))),
+        finding=found,
+        earlier=earlier,
+    )
+
+
+def _of_active(run: "Run", state: "State", earlier: "tuple[Finding, ...]") -> Explanation:
+    if state.state == "PENDING":
+        reason = waiting.find(state.reason)
+        starts = f"; Slurm expects it to start about {overview.moment(state.start)}" if state.start else ""
+        summary = f"it waits: {reason.words} ({state.reason or 'no reason given'}){starts}"
+        advice = _addressed(run, [reason.advice] if reason.advice else [])
+        return Explanation(
+            run=run, state=state, verdict="waiting", summary=summary, advice=tuple(advice), earlier=earlier
+        )
+    if state.state in ("UNKNOWN", runs.SUBMITTING):
+        return Explanation(run=run, state=state, verdict="unknown", summary=state.reason, earlier=earlier)
+    summary, quiet = _progress(run)
+    advice = (f"`mixlaunch logs {run.name} --rank all` shows what each rank said last",) if quiet else ()
+    return Explanation(run=run, state=state, verdict="running", summary=summary, advice=advice, earlier=earlier)
+
+
+def _progress(run: "Run") -> tuple[str, bool]:
+    """How a running job does, and whether it has been quiet for suspiciously long."""
+    from launcher import watch
+
+    newest = logs.newest(run.path)
+    said = [
+        text for kind in ("step", "progress", "ready") if (text := watch.describe(newest.get(kind, {"event": ""})))
+    ]
+    spoke = max((path.stat().st_mtime for path in _written(run)), default=None)
+    silence = time.time() - spoke if spoke else 0
+    what = f"it runs: {said[0]}" if said else "it runs, and hasn't reported any progress yet"
+    if silence > QUIET and "ready" not in newest:
+        return f"{what}; nothing was written for {overview.duration(silence)}, so it may hang", True
+    return f"{what}; no sign of trouble", False
+
+
+def _written(run: "Run") -> Iterable[Path]:
+    there = logs.attempts(run.path)
+    newest = logs.path(run.path, there[-1], logs.BATCH).parent.glob("*.log") if there else []
+    return [path for path in (*newest, run.path / logs.EVENTS) if path.exists()]
+
+
+def _finished(run: "Run") -> str:
+    step = logs.newest(run.path).get("step")
+    return f"it finished: {step['step']} of {step['steps']} steps" if step else "it finished"
+
+
+def _with_slurms_word(run: "Run", found: "Finding | None") -> "Finding | None":
+    """A node failure whose node no log names: nodes of the job that Slurm calls down now are named."""
+    import dataclasses
+
+    if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local:
+        return found
+    nodes = evidence.of_attempt(run, found.attempt).nodes
+    down = _down(nodes, run.environment)
+    return dataclasses.replace(found, nodes=tuple(down), notes=(*found.notes, *down.values()))
+
+
+def _down(nodes: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
+    if not nodes:
+        return {}
+    arguments = ("--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T|%E")
+    try:
+        answer = slurm.call("sinfo", *arguments, environment=environment)
+    except Fault:
+        return {}
+    found = {}
+    for line in answer.splitlines():
+        node, state, why = line.split("|", 2)
+        if DOWN.search(state):
+            found[node] = f"{node} is {state} now{f': {why}' if why not in ('none', '') else ''}"
+    return found
+
+
+def mark_bad(told: Explanation, lasting: str) -> None:
+    """Put the nodes to blame on their cluster's list; `UsageError` when none is."""
+    from launcher import bad_nodes
+
+    until = bad_nodes.duration(lasting)
+    if not told.bad_nodes:
+        raise UsageError(
+            f"{told.run.name}: nothing in it speaks against a node ({told.summary}); "
+            "`mixlaunch nodes add NODE --reason TEXT` marks one all the same"
+        )
+    bad_nodes.add(told.run.profile, told.bad_nodes, until)
+    print(f"jobs on {told.run.cluster} keep off {', '.join(told.bad_nodes)}", file=sys.stderr)
+
+
+# --- in words ----------------------------------------------------------------------------------------------------
+
+
+def _sentence(run: "Run", found: "Finding") -> str:
+    many = len(logs.attempts(run.path)) > 1
+    return f"{_brief(found)}{f', in attempt {found.attempt}' if many else ''}"
+
+
+def _addressed(run: "Run", advice: Iterable[str], *, again: bool = True) -> Iterable[str]:
+    """With the run and its job in place of RUN and ID, without what can't be done: Slurm's here, `again` if not."""
+    for text in advice:
+        if not again and re.search(r"mixlaunch (?:resume|retry)", text):
+            continue
+        if run.is_local and re.search(r"--mark-bad|--exclude-failed|sacct|sinfo|scontrol", text):
+            continue
+        yield re.sub(r"\bID\b", run.job_id or "ID", re.sub(r"\bRUN\b", run.name, text))
+
+
+def code_in_words(code: int) -> str:
+    """`exit 1`, or the signal that ended it: `exit 137, SIGKILL`."""
+    number = code - 128 if 128 < code < 160 else 0
+    try:
+        return f"exit {code}, {signal.Signals(number).name}" if number else f"exit {code}"
+    except ValueError:
+        return f"exit {code}"
+
+
+def as_dict(told: Explanation) -> dict[str, Any]:
+    """For programs; the keys are documented in docs/runs.md and stay."""
+    found = told.finding
+    return {
+        "name": told.run.name,
+        "job_id": told.run.job_id,
+        "state": told.state.state,
+        "verdict": told.verdict,
+        "summary": told.summary,
+        **_finding_dict(found),
+        "advice": list(told.advice),
+        "bad_nodes": told.bad_nodes,
+        "earlier": [_short_dict(other) for other in told.earlier],
+    }
+
+
+def _short_dict(found: "Finding") -> dict[str, Any]:
+    return {
+        "attempt": found.attempt,
+        "cause": found.cause.name,
+        "title": found.cause.title,
+        "rank": found.rank,
+        "nodes": list(found.nodes),
+        "exit_code": found.code,
+    }
+
+
+def _finding_dict(found: "Finding | None") -> dict[str, Any]:
+    if found is None:
+        return {
+            **dict.fromkeys(("attempt", "cause", "title", "rank", "nodes", "exit_code")),
+            **dict.fromkeys(("meaning", "first_rank", "lost_a_peer", "silent", "notes", "lines")),
+        }
+    return {
+        **_short_dict(found),
+        "meaning": found.cause.meaning,
+        "first_rank": found.first_rank,
+        "lost_a_peer": list(found.echoes),
+        "silent": list(found.silent),
+        "notes": list(found.notes),
+        "lines": [{"log": str(line.log), "line": line.number, "text": line.text} for line in found.lines],
+    }
+
+
+def show(told: Explanation) -> None:
+    """For people."""
+    screen.heading_with_state(told.run.name, told.state.state)
+    marks = {"failed": screen.failed, "finished": screen.done}
+    marks.get(told.verdict, screen.say)(told.summary)
+    if told.finding:
+        _show_finding(told.finding)
+    if told.earlier:
+        screen.say("")
+        screen.facts([(f"attempt {found.attempt}", _brief(found)) for found in told.earlier])
+    if told.advice:
+        screen.say("")
+        screen.say("  what to do", "bold")
+        for text in told.advice:
+            screen.say(f"  - {text}")
+
+
+def _show_finding(found: "Finding") -> None:
+    ranks = hostlist.spans(found.echoes)
+    screen.facts(
+        [
+            ("meaning", found.cause.meaning),
+            ("code", code_in_words(found.code) if found.code else ""),
+            ("others", f"ranks {ranks} only lost their connection to it" if ranks and not found.silent else ""),
+            ("silent", f"ranks {hostlist.spans(found.silent)} said nothing" if found.silent else ""),
+            *(("note", note) for note in found.notes),
+        ]
+    )
+    log = None
+    for line in found.lines:
+        if line.log != log:
+            log = line.log
+            screen.say("")
+            screen.say(f"  {log}", "dim")
+        number = f"{line.number:>6}" if line.number else " " * 6
+        screen.say(f"  {number}  {line.text[:240]}", "")
+
+
+def _brief(found: "Finding") -> str:
+    """What, and with which rank on which node it began."""
+    rank = f"rank {found.rank}" if found.rank is not None else ""
+    where = " on ".join(filter(None, [rank, hostlist.compress(found.nodes)]))
+    return f"{found.cause.title}{f': {where}' if where else ''}"
