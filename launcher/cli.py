@@ -138,8 +138,10 @@ FORCE = SectionedOption(
 AS_JOB = SectionedOption(["--as-job"], section="Job", is_flag=True, help="As a job, not here in the foreground.")
 
 cli.add_command(job_command("download", _download, more=(*START, AS_JOB)))
+UNDER = {"convert": (job_command("verify", _start, more=START),)}
 for _job in ("prepare", "convert", "finetune", "serve", "tiny"):
-    cli.add_command(job_command(_job, _start, more=(*START, FORCE) if _job in PARALLEL else START))
+    more = (*START, FORCE) if _job in PARALLEL else START
+    cli.add_command(job_command(_job, _start, more=more, under=UNDER.get(_job, ())))
 cli.commands["tiny"].hidden = True
 
 

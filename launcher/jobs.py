@@ -188,13 +188,13 @@ def plan_convert(
         raise UsageError(f"--to: {to!r} isn't one of megatron, hf")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
-    layout = axes.over(PRESETS[preset] if preset else Layout())
+    layout, kind = _files(axes, axes.over(PRESETS[preset] if preset else Layout()), to, values)
     outlook = _outlook(Request(cluster=profile, layout=layout, shape=shape or layouts.known_shape(model)))
     if to == "megatron":
         source, hint = places.hub_folder(profile, model), places.hint("download", model)
     else:
         source, hint = places.weights(profile, model), places.hint("convert --model", model)
-    target = places.path(output, "--output") if output is not None else places.converted(profile, model, to)
+    target = places.path(output, "--output") if output is not None else places.converted(profile, model, kind)
     config = {"source": source, "output": target, "to": to, "layout": asdict(layout)}
     return JobPlan(
         **_common("convert", profile, ask),
@@ -205,6 +205,41 @@ def plan_convert(
         config=config | settings.check("convert", values),
         inputs=(Input(path=source, what="weights", hint=hint),),
         outputs=(target,),
+    )
+
+
+def _files(axes: Axes, layout: Layout, to: str, values: Mapping[str, Any]) -> tuple[Layout, str]:
+    """The layout to write and what its files are called in a folder's name; `UsageError` where options don't go."""
+    if values.get("format") != "legacy":
+        if lost := [name for name in ("names", "make_vocab_size_divisible_by") if name in values]:
+            raise UsageError(f"--{lost[0].replace('_', '-')}: goes with --layout legacy alone")
+        return layout, to
+    if to != "megatron":
+        raise UsageError("--layout: legacy goes with --to megatron alone")
+    if axes.expert_tensor is None:  # upstream's own default
+        layout = replace(layout, expert_tensor=layout.tensor)
+    sizes = {"TP": layout.tensor, "PP": layout.pipeline, "EP": layout.expert}
+    if layout.expert_tensor != layout.tensor:
+        sizes["ETP"] = layout.expert_tensor
+    return layout, "legacy-" + "".join(f"{axis}{size}" for axis, size in sizes.items())
+
+
+def plan_verify(
+    profile: ClusterProfile,
+    *,
+    folder: str,
+    processes: int | None = None,
+    ask: Ask = Ask(),
+    values: Mapping[str, Any] = {},
+) -> JobPlan:
+    """Whether a converted folder is as it was written."""
+    target = places.path(folder, "DIR")
+    return JobPlan(
+        **_common("verify", profile, ask),
+        placement=Placement(nodes=ask.nodes or 1, tasks_per_node=_processes(profile, processes)),
+        resumable=True,
+        config={"folder": target, **settings.check("verify", values)},
+        inputs=(Input(path=target, what="converted weights"),),
     )
 
 
@@ -293,6 +328,7 @@ PLANS: dict[str, Callable[..., JobPlan]] = {
     "download": plan_download,
     "prepare": plan_prepare,
     "convert": plan_convert,
+    "verify": plan_verify,
     "finetune": plan_finetune,
     "serve": plan_serve,
 }

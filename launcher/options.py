@@ -23,11 +23,13 @@ AXES = (
     ("context", "cp", "Context parallel size."),
 )
 PARALLEL = ("convert", "finetune", "serve")
+SHARED = ("convert", "verify")  # their processes share the bytes, so that any number of nodes will do
 HELP = {  # a line for the list of commands, and what more there is to say
     "tiny": "Make a small Mixtral with random weights.\n\nIt lies in the hub's layout, real tokenizer and all.",
     "download": "Fetch a model from the hub.\n\nIt goes into the cluster's models folder; run it again to resume.",
     "prepare": "Tokenize text for training.\n\nFILES of text or conversations become Megatron's .bin and .idx.",
     "convert": "Convert weights, to Megatron's layout or back.\n\nOne conversion serves every parallel layout.",
+    "verify": "Prove a converted folder.\n\nEvery tensor in DIR must still have the digest it was written with.",
     "finetune": "Train on prepared data.\n\nFrom converted weights, or from another run's newest checkpoint.",
     "serve": "Serve a model over HTTP.\n\nThe OpenAI and the Megatron way, and a page to try it in a browser.",
 }
@@ -54,6 +56,14 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(records)
 
 
+class SectionedGroup(SectionedCommand, click.Group):
+    """Such a command with others under it, which are listed last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
 class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
     """A setting's own check, so that the command line and a program hear the same words."""
 
@@ -69,21 +79,47 @@ class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in
             raise click.UsageError(str(error), ctx=ctx) from None
 
 
-def job_command(job: str, action: Callable[..., None], *, more: tuple[click.Parameter, ...] = ()) -> click.Command:
-    """The command of `job` that hands its plan, and the values of `more`, to `action`."""
+def job_command(
+    job: str,
+    action: Callable[..., None],
+    *,
+    more: tuple[click.Parameter, ...] = (),
+    under: tuple[click.Command, ...] = (),
+) -> click.Command:
+    """The command of `job` that hands its plan, and the values of `more`, to `action`; with others `under` it."""
     names = [str(parameter.name) for parameter in more]
 
     def callback(**typed: Any) -> None:
+        context = click.get_current_context()
+        if context.invoked_subcommand:
+            return _refuse_lost_options(context)
         own = {name: typed.pop(name) for name in names}
-        action(planned(job, typed), **own)
+        return action(planned(job, typed), **own)
 
-    return SectionedCommand(
+    parts: dict[str, Any] = {
+        "callback": callback,
+        "params": [*_WHAT[job](), *_layout(job), *_job(job), *more, *map(_setting, SETTINGS[job])],
+        "help": HELP[job],
+        "context_settings": {"max_content_width": 110},
+    }
+    if not under:
+        return SectionedCommand(job, **parts)
+    metavar = f"[{'|'.join(str(command.name) for command in under)} ...]"
+    return SectionedGroup(
         job,
-        callback=callback,
-        params=[*_WHAT[job](), *_layout(job), *_job(job), *more, *map(_setting, SETTINGS[job])],
-        help=HELP[job],
-        context_settings={"max_content_width": 110},
+        commands={str(command.name): command for command in under},
+        invoke_without_command=True,
+        subcommand_metavar=metavar,
+        **parts,
     )
+
+
+def _refuse_lost_options(context: click.Context) -> None:
+    """What is typed before a command under another one would be lost on it."""
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE:
+            said = f"{parameter.opts[0]} goes behind `{context.command.name} {context.invoked_subcommand}`"
+            raise click.UsageError(said, ctx=context)
 
 
 def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
@@ -149,8 +185,17 @@ def _convert() -> list[click.Parameter]:
         _model(),
         _what("--to", "Layout to write.", "megatron", type=click.Choice(["megatron", "hf"])),
         _what("--output", "Where to.", "the models folder", metavar="DIR"),
-        _what("--processes", "Processes a node that share it.", "1 here, 8 on a cluster", **_whole("--processes")),
+        _processes(),
     ]
+
+
+def _verify() -> list[click.Parameter]:
+    return [click.Argument(["folder"], metavar="DIR"), _processes()]
+
+
+def _processes() -> click.Option:
+    help = "Processes a node that share it.  [default: 1 here, 8 on a cluster]"
+    return SectionedOption(["-j", "--processes"], section="What", help=help, **_whole("--processes"))
 
 
 def _finetune() -> list[click.Parameter]:
@@ -170,6 +215,7 @@ _WHAT: dict[str, Callable[[], list[click.Parameter]]] = {
     "download": _download,
     "prepare": _prepare,
     "convert": _convert,
+    "verify": _verify,
     "finetune": _finetune,
     "serve": _serve,
 }
@@ -189,12 +235,12 @@ def _layout(job: str) -> list[click.Parameter]:
 def _job(job: str) -> list[click.Parameter]:
     """What every job can be asked for."""
     cluster = "$MIXLAUNCH_CLUSTER, else local"
-    fewest = "1" if job == "convert" else "the fewest that the layout needs"
+    fewest = "1" if job in SHARED else "the fewest that the layout needs"
     nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))
     return [
         _option("Job", "--cluster", "Profile of the cluster.", cluster, metavar="NAME|FILE.yaml"),
         override("Job"),
-        *([nodes] if job in PARALLEL else []),
+        *([nodes] if job in (*PARALLEL, *SHARED) else []),
         _option("Job", "--name", "Name of the run.", job),
         _option("Job", "--time", "Minutes, HH:MM:SS or D-HH:MM:SS.", "the profile's", metavar="LIMIT"),
     ]

@@ -64,9 +64,10 @@ def _basename(model: str) -> str:
     return quoting.name(base, "--model")
 
 
-def converted(profile: ClusterProfile, model: str, to: str) -> str:
+def converted(profile: ClusterProfile, model: str, kind: str) -> str:
+    """Where `model` in the layout of that kind goes: its name with that of the layout behind it."""
     base = os.path.basename(path(model, "--model")) if is_path(model) else _basename(model)
-    return os.path.join(profile.paths.models, f"{base}-{'megatron' if to == 'megatron' else 'hf'}")
+    return os.path.join(profile.paths.models, f"{base}-{kind}")
 
 
 def data_prefix(profile: ClusterProfile) -> str:

@@ -105,8 +105,12 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float32"),
         _flag("verify", "Read what was written back and compare."),
         _flag("check_finite", "Refuse NaN and infinity."),
+        _flag("check_logits", "Compare the logits of a prompt with transformers'."),
+        _text("prompt", "The mixture of experts sends every token to two of eight.", "That prompt."),
+        _float("tolerance", 1e-3, "Largest difference, in sizes of the largest logit."),
         _float("max_shard_gb", 5.0, "Largest file of the hub's layout, GB."),
     ),
+    "verify": (),
     "finetune": (
         _int("steps", 500, "Optimizer steps."),
         _int("sequence_length", 4096, "Tokens a sequence."),

@@ -162,6 +162,9 @@ class ConvertConfig:
     dtype: str | None = None  # None keeps the source's
     verify: bool = False  # read what was written back and compare
     check_finite: bool = False  # refuse NaN and infinity
+    check_logits: bool = False  # compare with transformers before the output gets its name
+    prompt: str = "The mixture of experts sends every token to two of eight."  # whose logits are compared
+    tolerance: float = 1e-3  # largest difference of logits, in sizes of the largest logit
     max_shard_gb: float = 5.0  # of one file in the hub's layout
 
 
@@ -207,11 +210,13 @@ class ServeConfig:
     model: str  # a converted folder, or a run whose newest checkpoint to serve
     layout: Layout = field(default_factory=Layout)
     host: str = "127.0.0.1"
-    port: int = 5000
+    port: int = 5000  # 0 takes any free one
+    other_port: bool = False  # take the next free one where that one is taken
     precision: str = "bf16"
     max_batch: int = 64
     max_tokens: int = 4096  # prompt and answer together
     queue: int = 256  # requests that may wait beyond those that run; more are told to come back
+    queue_tokens: int = 524288  # that those may come to, prompts and answers
     drain_seconds: float = 20.0  # how long answers may take to end after SIGTERM
     name: str | None = None  # what clients call the model; None: its folder's name
 

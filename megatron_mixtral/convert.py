@@ -148,9 +148,22 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
         "digests": dict(sorted(found.items())),
     }
     weights_folder.write_marker(folder, marker)
+    if config.check_logits:
+        check_logits(config, conversion, work, folder)
     if conversion.subfolder:
         weights_folder.replace_text(work.partial / weights_folder.LATEST, conversion.subfolder)
     work.publish()
+
+
+def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> None:
+    """Compute with what was read and with what was written; the other processes are told that it takes a while."""
+    from megatron_mixtral import logits  # imports torch
+
+    hub_side, megatron_side = conversion.source_folder, folder
+    if config.to == "hf":
+        hub_side, megatron_side = folder, conversion.source_folder
+    with work.alive():
+        logits.check(hub_side, megatron_side, dtype=config.dtype, prompt=config.prompt, tolerance=config.tolerance)
 
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:

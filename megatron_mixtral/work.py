@@ -8,8 +8,10 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.weights_folder import read_marker, replace_text
 
-STALL = 900.0  # seconds without a newly finished file after which the other processes are taken for dead
+STALL = 900.0  # seconds without another byte written after which the other processes are taken for dead
 POLL = 0.2
 RECORDS = ".work"
 
@@ -165,19 +167,36 @@ class Work:
 
     def wait(self, names: Sequence[str], tell: Callable[[int], Any]) -> None:
         """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
-        missing, last = set(names), time.monotonic()
+        missing, patience = set(names), Patience(self.partial)
         while missing:
             found = {name for name in missing if self._record(name).exists()}
             if found:
                 missing -= found
-                last = time.monotonic()
                 tell(len(names) - len(missing))
-            elif time.monotonic() - last > STALL:
+            elif patience.is_out():
                 raise JobError(
-                    f"{self.partial}: no other process finished a file for {STALL:.0f} s: {min(missing)}"
+                    f"{self.partial}: no other process wrote anything for {STALL:.0f} s; {min(missing)} is missing"
                 )
             else:
                 time.sleep(POLL)
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Tell the processes that wait for the first one's end, again and again, that it's still at work."""
+        ended = threading.Event()
+
+        def tell() -> None:
+            while not ended.wait(STALL / 100):
+                with suppress(FileNotFoundError), (self.records / "alive").open("a") as sign:
+                    sign.write(".")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
 
     def publish(self) -> None:
         """Give the complete folder its name."""
@@ -187,12 +206,32 @@ class Work:
         shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # others may be clearing it already
 
     def wait_published(self, marker: Path) -> None:
-        """Until the first process has published; `JobError` when it doesn't."""
-        end = time.monotonic() + STALL
+        """Until the first process has published; `JobError` when it doesn't and gives no sign of life."""
+        patience = Patience(self.partial)
         while not (self.output / marker).exists():
-            if time.monotonic() > end:
+            if patience.is_out():
                 raise JobError(f"{self.output}: rank 0 hasn't completed it within {STALL:.0f} s")
             time.sleep(POLL)
+
+
+class Patience:
+    """Whether a folder in which others write hasn't grown for too long."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._size, self._since = self._measured(), time.monotonic()
+
+    def is_out(self) -> bool:
+        """Looked at only now and then: asking for sizes is a burden on a network's file system."""
+        if time.monotonic() - self._since < STALL:
+            return False
+        before, self._size, self._since = self._size, self._measured(), time.monotonic()
+        return self._size == before
+
+    def _measured(self) -> int:
+        with suppress(FileNotFoundError):
+            return sum(p.lstat().st_size for p in self._folder.rglob("*") if not p.is_dir())
+        return -1  # something got its name meanwhile
 
 
 def _blocks(path: Path) -> int:

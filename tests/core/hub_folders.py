@@ -51,7 +51,8 @@ def write_shards(folder: Path, tensors, shards: int) -> None:
         part = {name: tensors[name] for name in list(tensors)[number::shards]}
         save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def read(folder: Path):

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jobs
 import pytest
 from test_convert import contents, run
 
-from megatron_mixtral import convert, weights_folder
+from megatron_mixtral import convert, errors, weights_folder, work
 from megatron_mixtral.config import ConvertConfig
 
 KILLS = 20
@@ -99,12 +100,10 @@ def test_a_rank_killed_ends_the_others_and_the_next_attempt_finishes(source, tmp
 
 
 def test_a_process_that_waits_for_a_dead_one_gives_up(source, tmp_path, monkeypatch):
-    from megatron_mixtral import errors, work
-
     monkeypatch.setattr(work, "STALL", 0.5)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(errors.JobError, match=r"no other process finished a file for .* s: __\d+_0.distcp"):
+    with pytest.raises(errors.JobError, match=r"no other process wrote anything for .* s; __\d+_0.distcp is"):
         run(source / "hub", tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -125,3 +124,20 @@ def test_the_same_conversion_twice_at_once_is_refused(source, tmp_path, monkeypa
     run(source / "hub", output, tmp_path)
     assert "another process is writing it" in str(seen["error"])
     assert contents(output).keys() == contents(source / "megatron").keys()
+
+
+def test_a_process_waits_as_long_as_another_one_writes(source, tmp_path, monkeypatch):
+    """Rank 1 has done its part; rank 0 is still at a check that writes nothing but a sign of life."""
+    monkeypatch.setattr(work, "STALL", 0.3)
+    made = work.Work(tmp_path / "out", {})
+    made.records.mkdir(parents=True)
+
+    def publish():
+        with made.alive():
+            time.sleep(1.5)
+        made.publish()
+
+    threading.Thread(target=publish).start()
+    made.wait_published(Path("."))
+    with pytest.raises(errors.JobError, match=r"rank 0 hasn't completed it"):
+        made.wait_published(Path("nowhere"))

@@ -144,7 +144,7 @@ def test_an_unknown_key_of_a_profile_is_exit_2(mixlaunch, write_profile, home):
 
 @pytest.mark.parametrize("job", jobs.PLANS)
 def test_export_prints_the_script_and_nothing_else(mixlaunch, job):
-    more = {"tiny": ["--output", "/x"], "prepare": ["/x"]}.get(job, [])
+    more = {"tiny": ["--output", "/x"], "prepare": ["/x"], "verify": ["/x"]}.get(job, [])
     result = mixlaunch("export", job, "--cluster", "selene", *more)
     assert result.stderr == ""
     assert result.stdout.startswith("#!/bin/bash\n#SBATCH ")

@@ -14,6 +14,7 @@ ASKED = {
     "download": {},
     "prepare": {"files": ("/x/a.jsonl", "b.txt")},
     "convert": {"preset": "train"},
+    "verify": {"folder": "/x/converted"},
     "finetune": {},
     "serve": {},
 }
@@ -40,6 +41,7 @@ PLANNED = {
     "download": {"repo", "output", "revision"},
     "prepare": {"inputs", "output", "tokenizer"},
     "convert": {"source", "output", "to", "layout"},
+    "verify": {"folder"},
     "finetune": {"model", "data", "layout"},
     "serve": {"model", "layout", "host", "port"},
 }
@@ -74,6 +76,27 @@ def test_the_way_back_starts_from_a_run(cluster):
     plan = jobs.plan_convert(cluster, to="hf", model="finetune-1234")
     assert plan.config["source"] == "/shared/runs/finetune-1234"
     assert plan.config["output"] == "/shared/models/finetune-1234-hf"
+
+
+def test_legacy_files_are_named_by_their_layout_and_cut_experts_as_upstream_does(cluster):
+    def planned(*, values=(), **axes):
+        return jobs.plan_convert(cluster, axes=jobs.Axes(**axes), values={"format": "legacy", **dict(values)})
+
+    plan = planned(tensor=2, pipeline=4, expert=2)
+    assert plan.config["output"] == "/shared/models/Mixtral-8x7B-v0.1-legacy-TP2PP4EP2"
+    assert plan.config["layout"]["expert_tensor"] == 2
+    assert planned(tensor=2, expert_tensor=1).config["output"].endswith("-legacy-TP2PP1EP1ETP1")
+    assert planned(values={"names": "te"}).config["names"] == "te"
+    with pytest.raises(UsageError, match="--layout: legacy goes with --to megatron alone"):
+        jobs.plan_convert(cluster, to="hf", values={"format": "legacy"})
+    with pytest.raises(UsageError, match="--names: goes with --layout legacy alone"):
+        jobs.plan_convert(cluster, values={"names": "te"})
+
+
+def test_any_number_of_nodes_shares_a_conversion_and_its_proof(cluster):
+    for plan in (jobs.plan_convert, lambda *args, **rest: jobs.plan_verify(*args, folder="/x", **rest)):
+        made = plan(cluster, processes=3, ask=jobs.Ask(nodes=5))
+        assert (made.nodes, made.tasks_per_node, made.gpus_per_node, made.resumable) == (5, 3, 0, True)
 
 
 def test_presets(cluster):
