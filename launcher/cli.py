@@ -100,7 +100,7 @@ def _show(plan: "JobPlan", *, script: bool = True) -> None:
 
     run_dir = runs.new_path(plan)
     text = render.render(plan, str(run_dir))
-    lint.check(text)
+    lint.check(text, plan.profile.slurm_version)
     screen.heading(f"{plan.job}: what would run")
     told = outlooks.facts(plan.outlook) if plan.outlook else []
     screen.facts([*screen.plan_facts(plan), *told, ("run", str(run_dir) if script else "")])
@@ -157,7 +157,7 @@ def _export(plan: "JobPlan") -> None:
     from launcher import lint, render
 
     script = render.render(plan)
-    lint.check(script)
+    lint.check(script, plan.profile.slurm_version)
     click.echo(script, nl=False)
     _note(plan)
 

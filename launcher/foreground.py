@@ -8,13 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher import inputs, render
+from launcher import inputs, render, secrets_env
 from launcher.jobs import JobPlan
 
 
 def run(plan: JobPlan) -> int:
     """Run `plan`'s job by this interpreter and return its exit code. Ctrl-C goes to it; what it fetched stays."""
     inputs.require_file_system(plan)
+    secrets_env.require(plan)
     with tempfile.TemporaryDirectory(prefix="mixlaunch-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(render.config_text(plan))

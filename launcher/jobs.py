@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from launcher import fit, nearest, places, quoting, settings
+from launcher import fit, nearest, places, quoting, secrets_env, settings
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
 from launcher.fit import Batch, Outlook, Request
@@ -44,6 +44,7 @@ class Ask:
     name: str | None = None
     nodes: int | None = None
     time: str | None = None
+    secrets: tuple[str, ...] = ()  # beside the profile's: names of variables of the environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class JobPlan:
     resumable: bool = False
     inputs: tuple[Input, ...] = ()
     outputs: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()  # variables whose values the submission puts into secrets.env
     secrets_made: tuple[str, ...] = ()  # random values that the script puts into secrets.env
     notes: tuple[str, ...] = field(default=())
 
@@ -348,7 +350,13 @@ def _common(job: str, profile: ClusterProfile, ask: Ask) -> dict[str, Any]:
         limit = time_limit(ask.time) if ask.time else profile.time
     except ValueError as error:
         raise UsageError(f"--time: {error}") from None
-    return {"job": job, "name": quoting.name(ask.name or job, "--name"), "profile": profile, "time": limit}
+    return {
+        "job": job,
+        "name": quoting.name(ask.name or job, "--name"),
+        "profile": profile,
+        "time": limit,
+        "secrets": secrets_env.named(profile, ask.secrets),
+    }
 
 
 def _processes(profile: ClusterProfile, given: int | None) -> int:

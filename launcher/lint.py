@@ -9,13 +9,13 @@ import unicodedata
 from collections.abc import Iterator
 
 from launcher.capabilities import NEWEST, known_options
-from launcher.errors import MixlaunchError
+from launcher.errors import UsageError
 
 HEREDOC = re.compile(r"<<'(\w+)'")
 CODE = "END_OF_RANK"  # the heredoc whose body is again a script
 
 
-class LintError(MixlaunchError):
+class LintError(UsageError):
     """A script that mustn't be submitted; the message has one line a finding."""
 
 

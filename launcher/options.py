@@ -128,8 +128,9 @@ def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
 
     cluster = profile.load(typed.pop("cluster"), typed.pop("override"))
     given = {name: value for name, value in typed.items() if value is not None}
+    asked = {name: given.pop(name) for name in ("name", "nodes", "time") if name in given}
     options: dict[str, Any] = {
-        "ask": jobs.Ask(**{name: given.pop(name) for name in ("name", "nodes", "time") if name in given}),
+        "ask": jobs.Ask(secrets=given.pop("env"), **asked),
         "values": {s.name: given.pop(_key(s)) for s in SETTINGS[job] if _key(s) in given},
     }
     if job in PARALLEL:
@@ -150,6 +151,11 @@ def override(section: str = "Options") -> click.Option:
     names = ["-o", "override"]
     help = "In place of the profile's own, such as -o node.gpus=4; repeat it."
     return SectionedOption(names, section=section, multiple=True, metavar="KEY=VALUE", help=help)
+
+
+def _env() -> click.Option:
+    names, help = ["--env"], "Variable of your environment that the job gets as a secret; repeat it."
+    return SectionedOption(names, section="Job", multiple=True, metavar="NAME", help=help)
 
 
 def _what(name: str, help: str, default: str = "", **rest: Any) -> click.Option:
@@ -240,6 +246,7 @@ def _job(job: str) -> list[click.Parameter]:
     return [
         _option("Job", "--cluster", "Profile of the cluster.", cluster, metavar="NAME|FILE.yaml"),
         override("Job"),
+        _env(),
         *([nodes] if job in (*PARALLEL, *SHARED) else []),
         _option("Job", "--name", "Name of the run.", job),
         _option("Job", "--time", "Minutes, HH:MM:SS or D-HH:MM:SS.", "the profile's", metavar="LIMIT"),

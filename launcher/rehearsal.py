@@ -124,7 +124,7 @@ def rehearsed(plan: JobPlan, *, folder: Path, slurm_conf: Path, python: str, mod
         "save_interval": NEVER,
         "log_interval": 1,
     }
-    return dataclasses.replace(plan, profile=changed, config=config, inputs=(), outputs=())
+    return dataclasses.replace(plan, profile=changed, config=config, inputs=(), outputs=(), secrets=())
 
 
 def differences(real: ClusterProfile, mirrored: ClusterProfile) -> Iterator[str]:

@@ -1,33 +1,22 @@
-"""JobPlan -> the text of its script: a pure function, and the only place where values meet templates.
+"""JobPlan -> the text of its script: a pure function of the plan and of the templates that its profile names.
 
-A template can print literals, whole numbers and what a quoting filter returned; anything else is refused.
+What a template may print, and whose templates these are, is the affair of `fragments`.
 """
 
 from collections.abc import Iterator
-from importlib import resources
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import yaml
 
-from launcher import quoting
+from launcher import fragments, quoting
 from launcher.errors import UsageError
 from launcher.jobs import JobPlan
-from launcher.quoting import Quoted
-
-BASE = "job.sh.j2"
-CONFIG_END = "END_OF_CONFIG"
-# Known only while the job runs; containers must let them through.
-RANK_VARIABLES = (
-    *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
-    *("SLURM_JOB_ID", "MIXLAUNCH_RUN", "MIXLAUNCH_LOGS", "MIXLAUNCH_ATTEMPT"),
-)
+from launcher.profile import OF_RANKS
 
 
 def render(plan: JobPlan, run_dir: str | None = None) -> str:
     """The script of `plan` for the run directory; without one, the form that makes its own when it runs."""
-    return _environment().get_template(BASE).render(_variables(plan, run_dir))
+    return fragments.render(plan.profile.templates, _variables(plan, run_dir))
 
 
 def config_text(plan: JobPlan) -> str:
@@ -45,9 +34,23 @@ def _variables(plan: JobPlan, run_dir: str | None) -> dict[str, Any]:
         "config": config_text(plan),
         "mounts": list(_mounts(plan, run_dir)) if profile.in_container else [],
         "environment": profile.environment,
-        "pass_through": [*RANK_VARIABLES, *profile.environment],
-        "memory_gb": profile.node.memory_gb,
+        "pass_through": [*OF_RANKS, *profile.environment],
+        "binding": _binding(plan),
+        "numa": _numa(plan),
+        "secrets": () if run_dir else plan.secrets,  # a submission brings them along
     }
+
+
+def _binding(plan: JobPlan) -> dict[str, str]:
+    """srun's options; every rank sees all GPUs of its node unless the profile says otherwise."""
+    by_task = plan.gpus_per_node and plan.profile.gpu_request == "gpus-per-task"
+    return {**({"gpu-bind": "none"} if by_task else {}), **plan.profile.binding.of_srun}
+
+
+def _numa(plan: JobPlan) -> tuple[int, ...]:
+    """The NUMA node of each rank of a node, where the job has all its GPUs: of some nobody knows which they are."""
+    whole = plan.gpus_per_node == plan.profile.node.gpus
+    return plan.profile.binding.numa if plan.gpus_per_node and whole else ()
 
 
 def _directives(plan: JobPlan, run_dir: str | None) -> Iterator[tuple[str, str | None]]:
@@ -117,29 +120,3 @@ def _bind(path: str) -> str:
     if any(c in path for c in ":,"):
         raise UsageError(f"{quoting.shown(path)}: a path with ':' or ',' can't be mounted into a container")
     return f"{path}:{path}"
-
-
-def _environment() -> jinja2.Environment:
-    folder = str(resources.files("launcher.templates"))
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(folder),
-        undefined=jinja2.StrictUndefined,
-        finalize=_only_quoted,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "sh": quoting.sh,
-        "directive": quoting.directive,
-        "name": lambda value: Quoted(quoting.name(value, "name")),
-        "heredoc": lambda text: quoting.heredoc(text, CONFIG_END),
-    }
-    return environment
-
-
-def _only_quoted(value: Any) -> Any:
-    """What a template prints: proof that it went through a filter, or a number."""
-    if isinstance(value, Quoted) or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    raise UsageError(f"template: {value!r} is printed without a quoting filter; write {{{{ value | sh }}}}")

@@ -7,6 +7,7 @@ that came from users is read as markup.
 import contextlib
 import functools
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -131,23 +132,31 @@ def code(text: str, language: str) -> None:
 
 def plan_facts(plan: "JobPlan") -> list[tuple[str, str]]:
     """A plan in a few lines: where, how many, how cut, how long."""
+    from launcher import secrets_env
+
     profile = plan.profile
     nodes = f"{plan.nodes} node{'s' * (plan.nodes != 1)} x {plan.tasks_per_node}"
     spread = f"{plan.world} on this machine" if profile.is_local else f"{plan.world} = {nodes}"
     parallel = plan.layout is not None and plan.job in ("finetune", "serve")
     return [
         ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
+        ("through", profile.login_node.host if profile.login_node else ""),
         ("ranks", spread),
         ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
         ("limit", "" if profile.is_local else plan.time),
         ("retried", "after a fault or a preemption" if plan.resumable else "never"),
-        *((i.what, _with_state(i.path)) for i in plan.inputs),
+        *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
         *(("output", path) for path in plan.outputs),
+        ("secrets", ", ".join(map(_with_value, secrets_env.carried(plan)))),
     ]
 
 
 def _with_state(path: str) -> str:
     return path if Path(path).exists() else f"{path}  (isn't there)"
+
+
+def _with_value(name: str) -> str:
+    return name if os.environ.get(name) else f"{name} (isn't set)"
 
 
 def profile_facts(profile: "ClusterProfile") -> list[tuple[str, str]]:

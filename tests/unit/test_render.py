@@ -5,7 +5,7 @@ import json
 import jinja2
 import pytest
 
-from launcher import jobs, lint, profile, render
+from launcher import fragments, jobs, lint, profile, render
 from launcher.errors import UsageError
 
 NASTY = "a'b\"c $(touch canary) `touch canary` ; touch canary # é %j"
@@ -135,7 +135,7 @@ def test_hostile_values_are_quoted_everywhere(write_profile):
 
 
 def test_a_template_that_forgets_a_filter_is_refused(cluster):
-    environment = render._environment()
+    environment = fragments.environment()
     plan = jobs.plan_serve(cluster)
     with pytest.raises(UsageError, match="without a quoting filter"):
         environment.from_string("echo {{ plan.name }}").render(plan=plan)
