@@ -10,6 +10,7 @@ rank, E experts of this rank, H hidden, F expert width of this rank.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,10 +35,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
+VARLEN = find_spec("torch.nn.attention.varlen") is not None  # from torch 2.10 on
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -102,6 +100,8 @@ class Attention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         ends, grouped = packed.cu_seqlens_q, query.shape[1] != key.shape[1]
         if varlen_serves(query):
+            from torch.nn.attention.varlen import varlen_attn  # here: it brings in dynamo, 0.7 s a rank
+
             back = self.window - 1 if self.window else -1
             longest = packed.max_seqlen_q
             settings: dict[str, Any] = {"scale": self.scale, "window_size": (back, 0), "enable_gqa": grouped}
@@ -113,7 +113,7 @@ class Attention(MegatronModule):
 
 def varlen_serves(x: Tensor) -> bool:
     """Whether one kernel can do all stretches: half precision on a GPU."""
-    return varlen_attn is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return VARLEN and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
