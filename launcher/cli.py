@@ -82,8 +82,7 @@ def _start(plan: "JobPlan", *, dry_run: bool, wait: bool | None, follow: bool, f
     outlooks.require(plan, force=force)
     inputs.require(plan)
     _note(plan)
-    waits = follow or (plan.profile.is_local if wait is None else wait)
-    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=waits, follow=follow))
+    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow))
 
 
 def _note(plan: "JobPlan") -> None:
@@ -128,7 +127,10 @@ START = (
         ["--dry-run"], section="Job", is_flag=True, help="Show script, files and layout; touch nothing."
     ),
     SectionedOption(
-        ["--wait/--no-wait"], section="Job", default=None, help="Wait for the end.  [default: on this machine]"
+        ["--wait/--no-wait"],
+        section="Job",
+        default=None,
+        help="Wait for the end.  [default: on this machine; elsewhere `serve` waits until it is ready]",
     ),
     SectionedOption(["--follow"], section="Job", is_flag=True, help="Wait, and print rank 0's log."),
 )

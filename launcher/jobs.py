@@ -313,6 +313,7 @@ def plan_serve(
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
     return JobPlan(
         **_common("serve", profile, ask),
+    config["other_port"] = port is None  # a port that was asked for is that one or none
         placement=outlook.placement,
         layout=layout,
         outlook=outlook,

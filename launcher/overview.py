@@ -74,9 +74,9 @@ def _progress(run: dict[str, Any]) -> str:
     if run["step"] is not None:
         return f"{run['step']}/{run['steps']}"
     copied = run["progress"]
-    if copied and copied["total"]:
-        return f"{copied['done'] / copied['total']:.0%}"
-    return "ready" if run["server"] else ""
+    if run["server"]:
+        return "ready"
+    return f"{copied['done'] / copied['total']:.0%}" if copied and copied["total"] else ""
 
 
 def _number(value: Any, form: str) -> str:

@@ -3,6 +3,7 @@
 A server says where it is in its run's `server.json`, which exists only while it answers.
 """
 
+import errno
 import json
 import os
 import re
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     import httpx
 
 STATE = "server.json"
+    from launcher.jobs import JobPlan
+
 KEY = "MIXLAUNCH_API_KEY"
 ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
+PROBE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,46 @@ def newest(roots: Iterable[Path]) -> Server:
     ready = [run for run in runs.every(roots) if (run.path / STATE).is_file()]
     if not ready:
         raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
-    return of_run(ready[0])
+    found = [of_run(run) for run in ready]
+    return next((server for server in found if len(found) == 1 or answers(server)), found[0])
+
+
+def answers(server: Server) -> bool:
+    """Whether somebody is there."""
+    import httpx
+
+    try:
+        return httpx.get(f"{server.url}/health", timeout=PROBE_SECONDS).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+def require_port(plan: "JobPlan") -> None:
+    """`UsageError` when the port that a server on this machine was told to take is somebody else's."""
+    if plan.job != "serve" or not plan.profile.is_local or plan.config["other_port"]:
+        return
+    host, port = plan.config["host"], plan.config["port"]
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        hint = "; without --port it takes the next free one" if error.errno == errno.EADDRINUSE else ""
+        raise UsageError(f"--port: {host}:{port}: {error.strerror}{hint}") from None
+
+
+def how_to_ask(run: runs.Run) -> list[tuple[str, str]]:
+    """What to type to reach the server of `run`; a key is read from its file, so that no screen shows it."""
+    server, state = of_run(run), json.loads((run.path / STATE).read_text())
+    taken = f" (port {state['taken']} is taken)" if "taken" in state else ""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    words = ["curl", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    key = ""
+    if _key_of(run.path):
+        secrets = shlex.quote(str(run.path / "secrets.env"))
+        key = f' -H "Authorization: Bearer $(sed -n s/^{KEY}=//p {secrets})"'
+    return [("ready", f"{server.name} at {server.url}{taken}"), ("ask", shlex.join(words) + key)]
 
 
 def _key_of(path: Path) -> str | None:

@@ -135,7 +135,8 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
         _int("max_batch", 64, "Requests answered at once."),
         _int("max_tokens", 4096, "Longest prompt and answer together."),
-        _int("queue", 256, "Requests that may wait beyond those."),
+        _int("queue", 256, "Requests that may wait beyond those.", 0),
+        _int("queue_tokens", 524288, "Tokens that those may come to.", 0),
         _float("drain_seconds", 20.0, "How long answers may take to end when the server is told to."),
         Setting(
             name="name",

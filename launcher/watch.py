@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from launcher import growth, logs, mirror, runs, screen
+from launcher import growth, logs, mirror, runs, screen, servers
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.jobs import JobPlan
@@ -23,15 +24,26 @@ MISTAKE = 2
 ALL = "all"
 
 
-def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool, follow: bool) -> int:
-    """Submit, say so, and with `wait` stay until the end; the exit code for the shell."""
+def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool | None, follow: bool) -> int:
+    """Submit, say so, and stay as long as `wait` says; the exit code for the shell.
+
+    True is until the end. None is the job's own way: to the end on this machine; elsewhere until a server is ready,
+    and not at all for other jobs.
+    """
+    servers.require_port(plan)
     run = runs.start(plan, asked=asked)
     where = "this machine" if run.is_local else f"{run.cluster} as job {run.job_id}"
     screen.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
     facts = [(name, value) for name, value in screen.plan_facts(plan) if name in ("ranks", "layout", "limit")]
     later = [("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")]
-    screen.facts([*facts, ("run", mirror.shown(run.path)), *([] if wait else later)])
-    return to_the_end(run, follow=follow) if wait else 0
+    until_ready = wait is None and plan.job == "serve" and not run.is_local and not follow
+    to_its_end = follow or (run.is_local if wait is None else wait)
+    screen.facts([*facts, ("run", mirror.shown(run.path)), *([] if to_its_end else later)])
+    if until_ready:
+        from launcher import ready  # which watches with what is here
+
+        return ready.wait(run)
+    return to_the_end(run, follow=follow) if to_its_end else 0
 
 
 def to_the_end(run: "Run", *, follow: bool) -> int:
@@ -151,10 +163,17 @@ def _print_progress(run: "Run") -> None:
             if not event:
                 line.tick()
             elif (text := describe(event)) and event["event"] in ("step", "progress"):
-                line.update(text, *_fraction(event))
+                line.update(f"loading {text}" if run.job == "serve" else text, *_fraction(event))
+            elif event["event"] == "ready":
+                _how_to_ask(run)
             elif text:
                 line.above(text)
     line.end()
+
+
+def _how_to_ask(run: "Run") -> None:
+    with contextlib.suppress(UsageError):  # it has gone again
+        screen.facts(servers.how_to_ask(run))
 
 
 def _fraction(event: dict[str, Any]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """uvicorn in a thread of its own, beside the engine: started when the port is bound, ended by a drain."""
 
 import asyncio
+import errno
 import queue
 import socket
 import threading
@@ -18,9 +19,26 @@ from megatron_mixtral.serve.wire import Event
 LAST_WORDS_SECONDS = 0.3  # for the errors of cancelled clients to leave
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The listening socket; port 0 takes a free one. `InputError` when it's taken or not ours to take."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+class PortTaken(InputError):
+    """Somebody else listens there."""
+
+
+def bind(host: str, port: int, *, others: int = 0) -> socket.socket:
+    """The listening socket at `port`, or at the first free one of `others` behind it; port 0 takes any free one.
+
+    `InputError` when they are taken or not ours to take.
+    """
+    for candidate in range(port, min(port + others, 65535)):
+        with suppress(PortTaken):
+            return _listen(host, candidate)
+    return _listen(host, min(port + others, 65535))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except OSError as error:
+        raise InputError(f"{host}: {error.strerror}") from error
     # Only where the protocol is named does asyncio switch off Nagle's algorithm, which holds back the second packet
     # of every answer for 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -30,7 +48,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise InputError(f"{host} port {port}: {error.strerror}; port 0 takes a free one") from error
+        kind = PortTaken if error.errno == errno.EADDRINUSE else InputError
+        raise kind(f"{host} port {port}: {error.strerror}; port 0 takes a free one") from error
     return listener
 
 

@@ -24,7 +24,8 @@ from megatron_mixtral.progress import Progress
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PRECISIONS = ("bf16", "fp32")
-LEAST = {"max_batch": 1, "max_tokens": 2, "queue": 0, "drain_seconds": 0, "port": 0}
+LEAST = {"max_batch": 1, "max_tokens": 2, "queue": 0, "queue_tokens": 0, "drain_seconds": 0, "port": 0}
+OTHER_PORTS = 100  # to try behind one that is taken
 GRACE_SECONDS = 3.0  # between a rank's death and ours: clients and `/health` get to say so
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -59,7 +60,10 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     if setup.rank == 0:
         from megatron_mixtral.serve import http
 
-        Server(setup, run_dir, http.bind(config.host, config.port)).run()
+        listener = http.bind(config.host, config.port, others=OTHER_PORTS if config.other_port else 0)
+        if (port := listener.getsockname()[1]) != config.port and config.port:
+            print(f"port {config.port} is taken; this server takes {port}", flush=True)
+        Server(setup, run_dir, listener).run()
     else:
         _follow(setup)
 
@@ -155,7 +159,7 @@ class Server:
             context=config.max_tokens,
             running=running,
             queued=config.queue,
-            queued_tokens=(running + config.queue) * config.max_tokens,
+            tokens=running * config.max_tokens + config.queue_tokens,
         )
         room = service.Service(limits, self._inbox.put, metrics.Metrics())
         model = asking.Model(
@@ -173,6 +177,8 @@ class Server:
         host = socket.gethostname() if setup.config.host in ("0.0.0.0", "::") else setup.config.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         state = {"host": host, "port": port, "url": url, "pid": os.getpid(), "state": "ready"}
+        if setup.config.port not in (0, port):
+            state["taken"] = setup.config.port
         partial = self._state_file.with_suffix(".partial")
         partial.write_text(json.dumps({**state, "model": setup.name, "weights": str(setup.folder)}) + "\n")
         partial.rename(self._state_file)

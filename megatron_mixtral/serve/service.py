@@ -20,7 +20,7 @@ class Limits:
     context: int  # tokens of one prompt and its answer
     running: int  # requests that the engine works on at once
     queued: int  # requests that may wait beyond those
-    queued_tokens: int  # the most that all admitted requests may still come to
+    tokens: int  # that all of those may come to, prompts and answers
 
 
 class Refused(Exception):
@@ -109,7 +109,7 @@ class Service:
             raise Unavailable(self.reason)
         tokens = sum(_size(r) for r in requests)
         full = self.in_flight + len(requests) > self.limits.running + self.limits.queued
-        if self._streams and (full or self._tokens + tokens > self.limits.queued_tokens):
+        if self._streams and (full or self._tokens + tokens > self.limits.tokens):
             self.metrics.refused()
             raise Refused
         streams = [Stream(self, request) for request in requests]

@@ -113,6 +113,19 @@ def test_a_taken_port_is_said_at_once(served_model, tmp_path):
             assert str(port) in job.output()
 
 
+def test_a_taken_port_is_the_next_one_where_that_will_do(served_model, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with serving.server(tmp_path, served_model[1], port=port, other_port=True) as running:
+            state = json.loads((tmp_path / "server.json").read_text())
+            assert port < state["port"] <= port + 100
+            assert (state["taken"], state["url"]) == (port, running.url)
+            assert running.client().get("/health").status_code == 200
+            assert f"port {port} is taken; this server takes {state['port']}" in running.job.output()
+            loaded = running.job.events("progress")[-1]
+            assert loaded["done"] == loaded["total"] > 1e6
+
+
 def test_a_drain_lets_answers_end_and_takes_nothing_new(served_model, tmp_path):
     with serving.server(tmp_path, served_model[1], drain_seconds=20) as running:
         answers = [in_background(lambda: generate(running)) for _ in range(4)]

@@ -43,7 +43,7 @@ PLANNED = {
     "convert": {"source", "output", "to", "layout"},
     "verify": {"folder"},
     "finetune": {"model", "data", "layout"},
-    "serve": {"model", "layout", "host", "port"},
+    "serve": {"model", "layout", "host", "port", "other_port"},
 }
 
 
@@ -52,6 +52,12 @@ def test_every_key_of_a_job_can_be_reached(job):
     theirs = {f.name for f in dataclasses.fields(core.JOBS[job])}
     ours = {s.name for s in settings.SETTINGS[job]} | PLANNED[job]
     assert theirs == ours, f"settings.py lacks {sorted(theirs - ours)}"
+
+
+def test_only_a_port_that_nobody_asked_for_may_be_another(cluster):
+    assert jobs.plan_serve(cluster).config["other_port"] is True
+    asked = jobs.plan_serve(cluster, port=7000).config
+    assert (asked["port"], asked["other_port"]) == (7000, False)
 
 
 def test_paths_follow_one_another_without_being_named(cluster):

@@ -35,6 +35,7 @@ layout:
   context: 1
 host: 0.0.0.0
 port: 5000
+other_port: true
 END_OF_CONFIG
 fi
 

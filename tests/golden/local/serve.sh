@@ -23,6 +23,7 @@ layout:
   context: 1
 host: 127.0.0.1
 port: 5000
+other_port: true
 END_OF_CONFIG
 fi
 export OMP_NUM_THREADS=1

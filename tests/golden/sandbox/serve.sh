@@ -35,6 +35,7 @@ layout:
   context: 1
 host: 127.0.0.1
 port: 5000
+other_port: true
 END_OF_CONFIG
 fi
 export CUDA_VISIBLE_DEVICES=''
