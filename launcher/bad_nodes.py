@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import mirror
 from launcher.errors import Fault, UsageError
 
 if TYPE_CHECKING:
+    from launcher.jobs import JobPlan
     from launcher.profile import ClusterProfile
 
 FILE = "bad_nodes.json"
@@ -41,14 +43,25 @@ class BadNode:
 
 
 def path(profile: "ClusterProfile") -> Path:
-    """Where a cluster's list lies."""
-    return Path(profile.paths.runs) / FILE
+    """Where a cluster's list lies; behind a login node this is its copy's place."""
+    return mirror.place(profile.login_node, Path(profile.paths.runs) / FILE)
 
 
 def read(profile: "ClusterProfile") -> list[BadNode]:
     """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
     now = datetime.datetime.now().astimezone()
     return [entry for entry in _load(path(profile)) if not entry.expired(now)]
+
+
+def leave_out(plan: "JobPlan") -> "JobPlan":
+    """`plan` that keeps off the nodes on its cluster's list."""
+    from dataclasses import replace
+
+    return (
+        plan
+        if plan.profile.is_local
+        else replace(plan, bad_nodes=tuple(entry.node for entry in read(plan.profile)))
+    )
 
 
 def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
@@ -102,11 +115,12 @@ def _write(file: Path, entries: list[BadNode]) -> None:
     temporary = file.with_name(f".{FILE}.{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1))
     temporary.replace(file)
+    mirror.put(file)
 
 
 def _load(file: Path) -> list[BadNode]:
     try:
-        record: Any = json.loads(file.read_text())
+        record: Any = json.loads(mirror.read(file))
         return [BadNode(**entry) for entry in record["nodes"]]
     except FileNotFoundError:
         return []

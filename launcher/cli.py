@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat"),
     "Before you submit": ("plan", "export", "rehearse", "clusters", "sandbox"),
-    "Your runs": ("status", "logs", "explain", "cancel", "nodes"),
+    "Your runs": ("status", "logs", "explain", "resume", "retry", "cancel", "nodes"),
     "To see it all": ("demo",),
 }
 

@@ -4,7 +4,8 @@ Each finds its runs by name, prefix or job id under the runs folder of one clust
 """
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,4 +176,66 @@ def cancel(names: tuple[str, ...], cluster: str | None) -> None:
             screen.say(f"{run.name} has ended already")
 
 
-RUN_COMMANDS = (status, show_logs, explain_run, cancel)
+def _again(command: Callable[..., None]) -> Callable[..., None]:
+    """What `resume` and `retry` can be asked for."""
+    for option in (
+        click.option("--time", metavar="LIMIT", help="Another time limit.  [default: the one it had]"),
+        click.option("--exclude", multiple=True, metavar="NODES", help="Nodes to leave out; repeat it."),
+        click.option("--exclude-failed", is_flag=True, help="Leave out the nodes that failed, as `explain` says."),
+        click.option("--wait", is_flag=True, help="Wait for the end."),
+        click.option("--follow", is_flag=True, help="Wait, and print rank 0's log."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+@of_cluster
+@click.command()
+@click.argument("name", metavar="RUN")
+@_again
+def resume(name: str, cluster: str | None, wait: bool, follow: bool, **how: Any) -> None:
+    """Go on with a run that ended too early.
+
+    Same run directory, script and configuration, from what it saved: a new job is its next attempt.
+    """
+    _run_again("resume", name, cluster, wait or follow, follow, **how)
+
+
+@of_cluster
+@click.command()
+@click.argument("name", metavar="RUN")
+@_again
+def retry(name: str, cluster: str | None, wait: bool, follow: bool, **how: Any) -> None:
+    """Run a failed run again.
+
+    In its own run directory, from its newest checkpoint where it has one; with --exclude-failed on other nodes.
+    """
+    _run_again("retry", name, cluster, wait or follow, follow, **how)
+
+
+def _run_again(
+    how: str,
+    name: str,
+    cluster: str | None,
+    wait: bool,
+    follow: bool,
+    *,
+    time: str | None,
+    exclude: tuple[str, ...],
+    exclude_failed: bool,
+) -> None:
+    from launcher import again, explain, hostlist, runs, screen, watch
+
+    run = runs.find(name, roots_of(cluster))
+    nodes = {*again.nodes_option(exclude), *(explain.failed_nodes(run) if exclude_failed else ())}
+    act = again.resume if how == "resume" else again.retry
+    run = act(run, time=time, exclude=sorted(nodes))
+    screen.done(f"{run.name} goes on {'here' if run.is_local else f'as job {run.job_id} on {run.cluster}'}")
+    screen.facts(
+        [("without", hostlist.compress(nodes)), ("follow", "" if wait else f"mixlaunch logs -f {run.name}")]
+    )
+    if wait:
+        sys.exit(watch.to_the_end(run, follow=follow))
+
+
+RUN_COMMANDS = (status, show_logs, explain_run, resume, retry, cancel)

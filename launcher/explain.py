@@ -177,6 +177,16 @@ def _down(nodes: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def failed_nodes(run: "Run") -> tuple[str, ...]:
+    """The nodes on which a run failed; `UsageError` when nothing names one."""
+    told = explain(run)
+    if not told.failed_nodes:
+        raise UsageError(
+            f"--exclude-failed: nothing names a node of {run.name} ({told.summary}); give --exclude NODES"
+        )
+    return told.failed_nodes
+
+
 def mark_bad(told: Explanation, lasting: str) -> None:
     """Put the nodes to blame on their cluster's list; `UsageError` when none is."""
     from launcher import bad_nodes
@@ -206,6 +216,10 @@ def _addressed(run: "Run", advice: Iterable[str], *, again: bool = True) -> Iter
             continue
         if run.is_local and re.search(r"--mark-bad|--exclude-failed|sacct|sinfo|scontrol", text):
             continue
+        if not run.record["resumable"]:
+            text = text.replace(causes.RESUME, "`mixlaunch retry RUN` runs it again").replace(
+                "resume RUN", "retry RUN"
+            )
         yield re.sub(r"\bID\b", run.job_id or "ID", re.sub(r"\bRUN\b", run.name, text))
 
 

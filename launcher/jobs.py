@@ -82,6 +82,8 @@ class JobPlan:
     inputs: tuple[Input, ...] = ()
     outputs: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()  # variables whose values the submission puts into secrets.env
+    exclude: tuple[str, ...] = ()  # nodes that weren't to be used
+    bad_nodes: tuple[str, ...] = ()  # nodes on the cluster's list
     secrets_made: tuple[str, ...] = ()  # random values that the script puts into secrets.env
     notes: tuple[str, ...] = field(default=())
 

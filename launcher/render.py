@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launcher import fragments, quoting
+from launcher import fragments, hostlist, quoting
 from launcher.errors import UsageError
 from launcher.jobs import JobPlan
 from launcher.profile import OF_RANKS
@@ -79,8 +79,11 @@ def _directives(plan: JobPlan, run_dir: str | None) -> Iterator[tuple[str, str |
     yield ("requeue" if plan.resumable else "no-requeue"), None
     if run_dir:
         yield "output", f"{run_dir.replace('%', '%%')}/logs/slurm-%j.out"
+    if nodes := {*hostlist.expand(str(profile.extra.get("exclude", ""))), *plan.exclude, *plan.bad_nodes}:
+        yield "exclude", hostlist.compress(nodes)
     for name, value in profile.extra.items():
-        yield name, None if value is True else value
+        if name != "exclude":
+            yield name, None if value is True else value
 
 
 def _gpu_request(plan: JobPlan) -> Iterator[tuple[str, str]]:

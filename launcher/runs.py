@@ -83,6 +83,11 @@ class Run:
         return self.job_ids[-1] if self.job_ids else None
 
     @property
+    def submitting(self) -> bool:
+        """Whether a submission began of which nobody recorded the end."""
+        return bool(self.record.get("submitting", not self.job_ids))
+
+    @property
     def environment(self) -> dict[str, str]:
         """What a Slurm command needs to reach this run's cluster."""
         conf = self.record["profile"].get("slurm_conf")
@@ -98,16 +103,17 @@ def new_path(plan: "JobPlan") -> Path:
 
 def start(plan: "JobPlan", *, asked: Sequence[str] = (), path: Path | None = None) -> Run:
     """Render, check, make the run directory, submit, record. Without a job, nothing stays behind."""
-    from launcher import lint, render, secrets_env
+    from launcher import bad_nodes, lint, render, secrets_env
 
     secrets_env.require(plan)
+    plan = bad_nodes.leave_out(plan)
     path = path or new_path(plan)
     text = render.render(plan, str(path))
     lint.check(text, plan.profile.slurm_version)
     here = mirror.place(plan.profile.login_node, path)
     with mirror.submitting(here):
         run = create(plan, here, asked=asked)
-        return _with_job(run, _submitted(plan, text, run))
+        return with_job(run, _submitted(plan, text, run))
 
 
 def _submitted(plan: "JobPlan", text: str, run: Run) -> str:
@@ -119,7 +125,7 @@ def _submitted(plan: "JobPlan", text: str, run: Run) -> str:
         secrets_env.write(plan, run.path)
         return submit.submit(plan, text, run.path)
     except Interrupted as interrupted:
-        _with_job(run, interrupted.job_id)
+        with_job(run, interrupted.job_id)
         raise
     except KeyboardInterrupt:
         _settle(run)
@@ -137,7 +143,7 @@ def _settle(run: Run) -> None:
         states.cancel_local(run.path, "")
         shutil.rmtree(run.path)
     elif job_id := states.find_job(run.path / SCRIPT, run.environment):
-        _with_job(run, job_id)
+        with_job(run, job_id)
         raise Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
     else:
         shutil.rmtree(run.path)
@@ -159,9 +165,13 @@ def create(plan: "JobPlan", path: Path, *, asked: Sequence[str] = ()) -> Run:
         "outputs": list(plan.outputs),
         "resumable": plan.resumable,
         "secrets": list(plan.secrets),
+        "time": plan.time,
+        "exclude": list(plan.exclude),
         "profile": plan.profile.model_dump(mode="json"),
         "versions": {"mixlaunch": importlib.metadata.version("mixlaunch"), "python": platform.python_version()},
         "jobs": [],
+        "submitting": True,
+        "resubmissions": [],
         "cancelled": False,
     }
     try:
@@ -262,8 +272,8 @@ def states_of(runs: Sequence[Run]) -> dict[Path, State]:
     found: dict[Path, State] = {}
     clusters: dict[tuple[tuple[str, str], ...], dict[Path, str]] = {}
     for run in runs:
-        current = run if run.job_id else _adopted(run)
-        if current.job_id is None:
+        current = _adopted(run) if run.submitting else run
+        if current.submitting or current.job_id is None:
             found[run.path] = State(state=SUBMITTING, source="record", reason="its submission didn't end")
         elif run.is_local:
             host, cancelled = str(run.record["host"]), bool(run.record["cancelled"])
@@ -283,17 +293,17 @@ def _cancelled(run: Run, state: State) -> State:
 
 def cancel(run: Run) -> bool:
     """End the run's job; False if it has ended already. `Fault` if the scheduler refuses."""
-    current = run if run.job_id else _adopted(run)
-    if current.job_id is None or not state_of(current).active:
+    current = _adopted(run) if run.submitting else run
+    if current.submitting or current.job_id is None or not state_of(current).active:
         return False
     if run.is_local and socket.gethostname() != run.record["host"]:
         raise UsageError(f"{run.name} runs on {run.record['host']}; cancel it there")
     if run.is_local:
-        _changed(current, cancelled=True)
+        changed(current, cancelled=True)
         states.cancel_local(run.path, current.job_id)
     else:
         states.cancel_slurm([current.job_id], run.environment)
-        _changed(current, cancelled=True)
+        changed(current, cancelled=True)
     return True
 
 
@@ -305,7 +315,7 @@ def _adopted(run: Run) -> Run:
         job_id = _noted(run) or states.find_job(run.path / SCRIPT, run.environment)
     except Fault:
         return run
-    return _with_job(run, job_id) if job_id else run
+    return with_job(run, job_id) if job_id and job_id not in run.job_ids else run
 
 
 def _noted(run: Run) -> str | None:
@@ -317,11 +327,12 @@ def _noted(run: Run) -> str | None:
     return submit_far.noted(login, mirror.original(run.path))
 
 
-def _with_job(run: Run, job_id: str) -> Run:
-    return _changed(run, jobs=[*run.job_ids, job_id])
+def with_job(run: Run, job_id: str) -> Run:
+    """`run` with a job more, whose submission is over."""
+    return changed(run, jobs=[*run.job_ids, job_id], submitting=False)
 
 
-def _changed(run: Run, **values: Any) -> Run:
+def changed(run: Run, **values: Any) -> Run:
     """`run` with some of its record replaced, here and where it is a copy from."""
     changed = replace(run, record={**run.record, **values})
     _write(changed)

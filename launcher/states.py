@@ -3,6 +3,7 @@
 Ending a job is here too, because both need to know which processes are a run's.
 """
 
+import json
 import re
 import signal
 import socket
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher import mirror, processes, slurm
+from launcher import mirror, processes, slurm, ssh
 from launcher.errors import Fault
 
 SCRIPT = "job.sbatch"
@@ -97,10 +98,21 @@ def is_running(run_dir: Path) -> bool:
 
 
 def find_job(script: Path, environment: Mapping[str, str]) -> str | None:
-    """The id of the job that runs `script`, if Slurm has one; `Fault` if Slurm doesn't answer."""
-    path = str(mirror.original(script))
-    found = [job.id for job in slurm.queue(environment, timeout=LOOK_TIMEOUT).values() if job.command == path]
+    """The id of the job of `script` that its run doesn't know yet, if Slurm has one; `Fault` if it's silent."""
+    path, known = str(mirror.original(script)), _recorded(script, environment)
+    queue = slurm.queue(environment, timeout=LOOK_TIMEOUT).values()
+    found = [job.id for job in queue if job.command == path and job.id not in known]
     return max(found, key=int, default=None)
+
+
+def _recorded(script: Path, environment: Mapping[str, str]) -> list[str]:
+    """The jobs in the record beside `script`, or beside its copy."""
+    login = environment.get(ssh.LOGIN)
+    here = script if mirror.login_of(script) or not login else mirror.place(ssh.Login.decoded(login), script)
+    try:
+        return list(json.loads((here.parent / "run.json").read_text())["jobs"])
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def cancel_slurm(job_ids: Iterable[str], environment: Mapping[str, str]) -> None:

@@ -1,0 +1,190 @@
+"""A run goes on: a new job in the same run directory, with the script it had, as its next attempt.
+
+It takes the way of every submission: an id, or an error that says whether there is a job; two commands at once make
+one. Only the time limit and the nodes to leave out may change; the ranks stay as they are.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from launcher import bad_nodes, hostlist, lint, mirror, runs, states
+from launcher.errors import Fault, Interrupted, UncertainError, UsageError
+
+if TYPE_CHECKING:
+    from launcher.jobs import JobPlan
+    from launcher.runs import Run
+
+FAULTS = "faults"  # the script's count of faults without progress; whoever asks for another try starts it anew
+
+
+def resume(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
+    """Go on with a run that ended before it was done; `UsageError` if there is nothing to go on with."""
+    if not run.record["resumable"]:
+        raise UsageError(
+            f"{run.name}: {run.job} keeps nothing to go on from; `mixlaunch retry {run.name}` begins anew"
+        )
+    return _again(run, "resume", time=time, exclude=exclude)
+
+
+def retry(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
+    """Run a failed run again, from its newest checkpoint if it has one; `UsageError` if it didn't fail."""
+    return _again(run, "retry", time=time, exclude=exclude)
+
+
+def _again(run: "Run", how: str, *, time: str | None, exclude: Sequence[str]) -> "Run":
+    with _alone(run):
+        run = runs.read(run.path)
+        _require_ended(run, how)
+        limit = _limit(run, time)
+        explicit = sorted({*run.record.get("exclude", []), *exclude})
+        text = _script(run, limit if time else None, explicit)
+        lint.check(text, run.profile.slurm_version)
+        told = {"how": how, "at": _now(), "exclude": explicit, "time": limit}
+        history = [*run.record.get("resubmissions", []), told]
+        changes = {"exclude": explicit, "time": limit, "resubmissions": history, "cancelled": False}
+        _submit(runs.changed(run, submitting=True, **changes), run, text, limit)
+        return runs.read(run.path)
+
+
+def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
+    """Make the job and record it; without a job, script and record are as they were."""
+    from launcher import submit
+
+    script = changed.path / states.SCRIPT
+    old, faults = script.read_text(), changed.path / FAULTS
+    count = faults.read_text() if faults.exists() else None
+    faults.unlink(missing_ok=True)
+    try:
+        job_id = submit.submit(_plan(changed, limit), text, changed.path)
+    except Interrupted as interrupted:
+        runs.with_job(changed, interrupted.job_id)
+        raise
+    except UncertainError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and (made := _job_behind(changed)):
+            runs.with_job(changed, made)
+            raise Interrupted(f"interrupted, but the job is there: {made}", made) from None
+        script.write_text(old)
+        if count is not None:
+            faults.write_text(count)
+        runs.changed(before)
+        raise
+    runs.with_job(changed, job_id)
+
+
+def _job_behind(run: "Run") -> str | None:
+    """After a Ctrl-C around the submission: the job, if there is one."""
+    if run.is_local:
+        states.cancel_local(run.path, "")
+        return None
+    return states.find_job(run.path / states.SCRIPT, run.environment)
+
+
+def _require_ended(run: "Run", how: str) -> None:
+    state = runs.state_of(run)
+    run = runs.read(run.path)
+    if state.state == runs.SUBMITTING and run.submitting and not run.is_local:
+        states.find_job(run.path / states.SCRIPT, run.environment)  # raises if Slurm is silent: there may be a job
+        return
+    if state.state == states.UNKNOWN:
+        raise Fault(f"{run.name}: whether it has ended isn't known: {state.reason}")
+    if state.active:
+        job = f" as job {run.job_id}" if run.job_id else ""
+        raise UsageError(f"{run.name} is {state.state}{job}; `mixlaunch cancel {run.name}` ends it first")
+    if state.state == "COMPLETED":
+        raise UsageError(f"{run.name} is done; there is nothing to {how}")
+    if how == "retry" and state.state == "CANCELLED" and run.record["resumable"]:
+        raise UsageError(f"{run.name} was cancelled, it didn't fail; `mixlaunch resume {run.name}` goes on with it")
+
+
+def _limit(run: "Run", time: str | None) -> str:
+    """The time limit: the one asked for, else what the script says, else the record."""
+    from launcher.profile import time_limit
+
+    if time is None:
+        match = re.search(r"^#SBATCH --time=(\S+)$", (run.path / states.SCRIPT).read_text(), re.M)
+        return match[1] if match else str(run.record.get("time") or run.profile.time)
+    try:
+        return time_limit(time)
+    except ValueError as error:
+        raise UsageError(f"--time: {error}") from None
+
+
+def _script(run: "Run", limit: str | None, explicit: Iterable[str]) -> str:
+    """The run's script with another limit and other nodes to leave out."""
+    try:
+        text = (run.path / states.SCRIPT).read_text()
+    except OSError as error:
+        raise UsageError(
+            f"{run.path / states.SCRIPT}: {error.strerror}; there is nothing to submit again"
+        ) from error
+    if run.is_local:
+        if explicit:
+            raise UsageError("--exclude: this run is one of this machine alone; there are no nodes to leave out")
+        return text
+    profile = run.profile
+    listed = [entry.node for entry in bad_nodes.read(profile)]
+    nodes = {*hostlist.expand(str(profile.extra.get("exclude", ""))), *explicit, *listed}
+    text = _with_option(text, "exclude", hostlist.compress(nodes) or None)
+    return _with_option(text, "time", limit) if limit else text
+
+
+def _with_option(text: str, option: str, value: str | None) -> str:
+    """`text` with one #SBATCH option set in the place it had, else as the last one, or without it."""
+    lines = text.splitlines(keepends=True)
+    places = [place for place, line in enumerate(lines) if line.startswith("#SBATCH --")]
+    mine = [place for place in places if lines[place].startswith(f"#SBATCH --{option}=")]
+    at = mine[0] if mine else places[-1] + 1
+    new = [f"#SBATCH --{option}={value}\n"] if value else []
+    return "".join([*lines[:at], *new, *lines[at + len(mine) :]])
+
+
+def _plan(run: "Run", limit: str) -> "JobPlan":
+    """As much of the run's plan as a submission needs."""
+    from launcher.jobs import JobPlan
+    from launcher.layout import Placement
+
+    placement = Placement(nodes=run.record["nodes"], tasks_per_node=run.record["tasks_per_node"])
+    return JobPlan(
+        job=run.job,
+        name=run.name,
+        profile=run.profile,
+        placement=placement,
+        config=run.record["config"],
+        time=limit,
+    )
+
+
+@contextlib.contextmanager
+def _alone(run: "Run") -> Iterator[None]:
+    """One command at a time goes on with a run."""
+    descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with mirror.submitting(run.path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{run.name}: another command is going on with it at this moment") from None
+            except OSError:  # a file system without locks: the check of its state must do
+                pass
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def nodes_option(values: Sequence[str], option: str = "--exclude") -> tuple[str, ...]:
+    """What was typed for it, as single names."""
+    try:
+        return tuple(hostlist.expand(",".join(values)))
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
