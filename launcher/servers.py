@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ from launcher.errors import Fault, UsageError
 if TYPE_CHECKING:
     import httpx
 
-STATE = "server.json"
     from launcher.jobs import JobPlan
 
+STATE = "server.json"
 KEY = "MIXLAUNCH_API_KEY"
-ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
 PROBE_SECONDS = 2.0
+ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def of_run(run: runs.Run) -> Server:
 
 
 def newest(roots: Iterable[Path]) -> Server:
-    """The server that was started last."""
+    """The server that was started last; one that was killed left its word behind, so of several one must answer."""
     ready = [run for run in runs.every(roots) if (run.path / STATE).is_file()]
     if not ready:
         raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
