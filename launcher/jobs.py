@@ -313,9 +313,9 @@ def plan_serve(
     weights = places.weights(profile, model)
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
+    config["other_port"] = port is None  # a port that was asked for is that one or none
     return JobPlan(
         **_common("serve", profile, ask),
-    config["other_port"] = port is None  # a port that was asked for is that one or none
         placement=outlook.placement,
         layout=layout,
         outlook=outlook,
