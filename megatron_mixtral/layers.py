@@ -170,11 +170,7 @@ class Experts(MegatronModule):
         return self._product(inner, self.linear_fc2, tokens_per_expert), None
 
     def _product(self, x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        if self.grouped:
-            ends = tokens_per_expert.to(x.device, torch.int32).cumsum(0, dtype=torch.int32)
-            return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-        parts = x.split(tokens_per_expert.tolist())
-        return torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])
+        return products(x, weight, tokens_per_expert, grouped=self.grouped)
 
     def backward_dw(self) -> None:
         """Weight gradients are made in the backward pass itself."""
@@ -190,8 +186,8 @@ class Experts(MegatronModule):
         if self.tensor_group.size() == 1:
             fc1 = shard(key, self.linear_fc1, replica, axis=1)  # loaded in place, with no second copy
         else:
-            split = partial(_split_gate_up, shard)
-            fc1 = ShardedTensorFactory(key, self.linear_fc1, split, _join_gate_up, replica)
+            split = partial(split_gate_up, shard)
+            fc1 = ShardedTensorFactory(key, self.linear_fc1, split, join_gate_up, replica)
         fc2 = shard(f"{prefix}experts.linear_fc2.weight", self.linear_fc2, replica, axis=2)
         tensors = {f"{prefix}linear_fc1": fc1, f"{prefix}linear_fc2": fc2}
         return tensors | self._extra_states(prefix, offsets)
@@ -228,15 +224,24 @@ class Experts(MegatronModule):
 
 
 @torch.no_grad()
-def _split_gate_up(shard: Any, key: str, tensor: Tensor, replica: Any, _: Any) -> list[ShardedTensor]:
+def split_gate_up(shard: Any, key: str, tensor: Tensor, replica: Any, _: Any) -> list[ShardedTensor]:
     """Each half has its own place in the global [E, 2F, H], or tensor-parallel shards of both would interleave."""
     gate, up = tensor.chunk(2, dim=1)
     return [shard(key, half, replica, axis=1, part=i, of=2) for i, half in enumerate((gate, up))]
 
 
 @torch.no_grad()
-def _join_gate_up(halves: list[Tensor]) -> Tensor:
+def join_gate_up(halves: list[Tensor]) -> Tensor:
     return torch.cat(halves, dim=1)
+
+
+def products(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, grouped: bool) -> Tensor:
+    """x [T, K] sorted by expert, weight [E, N, K] -> [T, N]: each row with its own expert's matrix."""
+    if grouped:
+        ends = tokens_per_expert.to(x.device, torch.int32).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    parts = x.split(tokens_per_expert.tolist())
+    return torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])
 
 
 def grouped_mm_serves(*weights: Tensor) -> bool:
@@ -259,10 +264,10 @@ class Parts:
 
 
 def decoder_spec(
-    config: TransformerConfig, *, parts: Parts = Parts(), vp_stage: int | None = None
+    config: TransformerConfig, *, parts: Parts = Parts(), vp_stage: int | None = None, own: bool = False
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the norm after the last one."""
-    if mcore.have_transformer_engine():
+    """The layers of this pipeline stage and the norm after the last; `own` ones even beside Transformer Engine."""
+    if mcore.have_transformer_engine() and not own:
         return mcore.transformer_engine_block(config, vp_stage=vp_stage)
     layer = ModuleSpec(
         module=TransformerLayer,

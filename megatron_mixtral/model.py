@@ -3,12 +3,15 @@
 `tensors.shapes` lists the tensors it has in a checkpoint, the same for every layout.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from megatron_mixtral import fused, layers, mcore
+from megatron_mixtral import lora as adapting
+from megatron_mixtral.adapters import Lora
 from megatron_mixtral.config import Layout, MixtralShape
 from megatron_mixtral.errors import LayoutError
 
@@ -29,6 +32,8 @@ def build(
     random_weights: bool = True,
     parallel_output: bool = True,
     fuse: bool | None = None,
+    lora: Lora | None = None,
+    seed: int = 1234,
     **config: Any,
 ) -> GPTModel:
     """This rank's part of the model, after `mcore.initialize(layout)`.
@@ -36,19 +41,22 @@ def build(
     `random_weights=False` leaves parameters as the memory was: for models loaded from a checkpoint next.
     `parallel_output=False` gathers the vocabulary of the logits over tensor-parallel ranks.
     `fuse` asks for our own kernels or for none; by default they are used wherever they run on a GPU.
+    `lora` freezes everything and puts adapters beside it, whose first values follow from `seed`.
     Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
     """
     layout.check(shape)
     if layout.context > 1:
         raise LayoutError(f"context parallel {layout.context}: attention isn't split over the sequence yet; use 1")
     kind, parts = _kind(fuse)
+    if lora and lora.experts:
+        parts = replace(parts, experts=adapting.Experts)
     with mcore.quiet():
         settings = transformer_config(
             shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
         )
         model = kind(
             config=settings,
-            transformer_layer_spec=layers.decoder_spec(settings, parts=parts),
+            transformer_layer_spec=layers.decoder_spec(settings, parts=parts, own=lora is not None),
             vocab_size=padded_vocabulary(shape, layout),
             max_sequence_length=max_sequence_length or shape.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -58,9 +66,11 @@ def build(
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
         ).to(mcore.device())
-    model.shape, model.fused = shape, kind is not GPTModel
+    model.shape, model.lora, model.fused = shape, lora, kind is not GPTModel
     _set_experts_apart(model)
     _hide_padding(model, shape)
+    if lora:
+        adapting.attach(model, lora, seed=seed)
     return model
 
 
@@ -77,10 +87,13 @@ def _kind(fuse: bool | None) -> tuple[type[GPTModel], layers.Parts]:
 
 def ways(model: GPTModel) -> str:
     """Which way its layers are computed here, and what stands against a faster one."""
-    if mcore.have_transformer_engine():
+    if mcore.have_transformer_engine() and not model.lora:
         return "layers by Transformer Engine"
     if not model.fused:
         return f"layers in plain torch: {fused.missing() or 'our kernels were not asked for'}"
+    if model.lora and model.lora.experts:
+        one_by_one = "" if model.lora.rank % 8 == 0 else f", theirs one by one as rank {model.lora.rank} isn't 8 N"
+        return f"layers by our kernels; experts with adapters in plain torch{one_by_one}"
     from megatron_mixtral.fused import products
 
     return f"layers by our kernels; {products.describe()}"

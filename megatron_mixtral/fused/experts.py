@@ -42,10 +42,10 @@ class GroupedExperts(torch.autograd.Function):
         grad = grad.contiguous()
         inner = products.of(grad, fc2)  # its gradient, until the next line makes it the value again
         grad_probs = activation.backward_in_place(both, probs, inner)
-        grad_fc2 = _weight_gradient(products, fc2, grad, inner)
+        grad_fc2 = _weight_gradient(products, fc2, grad, inner) if ctx.needs_input_grad[4] else None
         del inner
         grad_rows = products.of(both, fc1)
-        grad_fc1 = _weight_gradient(products, fc1, both, rows)
+        grad_fc1 = _weight_gradient(products, fc1, both, rows) if ctx.needs_input_grad[3] else None
         return grad_rows, grad_probs, None, grad_fc1, grad_fc2
 
 
