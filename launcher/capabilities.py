@@ -1,4 +1,7 @@
-"""What sbatch of each Slurm version takes: its long options, from 22.05, the oldest supported, on."""
+"""What sbatch of each Slurm version takes: its long options, from 22.05, the oldest supported, on.
+
+After SchedMD's change logs and manual pages; tests/slurm holds the table to the sbatch that is installed.
+"""
 
 OLDEST = "22.05"
 NEWEST = "25.05"
@@ -6,19 +9,23 @@ SLURM_22_05 = """
 account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container
 contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency
 distribution error exclude exclusive export export-file extra-node-info get-user-env gid gpu-bind gpu-freq
-gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name kill-on-
-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice
-no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-
-socket open-mode output overcommit oversubscribe parsable partition power prefer priority profile propagate
-qos quiet reboot requeue reservation signal sockets-per-node spread-job switches test-only thread-spec
-threads-per-core time time-min tmp uid use-min-nodes verbose wait wait-all-nodes wckey wrap
+gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name
+kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus
+network nice no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu
+ntasks-per-node ntasks-per-socket open-mode output overcommit oversubscribe parsable partition power prefer
+priority profile propagate qos quiet reboot requeue reservation signal sockets-per-node spread-job switches
+test-only thread-spec threads-per-core time time-min tmp uid use-min-nodes verbose wait wait-all-nodes wckey
+wrap
 """
 SINCE = {
-    "23.02": ("container-id",),
-    "23.11": ("tres-bind", "tres-per-task"),
+    "23.02": ("container-id", "extra", "tres-per-task"),
+    "23.11": ("tres-bind",),
     "24.05": ("resv-ports", "segment", "stepmgr"),
     "24.11": ("oom-kill-step",),
     "25.05": ("consolidate-segments", "spread-segments"),
+}
+UNTIL = {  # the first version without them
+    "23.11": ("export-file",),
 }
 
 
@@ -26,7 +33,8 @@ def known_options(slurm_version: str) -> frozenset[str]:
     """The long options that sbatch of this version takes."""
     version = number(slurm_version)
     later = [option for since, options in SINCE.items() if number(since) <= version for option in options]
-    return frozenset(SLURM_22_05.split()).union(later)
+    gone = [option for until, options in UNTIL.items() if number(until) <= version for option in options]
+    return frozenset(SLURM_22_05.split()).union(later).difference(gone)
 
 
 def number(version: str) -> tuple[int, ...]:

@@ -1,0 +1,28 @@
+"""The table of sbatch's options, held to the sbatch that is installed."""
+
+import pytest
+
+from launcher import capabilities, slurm
+from launcher.errors import Fault
+
+
+def test_the_table_is_what_sbatch_takes(site):
+    """A word that sbatch doesn't know is told before the controller is asked for anything."""
+    said = slurm.call("sbatch", "--version", environment=site.environment)
+    version = ".".join(said.split()[1].split(".")[:2])
+    if capabilities.number(version) > capabilities.number(capabilities.NEWEST):
+        pytest.skip(f"Slurm {version} is newer than the table")
+    known = capabilities.known_options(version)
+    later = {option for options in capabilities.SINCE.values() for option in options} - known
+
+    def taken(option: str) -> bool:
+        try:
+            slurm.call("sbatch", f"--{option}", "--usage", environment=site.environment)
+        except Fault as fault:
+            return "unrecognized option" not in str(fault) and "ambiguous" not in str(fault)
+        return True
+
+    assert len(known) >= 99
+    assert [option for option in known if not taken(option)] == []
+    # sbatch takes the beginning of a longer option's name for it.
+    assert [o for o in later if taken(o) and not any(longer.startswith(o) for longer in known)] == []
