@@ -190,8 +190,11 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "checkpoint", "step": step, "seconds": float(seconds)}:
             return f"step {step}: saved in {seconds:.1f} s"
         case {"event": "progress", "done": done, "total": total, "unit": unit}:
-            suffix = "B" if unit == "bytes" else f" {unit}"
-            return f"{screen.count(done)}{suffix} of {screen.count(total)}{suffix}"
+            suffix, left = "B" if unit == "bytes" else f" {unit}", event.get("left")
+            rest = f", {left:.0f} s left" if left and done < total else ""
+            return f"{screen.count(done)}{suffix} of {screen.count(total)}{suffix}{rest}"
+        case {"event": "note", "text": str(text)}:
+            return text
         case {"event": "ready", "url": url}:
             return f"ready at {url}"
         case {"event": "exit", "reason": str(reason), "code": int(code)} if code:

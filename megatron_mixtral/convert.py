@@ -69,15 +69,23 @@ def write(config: ConvertConfig, conversion: Conversion, work: Work, crew: Crew,
     folder = work.partial / conversion.subfolder
     units = conversion.units
     work.begin(sum(u.nbytes for u in units), crew, folder)
-    mine = [units[place] for place in crew.mine([u.nbytes for u in units])]
-    progress = Progress(sum(u.nbytes for u in mine), label=f"rank {crew.rank}", events=events)
+    places = set(crew.mine([u.nbytes for u in units]))
+    mine = [units[place] for place in sorted(places)]
+    others = [unit for place, unit in enumerate(units) if place not in places]
+    progress = Progress(
+        sum(u.nbytes for u in mine),
+        label=f"rank {crew.rank}",
+        events=events,
+        whole=sum(u.nbytes for u in units),
+        elsewhere=lambda: sum(u.nbytes for u in others if work.is_recorded(u.file)) if crew.rank == 0 else 0,
+    )
     write_units(config, conversion, work, mine, progress)
     if crew.rank > 0:
         progress.finish()
         return work.wait_published(conversion.marker)
-    work.wait([unit.file for unit in units], int)
-    complete(config, conversion, work, folder)
+    work.wait([unit.file for unit in units], progress.wait)
     progress.finish()
+    complete(config, conversion, work, folder, events)
     print(f"{work.output}: complete", flush=True)
     return None
 
@@ -126,7 +134,7 @@ def keep(
     work.keep(unit.file, path, descriptor, {"digests": written})
 
 
-def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> None:
+def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path, events: EventLog) -> None:
     """Everything that isn't weights, the marker last, and the folder's name."""
     conversion.complete(folder)
     copy_assets(conversion.source_folder, folder, config.dtype)
@@ -149,13 +157,13 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
     }
     weights_folder.write_marker(folder, marker)
     if config.check_logits:
-        check_logits(config, conversion, work, folder)
+        events.write("note", text=check_logits(config, conversion, work, folder))
     if conversion.subfolder:
         weights_folder.replace_text(work.partial / weights_folder.LATEST, conversion.subfolder)
     work.publish()
 
 
-def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> None:
+def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> str:
     """Compute with what was read and with what was written; the other processes are told that it takes a while."""
     from megatron_mixtral import logits  # imports torch
 
@@ -163,7 +171,9 @@ def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, fold
     if config.to == "hf":
         hub_side, megatron_side = folder, conversion.source_folder
     with work.alive():
-        logits.check(hub_side, megatron_side, dtype=config.dtype, prompt=config.prompt, tolerance=config.tolerance)
+        return logits.check(
+            hub_side, megatron_side, dtype=config.dtype, prompt=config.prompt, tolerance=config.tolerance
+        )
 
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class Weights:
             here.copy_(values.view(here.shape))
 
 
-def check(hub: Path, megatron: Path, *, dtype: str | None, prompt: str, tolerance: float) -> None:
-    """Print the largest difference; `CheckpointError` when it is more than `tolerance` of the largest logit.
+def check(hub: Path, megatron: Path, *, dtype: str | None, prompt: str, tolerance: float) -> str:
+    """Print and return the largest difference; `CheckpointError` when it is above `tolerance` of the largest logit.
 
     `dtype` is what the weights were rounded to on their way, if they were.
     """
@@ -75,6 +75,7 @@ def check(hub: Path, megatron: Path, *, dtype: str | None, prompt: str, toleranc
     if not off <= tolerance * scale:  # NaN as well
         raise CheckpointError(f"{megatron}: {said}: more than {tolerance:g} of it; these aren't the same weights")
     print(said, flush=True)
+    return said
 
 
 @contextmanager

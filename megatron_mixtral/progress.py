@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from megatron_mixtral.events import EventLog
@@ -11,10 +12,22 @@ EVENT_EVERY = 2.0
 
 
 class Progress:
-    """Counts the bytes of this process, `total` of them; called from one thread."""
+    """Counts the bytes of this process, `total` of them; called from one thread.
 
-    def __init__(self, total: int, *, label: str, events: EventLog) -> None:
+    Events tell of all processes: `whole` is the bytes of all, `elsewhere` how many of them others have done.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        label: str,
+        events: EventLog,
+        whole: int | None = None,
+        elsewhere: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.total, self.label, self.events, self.done = total, label, events, 0
+        self.whole, self.elsewhere, self._first = total if whole is None else whole, elsewhere, elsewhere()
         self.skipped = 0  # done by an earlier run: no measure of this one's speed
         self._begun = self._line = self._event = time.monotonic()
         self._bar = _bar(total) if sys.stderr.isatty() else None
@@ -33,6 +46,11 @@ class Progress:
         self.skipped += count
         self.add(count)
 
+    def wait(self, _: int = 0) -> None:
+        """This process has done its part; tell how far the others are."""
+        if time.monotonic() - self._event > EVENT_EVERY:
+            self._tell(time.monotonic())
+
     def finish(self) -> None:
         """Say that all is done."""
         if self._bar:
@@ -50,7 +68,10 @@ class Progress:
 
     def _tell(self, now: float) -> None:
         self._event = now
-        self.events.write("progress", done=self.done, total=self.total, unit="bytes")
+        elsewhere = self.elsewhere()
+        done, fresh = self.done + elsewhere, self.done - self.skipped + elsewhere - self._first
+        left = (self.whole - done) * (now - self._begun) / fresh if fresh > 0 else None
+        self.events.write("progress", done=done, total=self.whole, unit="bytes", left=left)
 
 
 def _bar(total: int) -> Any:

@@ -37,10 +37,12 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
     progress = Progress(total, label=f"rank {crew.rank}", events=events)
     wrong = [name for name in mine if digest(source, runs[name], progress) != recorded[name]]
     progress.finish()
+    verdict = f"{folder}: {len(mine)} tensors as they were converted"
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(f"{folder}: tensor {wrong[0]}{more}: not what was converted; the files have changed")
-    print(f"{folder}: {len(mine)} tensors as they were converted", flush=True)
+    print(verdict, flush=True)
+    events.write("note", text=verdict if crew.size == 1 else f"rank 0: {verdict}")
 
 
 def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:

@@ -137,6 +137,10 @@ class Work:
     def _record(self, name: str) -> Path:
         return self.records / f"{name.replace('/', '_')}.json"
 
+    def is_recorded(self, name: str) -> bool:
+        """Whether the file is finished."""
+        return self._record(name).exists()
+
     def claim(self, path: Path) -> int:
         """Open the empty, rough version of `path` for this process alone; `InputError` when another writes it."""
         rough = rough_name(path)
@@ -169,10 +173,10 @@ class Work:
         """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
         missing, patience = set(names), Patience(self.partial)
         while missing:
-            found = {name for name in missing if self._record(name).exists()}
+            tell(len(names) - len(missing))
+            found = {name for name in missing if self.is_recorded(name)}
             if found:
                 missing -= found
-                tell(len(names) - len(missing))
             elif patience.is_out():
                 raise JobError(
                     f"{self.partial}: no other process wrote anything for {STALL:.0f} s; {min(missing)} is missing"
