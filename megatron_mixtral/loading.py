@@ -4,7 +4,6 @@ Several threads read ahead while values are put where they belong, and it is tol
 rank doesn't need isn't read; nothing is written and nothing converted first.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mixtral import checkpoint, weights_folder
+from megatron_mixtral import checkpoint, merging, weights_folder
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import Files, Source
-from megatron_mixtral.errors import InputError
-from megatron_mixtral.hub import HubFolder
+from megatron_mixtral.copying import Source
+from megatron_mixtral.hub_rows import HubRows
 from megatron_mixtral.tensors import PADDED
-from megatron_mixtral.torch_dist import TorchDistFolder
-from megatron_mixtral.weights import Names, Rows, hub_shapes, links, megatron_axes
+from megatron_mixtral.weights import Rows, megatron_axes
 
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -36,39 +33,6 @@ BLOCK = 64 << 20  # bytes read at a time
 READERS = 4  # threads: a parallel file system or a page cache gives more to several
 
 
-class HubRows:
-    """A hub folder read by Megatron's names; what is stored is checked against the shape at once."""
-
-    def __init__(self, folder: Path, shape: MixtralShape) -> None:
-        self.hub = HubFolder(folder)
-        if shape.tie_word_embeddings:
-            self.hub.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
-        names = Names.found_in(self.hub.tensors)
-        self.hub.check(hub_shapes(shape, names))
-        self._parts: dict[tuple[str, tuple[int, ...]], list[tuple[Rows, Rows]]] = {}
-        for link in links(shape, names):
-            self._parts.setdefault((link.megatron.name, link.megatron.index), []).append((link.megatron, link.hub))
-        self._some = {name: parts[0][1].name for (name, _), parts in self._parts.items()}
-        for (name, _), parts in self._parts.items():
-            if other := [hub.name for _, hub in parts if self.hub.dtype(hub.name) != self.dtype(name)]:
-                raise InputError(f"{folder}: {other[0]} and {self._some[name]} differ in type; convert it first")
-
-    def dtype(self, name: str) -> str:
-        return self.hub.dtype(self._some[name])
-
-    def row_bytes(self, name: str) -> int:
-        return self.hub.row_bytes(self._some[name])
-
-    def read(self, rows: Rows, out: memoryview) -> None:
-        width = self.row_bytes(rows.name)
-        for here, there in self._parts[rows.name, rows.index]:
-            start, stop = max(rows.start, here.start), min(rows.stop, here.stop)
-            if start < stop:
-                shift = there.start - here.start
-                part = Rows(there.name, there.index, start + shift, stop + shift)
-                self.hub.read(part, out[(start - rows.start) * width : (stop - rows.start) * width])
-
-
 @dataclass(frozen=True, slots=True)
 class Block:
     """Some rows of a stored tensor, and the rows and columns of a parameter that they are for."""
@@ -78,13 +42,14 @@ class Block:
     into: Tensor
 
 
-def load(model: Any, folder: Path, *, progress: Callable[[int], Any] = int) -> None:
+def load(model: Any, folder: Path, *, base: str | None = None, progress: Callable[[int], Any] = int) -> None:
     """Fill `model`, built without random weights, from `folder`; whatever is missing there is refused by name.
 
+    Adapters are merged into their base, which is looked for where it was when they were trained, or in `base`.
     `progress` is called with each number of bytes put in place; their sum is `size(model)`.
     """
     plain = checkpoint.unwrap(model)
-    source, lengths = _open(folder, plain.shape)
+    source, lengths = _open(folder, plain.shape, base)
     state = checkpoint.weights_wanted(plain)
     factories, _ = extract_matching_values(
         state, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
@@ -102,13 +67,15 @@ def size(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in checkpoint.unwrap(model).parameters())
 
 
-def _open(folder: Path, shape: MixtralShape) -> tuple[Any, dict[str, int]]:
+def _open(folder: Path, shape: MixtralShape, base: str | None) -> tuple[Any, dict[str, int]]:
     """Where to read, checked; and how many rows the tensors have there that tensor parallelism may pad."""
-    if weights_folder.is_hub(folder):
-        return HubRows(folder, shape), dict.fromkeys(PADDED, shape.vocab_size)
-    checkpoint.verify(folder, shape)
-    stored = TorchDistFolder(folder)
-    return stored, {name: stored.tensors[name].shape[0] for name in PADDED if name in stored.tensors}
+    if not weights_folder.is_hub(folder) and not merging.is_adapter(folder):
+        checkpoint.verify(folder, shape)
+    source = merging.open_weights(folder, shape, base=base)
+    stored = source.base if isinstance(source, merging.Merged) else source
+    if isinstance(stored, HubRows):
+        return source, dict.fromkeys(PADDED, shape.vocab_size)
+    return source, {name: stored.tensors[name].shape[0] for name in PADDED if name in stored.tensors}
 
 
 def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> Iterator[Block]:
@@ -139,14 +106,14 @@ def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tu
 
 
 def _fill(
-    source: Source, blocks: Iterable[Block], readers: ThreadPoolExecutor, progress: Callable[[int], Any]
+    source: Any, blocks: Iterable[Block], readers: ThreadPoolExecutor, progress: Callable[[int], Any]
 ) -> None:
     """Read ahead by as many blocks as there are readers, and put each where it belongs."""
     own = threading.local()
 
     def read(block: Block) -> Tensor:
         if not hasattr(own, "source"):
-            own.source = _with_own_files(source)
+            own.source = source.apart()
         rows = block.rows
         buffer = memoryview(bytearray(len(rows) * source.row_bytes(rows.name)))
         own.source.read(rows, buffer)
@@ -170,14 +137,3 @@ def _fill(
     finally:
         for _, future in waiting:
             future.cancel()
-
-
-def _with_own_files(source: Any) -> Any:
-    """A copy that opens files for itself: their descriptors aren't for several threads."""
-    mine = copy.copy(source)
-    if isinstance(source, HubRows):
-        mine.hub = copy.copy(source.hub)
-        mine.hub.files = Files()
-    else:
-        mine.files = Files()
-    return mine

@@ -4,10 +4,12 @@ On disk each chunk of a tensor is one `torch.save` archive inside a `.distcp` fi
 says where. Reading finds the raw bytes in the archive; writing puts an archive's frame around bytes already copied.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
+from typing import Self
 
 from megatron_mixtral import torch_files
 from megatron_mixtral.copying import Files, Target, Unit
@@ -28,6 +30,12 @@ class TorchDistFolder:
         self.tensors = read_tensors(folder)
         self.files = Files()
         self._places: dict[Chunk, int] = {}
+
+    def apart(self) -> Self:
+        """For another thread: with files of its own."""
+        mine = copy.copy(self)
+        mine.files = Files()
+        return mine
 
     def dtype(self, name: str) -> str:
         return self.tensors[name].dtype
