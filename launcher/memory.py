@@ -99,7 +99,9 @@ def _training_stage(shape: Shape, layout: Layout, world: int, work: Training, st
         "backward": working,
     }
     if stage == layout.pipeline - 1:
-        parts["logits"] = tokens_kept(layout, work) * size * (padded_vocabulary(shape, layout) + 2 * shape.hidden)
+        logits = tokens_kept(layout, work) * size * (padded_vocabulary(shape, layout) + 2 * shape.hidden)
+        # Their memory serves again when the last layer is computed once more.
+        parts["logits"] = logits if work.recompute == "none" else max(0, logits - working)
     return Usage(stage=stage, parts=parts)
 
 

@@ -1,0 +1,151 @@
+"""The launcher's memory formula against what a GPU really holds at the worst moment of a step: within a tenth.
+
+Each measurement is a process of its own: megatron-core's hooks keep what one has built until it ends.
+"""
+
+import dataclasses
+import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from launcher import layout as launcher_layout
+from launcher import memory
+
+GIB = 2**30
+TWO_LAYERS = dataclasses.replace(launcher_layout.SHAPES["8x7B"], layers=2)
+ONE_LAYER = dataclasses.replace(launcher_layout.SHAPES["8x22B"], layers=1)
+DEEP = launcher_layout.Shape(  # most of what it holds are activations
+    layers=12,
+    experts=8,
+    heads=16,
+    query_groups=4,
+    expert_width=4096,
+    hidden=2048,
+    head_size=128,
+    vocabulary=32000,
+)
+CASES = {  # model, micro batch, sequence
+    "two layers of 8x7B": (TWO_LAYERS, 2, 4096),
+    "one layer of 8x22B": (ONE_LAYER, 1, 4096),
+    "deep": (DEEP, 4, 4096),
+    "long": (dataclasses.replace(DEEP, layers=4), 1, 32768),
+}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.fixture
+def measure():
+    """Call a function of this module with these arguments in a process that has the GPU to itself."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+    def apart(function, *args):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as one:
+            return one.submit(function, *args).result()
+
+    return apart
+
+
+def core_shape(shape):
+    from megatron_mixtral.config import MixtralShape
+
+    return MixtralShape(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.expert_width,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.query_groups,
+        head_dim=shape.head_size,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.experts_a_token,
+        vocab_size=shape.vocabulary,
+    )
+
+
+def step_bytes(shape, rows, sequence, config, dispatch):
+    """Two steps of two micro batches: (peak, what stands between steps)."""
+    from megatron_mixtral import mcore, model, optimize
+    from megatron_mixtral.config import FinetuneConfig, Layout
+    from megatron_mixtral.fused import modules
+
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    mcore.initialize(Layout())
+    if dispatch:
+        modules.MoE.forward = MoELayer.forward
+    before = torch.cuda.memory_allocated()
+    built = model.build(core_shape(shape), Layout(), precision="bf16", max_sequence_length=sequence, **config)
+    parts = optimize.build(FinetuneConfig(model="", data=""), built)
+    chunk = parts.chunks[0]
+    torch.manual_seed(1)
+    torch.cuda.reset_peak_memory_stats()
+    for number in (1, 2):
+        optimize.zero_grad(parts)
+        optimize.set_step(parts, number)
+        for _ in range(2):
+            ids = torch.randint(shape.vocabulary, (rows, sequence + 1), device="cuda")
+            positions = torch.arange(sequence, device="cuda").expand(rows, -1)
+            with chunk.no_sync():
+                chunk(ids[:, :-1], positions, None, labels=ids[:, 1:].contiguous()).float().mean().backward()
+        chunk.start_grad_sync()
+        chunk.finish_grad_sync()
+        assert optimize.step(parts)[0]
+    gc.collect()
+    return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+
+
+def compare(measure, case, recompute="none", config=(), *, dispatch=False):
+    shape, rows, sequence = CASES[case]
+    work = memory.Training(sequence=sequence, micro_batch=rows, micro_batches=2, recompute=recompute)
+    [told] = memory.training(shape, launcher_layout.Layout(), 1, work)
+    peak, standing = measure(step_bytes, shape, rows, sequence, dict(config), dispatch)
+    lasting = sum(told.parts[name] for name in ("weights", "gradients", "optimizer"))
+    print(f"\n  peak {peak / GIB:.2f} GiB, told {told.total / GIB:.2f} ({told.total / peak - 1:+.1%})")
+    print(f"  between steps {standing / GIB:.2f}, told {lasting / GIB:.2f}")
+    print(f"  in passing {(peak - standing) / GIB:.2f}, told {(told.total - lasting) / GIB:.2f}")
+    assert standing == pytest.approx(lasting, rel=0.02)
+    assert peak == pytest.approx(told.total, rel=0.1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_holds_what_was_told(measure, case):
+    compare(measure, case)
+
+
+@pytest.mark.parametrize("case", ["deep", "long"])
+def test_recomputing_whole_layers(measure, case):
+    compare(measure, case, "full", RECOMPUTED)
+
+
+def test_the_way_through_the_dispatcher(measure):
+    """What ranks of an expert-parallel group do, here with nobody to exchange with."""
+    compare(measure, "deep", dispatch=True)
+
+
+def server_bytes(shape, work):
+    """A server that reads a prompt for each request it can hold."""
+    from megatron_mixtral import mcore, model
+    from megatron_mixtral.config import Layout
+    from megatron_mixtral.serve.replica import Replica, Sizes
+    from megatron_mixtral.serve.wire import Request
+
+    mcore.initialize(Layout())
+    before = torch.cuda.memory_allocated()
+    built = model.build(core_shape(shape), Layout(), precision="bf16")
+    made = Replica(built, Sizes(requests=work.requests, context_tokens=work.tokens))
+    for number in range(work.requests):
+        made.add(Request(id=number, prompt=[7] * 300, max_tokens=4, seed=0, temperature=0.0))
+    while made.busy:
+        made.step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_a_server_holds_its_weights_and_the_cache(measure):
+    work = memory.Serving(requests=16, tokens=2048)
+    [told] = memory.serving(DEEP, launcher_layout.Layout(), work)
+    peak = measure(server_bytes, DEEP, work)
+    print(f"\n  peak {peak / GIB:.2f} GiB, told {told.total / GIB:.2f} ({told.total / peak - 1:+.1%})")
+    assert peak == pytest.approx(told.total, rel=0.1)
