@@ -167,7 +167,7 @@ class Login(Part):
         name = self.host.rpartition("@")[2]
         if name in names or any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in self.inside):
             return None
-        return ssh.Login(self.host, tuple(f"{option}={value}" for option, value in self.options.items()))
+        return ssh.Login(self.host, tuple(sorted(f"{option}={value}" for option, value in self.options.items())))
 
 
 def as_value_error(check: Callable[[str, str], str], value: str) -> str:

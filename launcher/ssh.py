@@ -16,10 +16,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from launcher.errors import Fault
 
@@ -27,6 +27,7 @@ LOGIN = "MIXLAUNCH_LOGIN"  # among the variables that a Slurm command needs: the
 CONNECT_TIMEOUT = 15  # seconds, unless the user's own configuration says another
 OPEN_TIMEOUT = 60  # of a connection without a terminal: jump hosts and all
 PERSIST = 600  # seconds that the shared connection stays open when nobody uses it
+RETRY = 10  # before a host that didn't answer is tried again
 ALIVE = 15  # seconds between signs of life; three missing ones end a dead connection
 TIMEOUT = 60
 NOT_FOUND = 127
@@ -145,7 +146,7 @@ def rsync(login: Login, *arguments: str) -> None:
     )
     if done.returncode in (0, VANISHED):
         return
-    said = _last_line(done.stderr, r"^rsync: ")
+    said = _last_line(done.stderr, r"^rsync: |is your shell clean")
     if re.search(r"change_dir .* No such file", done.stderr):
         raise MissingError(f"login node {login.host}: rsync: {said}")
     if re.search(r"rsync: (command )?not found", done.stderr):
@@ -172,21 +173,22 @@ def far(login: Login, path: Path | str) -> str:
 
 
 _open: set[Login] = set()
+_silent: dict[Login, tuple[float, Fault]] = {}  # when and why: nobody waits twice for the same dead host
 
 
 def connect(login: Login) -> None:
     """Make the shared connection unless there is one: the only place where a password or code may be asked for."""
     if login in _open:
         return
-    if subprocess.run([*_ssh(login), "-O", "check", login.host], capture_output=True).returncode:
-        with tempfile.TemporaryFile() as said:
-            code = _knock(login, said)
-            said.seek(0)
-            complaint = said.read().decode(errors="replace")
-        if code == 255:
-            raise Fault(_refusal(login, complaint))
-        if code:
-            raise Fault(f"login node {login.host}: its shell ended with {code}: {_last_line(complaint)}")
+    since, why = _silent.get(login, (-RETRY, None))
+    if why and time.monotonic() - since < RETRY:
+        raise why
+    try:
+        if subprocess.run([*_ssh(login), "-O", "check", login.host], capture_output=True).returncode:
+            _log_in(login)
+    except Fault as fault:
+        _silent[login] = time.monotonic(), fault
+        raise
     _open.add(login)
 
 
@@ -201,18 +203,25 @@ def close(login: Login) -> None:
     subprocess.run([*_ssh(login), "-O", "exit", login.host], capture_output=True)
 
 
-def _knock(login: Login, said: IO[bytes]) -> int:
+def _log_in(login: Login) -> None:
     """Log in and out again; the connection stays. Its stderr is a file, because a connection may keep it open."""
-    try:
-        return subprocess.run(
-            [*_ssh(login), login.host, SHELL],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            timeout=None if _on_terminal() else OPEN_TIMEOUT,
-        ).returncode
-    except subprocess.TimeoutExpired:
-        raise Fault(f"login node {login.host}: no connection within {OPEN_TIMEOUT} s") from None
+    with tempfile.TemporaryFile() as said:
+        try:
+            code = subprocess.run(
+                [*_ssh(login), login.host, SHELL],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                timeout=None if _on_terminal() else OPEN_TIMEOUT,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise Fault(f"login node {login.host}: no connection within {OPEN_TIMEOUT} s") from None
+        said.seek(0)
+        complaint = said.read().decode(errors="replace")
+    if code == 255:
+        raise Fault(_refusal(login, complaint))
+    if code:
+        raise Fault(f"login node {login.host}: its shell ended with {code}: {_last_line(complaint)}")
 
 
 def _refusal(login: Login, complaint: str) -> str:

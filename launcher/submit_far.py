@@ -105,7 +105,9 @@ def _upload(login: Login, run: Path, there: Path) -> None:
 
 def _remove(login: Login, there: Path) -> None:
     with contextlib.suppress(Fault):  # whatever failed before is what matters
-        ssh.run(login, f"exec rm -rf {shlex.quote(str(there))}")
+        # The script first: whatever may still be under way over there finds nothing to submit.
+        run = shlex.quote(str(there))
+        ssh.run(login, f"rm -f {run}/{states.SCRIPT}; exec rm -rf {run}")
 
 
 def _sbatch(login: Login, text: str, there: Path, number: int, environment: Mapping[str, str]) -> Done:
