@@ -324,7 +324,7 @@ def _noted(run: Run) -> str | None:
         return None
     from launcher import submit_far
 
-    return submit_far.noted(login, mirror.original(run.path))
+    return submit_far.noted(login, mirror.original(run.path), len(run.job_ids))
 
 
 def with_job(run: Run, job_id: str) -> Run:

@@ -55,7 +55,7 @@ class LostError(Fault):
 
 
 class MissingError(Fault):
-    """The folder to copy isn't there."""
+    """What to copy isn't there."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def rsync(login: Login, *arguments: str) -> None:
     if done.returncode in (0, VANISHED):
         return
     said = _last_line(done.stderr, r"^rsync: |is your shell clean")
-    if re.search(r"change_dir .* No such file", done.stderr):
+    if re.search(r"(change_dir|link_stat) .* No such file", done.stderr):
         raise MissingError(f"login node {login.host}: rsync: {said}")
     if re.search(r"rsync: (command )?not found", done.stderr):
         raise Fault(f"login node {login.host}: it has no rsync on its PATH; mixlaunch copies files with it")

@@ -18,6 +18,7 @@ SBATCH_TIMEOUT = 60  # seconds
 GRACE = 30  # more, for the way there and back
 NO_SBATCH, GIVEN_UP = 76, 75  # exit codes of ours
 NEVER, UNKNOWN = "never", "unknown"
+UPLOADS = ("run.json", "config.yaml", "job.sbatch", "secrets.env")
 
 MAKE = """
 mkdir -p {parent} || exit
@@ -34,6 +35,7 @@ for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); d
   case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
 done
 {exports}
+rm -f faults
 trap '' HUP PIPE
 limit=
 ! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
@@ -84,11 +86,11 @@ def submit_far(login: Login, text: str, run: Path, *, environment: Mapping[str, 
         raise
 
 
-def noted(login: Login, there: Path) -> str | None:
-    """The id in what sbatch said of a run directory's last submission, if anything is kept of it."""
-    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/*/out")
-    ids = submit.SUBMITTED.findall(done.out)
-    return ids[-1] if ids else None
+def noted(login: Login, there: Path, number: int) -> str | None:
+    """The id in what sbatch said of a run's submission, if anything is kept of it."""
+    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/{number}/out")
+    match = submit.SUBMITTED.search(done.out)
+    return match[1] if match else None
 
 
 def _make(login: Login, there: Path) -> None:
@@ -99,7 +101,8 @@ def _make(login: Login, there: Path) -> None:
 
 def _upload(login: Login, run: Path, there: Path) -> None:
     """Modes travel with new files: secrets stay their owner's. Once they are there, none is left here."""
-    ssh.rsync(login, "-rt", f"{run}/", ssh.far(login, f"{there}/"))
+    files = [str(run / name) for name in UPLOADS if (run / name).exists()]
+    ssh.rsync(login, "-t", *files, ssh.far(login, f"{there}/"))
     (run / "secrets.env").unlink(missing_ok=True)
 
 

@@ -176,6 +176,20 @@ def test_a_job_lives_its_life_from_a_laptop(laptop, stub, site, tmp_path):
     assert laptop.server.connections == 1
 
 
+def test_a_failed_run_is_explained_and_tried_again(laptop, stub, finish):
+    laptop.change(python=stub('echo "no space left"; exit $((2 - 2 * MIXLAUNCH_ATTEMPT))'))
+    laptop.trains()
+    [run] = laptop.there()
+    assert finish(run).exit_code == 2
+    assert "no space left" in laptop.types("explain", "finetune")
+    assert "as job" in laptop.types("retry", "finetune")
+    [run] = laptop.there()
+    assert len(run.job_ids) == 2
+    assert finish(run).state == "COMPLETED"
+    assert laptop.types("logs") == "no space left\n"
+    assert re.search(rf"{run.job_id} .*COMPLETED", laptop.types("status"))
+
+
 def replace(laptop: Laptop, program: str, does: str) -> None:
     """Put a script in a program's place on the login node; the real one is "$REAL"."""
     path = laptop.far / "bin" / program
