@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import bad_nodes, hostlist, lint, mirror, runs, states
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from launcher.jobs import JobPlan
     from launcher.runs import Run
 
-FAULTS = "faults"  # the script's count of faults without progress; whoever asks for another try starts it anew
+COUNTS = ("faults", "came_back")  # what the script counts to know when to give up; another try starts them anew
 
 
 def resume(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
@@ -56,9 +57,7 @@ def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
     from launcher import submit
 
     script = changed.path / states.SCRIPT
-    old, faults = script.read_text(), changed.path / FAULTS
-    count = faults.read_text() if faults.exists() else None
-    faults.unlink(missing_ok=True)
+    old, counts = script.read_text(), _taken(changed.path)
     try:
         job_id = submit.submit(_plan(changed, limit), text, changed.path)
     except Interrupted as interrupted:
@@ -71,11 +70,19 @@ def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
             runs.with_job(changed, made)
             raise Interrupted(f"interrupted, but the job is there: {made}", made) from None
         script.write_text(old)
-        if count is not None:
-            faults.write_text(count)
+        for path, text in counts.items():
+            path.write_text(text)
         runs.changed(before)
         raise
     runs.with_job(changed, job_id)
+
+
+def _taken(path: Path) -> dict[Path, str]:
+    """The script's counts, which are removed."""
+    counts = {path / name: (path / name).read_text() for name in COUNTS if (path / name).exists()}
+    for count in counts:
+        count.unlink()
+    return counts
 
 
 def _job_behind(run: "Run") -> str | None:

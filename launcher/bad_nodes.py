@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import mirror
+from launcher import hostlist, mirror
 from launcher.errors import Fault, UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,23 @@ def read(profile: "ClusterProfile") -> list[BadNode]:
     """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
     now = datetime.datetime.now().astimezone()
     return [entry for entry in _load(path(profile)) if not entry.expired(now)]
+
+
+def keep_off(plan: "JobPlan", exclude: Iterable[str], *, health_check: bool) -> "JobPlan":
+    """`plan` that keeps off the cluster's list, the nodes of --exclude, and what a health check finds unfit."""
+    from dataclasses import replace
+
+    try:
+        nodes = tuple(hostlist.expand(",".join(exclude)))
+    except UsageError as error:
+        raise UsageError(f"--exclude: {error}") from None
+    for option, given in (("--exclude", nodes), ("--health-check", health_check)):
+        if given and plan.profile.is_local:
+            raise UsageError(f"{option}: {plan.profile.name} is this machine alone; it has no other nodes")
+    profile = plan.profile.model_copy(update={"health_check": True}) if health_check else plan.profile
+    plan = replace(plan, profile=profile, exclude=nodes)
+    # Planning needs no network: a list behind a login node is read when the job is submitted.
+    return plan if profile.login_node else leave_out(plan)
 
 
 def leave_out(plan: "JobPlan") -> "JobPlan":

@@ -50,6 +50,13 @@ HOST = (
         bad_node=True,
     ),
     Cause(
+        name="health_check_failed",
+        title="the health check failed on every node",
+        meaning="What it looks at is wrong everywhere: the Python, the folder, the network. No node is to blame.",
+        advice=("the reason is in the line; `logs/attempt_N/health` of the run directory has what each node said",),
+        host=(r"health check failed on every node",),
+    ),
+    Cause(
         name="node_failure",
         title="a node failed",
         meaning="Slurm lost a node of the job, or an administrator took it down, and ended the job on all of them.",
@@ -116,6 +123,7 @@ HOST = (
         host=(
             r"pyxis: .*(?:failed|couldn't|error)",
             r"srun: unrecognized option '--container",
+            r"execve\(\): (?:apptainer|singularity|docker|enroot): ",
             r"enroot.*(?:No such file|\[ERROR\])",
             r"\[ERROR\] (?:No such file or directory|Could not open|Invalid image)",
         ),

@@ -69,10 +69,20 @@ def cli() -> None:
 # --- the chain ---------------------------------------------------------------------------------------------------
 
 
-def _start(plan: "JobPlan", *, dry_run: bool, wait: bool | None, follow: bool, force: bool = False) -> None:
+def _start(
+    plan: "JobPlan",
+    *,
+    dry_run: bool,
+    wait: bool | None,
+    follow: bool,
+    exclude: tuple[str, ...],
+    health_check: bool,
+    force: bool = False,
+) -> None:
     """Submit `plan`; on this machine a job is watched to its end, on a cluster it is left to the queue."""
-    from launcher import outlooks
+    from launcher import bad_nodes, outlooks
 
+    plan = bad_nodes.keep_off(plan, exclude, health_check=health_check)
     if dry_run:
         _show(plan)
         outlooks.require(plan, force=force)
@@ -133,6 +143,12 @@ START = (
         help="Wait for the end.  [default: on this machine; elsewhere `serve` waits until it is ready]",
     ),
     SectionedOption(["--follow"], section="Job", is_flag=True, help="Wait, and print rank 0's log."),
+    SectionedOption(
+        ["--exclude"], section="Job", multiple=True, metavar="NODES", help="Leave them out; repeat it."
+    ),
+    SectionedOption(
+        ["--health-check"], section="Job", is_flag=True, help="Look at every node before the ranks start."
+    ),
 )
 FORCE = SectionedOption(
     ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."

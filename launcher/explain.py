@@ -111,7 +111,7 @@ def _of_active(run: "Run", state: "State", earlier: "tuple[Finding, ...]") -> Ex
     if state.state == "PENDING":
         reason = waiting.find(state.reason)
         starts = f"; Slurm expects it to start about {overview.moment(state.start)}" if state.start else ""
-        summary = f"it waits: {reason.words} ({state.reason or 'no reason given'}){starts}"
+        summary = f"it hasn't started: {reason.words} ({state.reason or 'no reason given'}){starts}"
         advice = _addressed(run, [reason.advice] if reason.advice else [])
         return Explanation(
             run=run, state=state, verdict="waiting", summary=summary, advice=tuple(advice), earlier=earlier

@@ -86,6 +86,19 @@ class JobPlan:
     bad_nodes: tuple[str, ...] = ()  # nodes on the cluster's list
     secrets_made: tuple[str, ...] = ()  # random values that the script puts into secrets.env
     notes: tuple[str, ...] = field(default=())
+    link: Link | None = None
+
+    @property
+    def queue_options(self) -> list[str]:
+        """What sbatch is told besides the script, which can be submitted again without it."""
+        if self.link is None or not self.link.jobs:
+            return []
+        return [f"--dependency=afterok:{':'.join(self.link.jobs)}", "--kill-on-invalid-dep=yes"]
+
+    @property
+    def health_check(self) -> bool:
+        """Whether each node is looked at before the ranks start."""
+        return self.profile.health_check and not self.profile.is_local
 
     @property
     def nodes(self) -> int:

@@ -71,6 +71,9 @@ class ClusterProfile(Part):
     signal_lead: int = Field(
         default=300, ge=10, le=65535, description="seconds of warning before the limit: more than a save takes"
     )
+    health_check: bool = Field(
+        default=False, description="look at every node before the ranks start; come back without one that isn't fit"
+    )
     serve: Serve = Field(default_factory=Serve)
     login: Login = Field(default_factory=Login)
     templates: dict[str, str] = Field(default={}, description="parts of the script to replace: FRAGMENT: PATH")

@@ -195,6 +195,8 @@ def describe(event: dict[str, Any]) -> str:
             return f"{screen.count(done)}{suffix} of {screen.count(total)}{suffix}{rest}"
         case {"event": "note", "text": str(text)}:
             return text
+        case {"event": "unhealthy", "node": node, "reason": reason}:
+            return f"{node} isn't fit: {reason}"
         case {"event": "ready", "url": url}:
             return f"ready at {url}"
         case {"event": "exit", "reason": str(reason), "code": int(code)} if code:

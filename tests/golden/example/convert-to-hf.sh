@@ -111,6 +111,9 @@ if [ -r "$MIXLAUNCH_LOGS/first_exit" ]; then
   read -r code rank node <"$MIXLAUNCH_LOGS/first_exit"
   echo "mixlaunch: rank $rank on $node was the first to leave, with $code"
 fi
+# How Slurm sees the job by now; that it is being preempted is told nowhere else.
+[ "$code" -eq 0 ] || echo "mixlaunch: Slurm says" \
+  $(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -oE "\b(JobState|Reason|PreemptTime)=[^ ]*")
 
 finish() {
   echo "mixlaunch: $1; exit $code"
