@@ -66,6 +66,17 @@ class Axes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """A job's place in a pipeline: which step of how many, and the runs and jobs that must end well before it."""
+
+    pipeline: str
+    step: int
+    steps: int
+    after: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobPlan:
     """Everything that decides a job's script. `config` is what the job reads, keys as in its configuration."""
 
