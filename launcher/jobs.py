@@ -25,6 +25,7 @@ PRESETS = {  # of `convert`, by what the weights are for
     "inference": Layout(pipeline=2),
 }
 FINETUNE_ON_SLURM = PRESETS["train"]
+ADAPTERS_ON_SLURM = Layout(expert=8)  # one node of 8: the base takes a sixth of its GPUs' memory, or half for 8x22B
 SERVE_ON_SLURM = PRESETS["inference"]
 
 
@@ -212,8 +213,8 @@ def plan_convert(
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """Weights between the hub's layout and Megatron's. Ranks share the work; their number is free of the layout."""
-    if to not in ("megatron", "hf"):
-        raise UsageError(f"--to: {to!r} isn't one of megatron, hf")
+    if to not in ("megatron", "hf", "peft"):
+        raise UsageError(f"--to: {to!r} isn't one of megatron, hf, peft")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
     layout, kind = _files(axes, axes.over(PRESETS[preset] if preset else Layout()), to, values)
@@ -230,7 +231,7 @@ def plan_convert(
         resumable=True,
         layout=layout,
         outlook=outlook,
-        config=config | settings.check("convert", values),
+        config=config | _with_base(profile, settings.check("convert", values)),
         inputs=(Input(path=source, what="weights", hint=hint),),
         outputs=(target,),
     )
@@ -282,8 +283,9 @@ def plan_finetune(
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """Training from converted weights or from another run's newest checkpoint, on prepared data."""
-    layout = axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM)
-    chosen = settings.check("finetune", values)
+    chosen = _with_adapters(settings.check("finetune", values))
+    on_slurm = ADAPTERS_ON_SLURM if chosen.get("lora") else FINETUNE_ON_SLURM
+    layout = axes.over(Layout() if profile.is_local else on_slurm)
     outlook = _outlook(
         Request(
             cluster=profile,
@@ -324,7 +326,7 @@ def plan_serve(
 ) -> JobPlan:
     """An HTTP server on the job's first rank. Beyond this machine it asks for a key, which the script makes."""
     layout = axes.over(Layout() if profile.is_local else SERVE_ON_SLURM)
-    chosen = settings.check("serve", values)
+    chosen = _with_base(profile, settings.check("serve", values))
     outlook = _outlook(
         Request(
             cluster=profile,
@@ -391,6 +393,23 @@ def _processes(profile: ClusterProfile, given: int | None) -> int:
     if given is not None and given < 1:
         raise UsageError(f"--processes: {given} must be at least 1")
     return given or (1 if profile.is_local else CONVERTERS)
+
+
+def _with_adapters(chosen: dict[str, Any]) -> dict[str, Any]:
+    """`chosen`, unless it says of adapters what can't be."""
+    lora = chosen.get("lora", 0)
+    if not lora and (lost := [name for name in chosen if name.startswith("lora_")]):
+        raise UsageError(f"--{lost[0].replace('_', '-')}: goes with --lora RANK alone")
+    if chosen.get("lora_dropout", 0) == 1:
+        raise UsageError("--lora-dropout: 1 leaves nothing to learn from; must be below 1")
+    if chosen.get("lora_experts") and chosen.get("lora_dropout"):
+        raise UsageError("--lora-dropout: adapters of experts have none, in PEFT neither; leave out --lora-experts")
+    return chosen
+
+
+def _with_base(profile: ClusterProfile, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The base of adapters may be named as any model is."""
+    return chosen | {"base": places.weights(profile, chosen["base"])} if "base" in chosen else chosen
 
 
 def _gpus(profile: ClusterProfile, placement: Placement) -> int:

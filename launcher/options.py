@@ -14,6 +14,7 @@ from launcher.settings import MODEL, SETTINGS, Setting
 
 if TYPE_CHECKING:
     from launcher.jobs import JobPlan
+    from launcher.profile import ClusterProfile
 
 AXES = (
     ("tensor", "tp", "Tensor parallel size."),
@@ -124,6 +125,14 @@ def _refuse_lost_options(context: click.Context) -> None:
 
 def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
     """The plan of `job` for the options as click read them."""
+    from launcher import jobs
+
+    cluster, options = understood(job, typed)
+    return jobs.PLANS[job](cluster, **options)
+
+
+def understood(job: str, typed: dict[str, Any]) -> "tuple[ClusterProfile, dict[str, Any]]":
+    """The profile, and the other arguments of the function that plans `job`."""
     from launcher import inputs, jobs, profile
 
     cluster = profile.load(typed.pop("cluster"), typed.pop("override"))
@@ -136,7 +145,7 @@ def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
     if job in PARALLEL:
         options["axes"] = jobs.Axes(**{axis: given.pop(short) for axis, short, _ in AXES if short in given})
         options["shape"] = inputs.shape(cluster, given.get("model", MODEL))
-    return jobs.PLANS[job](cluster, **options, **given)
+    return cluster, options | given
 
 
 def _option(section: str, name: str, help: str, default: str = "", **rest: Any) -> click.Option:
@@ -189,7 +198,7 @@ def _prepare() -> list[click.Parameter]:
 def _convert() -> list[click.Parameter]:
     return [
         _model(),
-        _what("--to", "Layout to write.", "megatron", type=click.Choice(["megatron", "hf"])),
+        _what("--to", "Layout to write.", "megatron", type=click.Choice(["megatron", "hf", "peft"])),
         _what("--output", "Where to.", "the models folder", metavar="DIR"),
         _processes(),
     ]

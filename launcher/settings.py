@@ -75,6 +75,12 @@ def _choice(name: str, default: str | None, help: str, *choices: str) -> Setting
     return Setting(name=name, default=default, help=help, kind=str, choices=choices)
 
 
+_BASE = Setting(
+    name="base",
+    default=None,
+    kind=str,
+    help="Where the base of a run of adapters is, if not where it was.",
+)
 MODEL = "mistralai/Mixtral-8x7B-v0.1"  # what every job works on unless told otherwise
 
 SETTINGS: dict[str, tuple[Setting, ...]] = {
@@ -87,7 +93,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("experts", 8, "Experts a layer."),
         _int("top_k", 2, "Experts a token."),
         _int("max_positions", 4096, "Longest sequence."),
-        _choice("dtype", "bfloat16", "Precision of the weights.", "bfloat16", "float32"),
+        _choice("dtype", "bfloat16", "Precision of the weights.", "bfloat16", "float16", "float32"),
         _int("shards", 2, "Safetensors files."),
         _int("seed", 1234, "Seed of the random weights.", 0),
     ),
@@ -102,7 +108,18 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("show", 0, "Documents to print with their mask.", 0),
     ),
     "convert": (
-        _choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float32"),
+        _choice("dtype", None, "Precision to write; the source's unless given.", "bfloat16", "float16", "float32"),
+        Setting(
+            name="format",
+            typed="--layout",
+            default="torch_dist",
+            kind=str,
+            choices=("torch_dist", "legacy"),
+            help="Megatron's files: for every layout, or mp_rank_XX of one.",
+        ),
+        _choice("names", "te-grouped", "Whose parameters legacy files name.", "te-grouped", "te", "local"),
+        _int("make_vocab_size_divisible_by", 128, "What legacy files pad the vocabulary to, times TP."),
+        _BASE,
         _flag("verify", "Read what was written back and compare."),
         _flag("check_finite", "Refuse NaN and infinity."),
         _flag("check_logits", "Compare the logits of a prompt with transformers'."),
@@ -128,8 +145,20 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("eval_steps", 10, "Batches an evaluation.", 0),
         _int("save_interval", 100, "Steps between checkpoints."),
         _int("keep_checkpoints", 2, "Newest checkpoints to keep.", 2),
+        _flag("async_save", "Write checkpoints while training goes on."),
         _int("log_interval", 1, "Steps between lines of the log."),
         _int("seed", 1234, "Seed of the data's order.", 0),
+        _choice(
+            "packing",
+            None,
+            "How documents make sequences: end to end, whole without seeing each other (chats unless given), "
+            "or one each.",
+            *("stream", "documents", "none"),
+        ),
+        _int("lora", 0, "Rank of adapters to train in place of the whole model; 0 is none.", 0),
+        _float("lora_alpha", 0.0, "Their weight is this over the rank; 0 is twice the rank."),
+        _flag("lora_experts", "Adapt the experts as well as the attention."),
+        _float("lora_dropout", 0.0, "Dropout of what goes into an adapter.", 1),
     ),
     "serve": (
         _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
@@ -145,13 +174,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
             kind=str,
             help="What clients call the model; its folder's name unless given.",
         ),
-        _choice(
-            "packing",
-            None,
-            "How documents make sequences: end to end, whole without seeing each other (chats unless given), "
-            "or one each.",
-            *("stream", "documents", "none"),
-        ),
+        _BASE,
     ),
 }
 

@@ -7,12 +7,13 @@ adapted as transformers 5 keeps them, gate and up in one matrix.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from blake3 import blake3
 
-from megatron_mixtral import weights
-from megatron_mixtral.config import MixtralShape
+from megatron_mixtral import tensors, weights
+from megatron_mixtral.config import FinetuneConfig, MixtralShape
 from megatron_mixtral.copying import Source
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.tensors import EXPERTS, LAYER
@@ -37,6 +38,18 @@ class Lora:
     def scale(self) -> float:
         """What the product of a pair counts."""
         return self.alpha / self.rank
+
+    @classmethod
+    def asked(cls, config: FinetuneConfig) -> "Lora | None":
+        """What a run's configuration asks for; None is to train the whole model. `InputError` for what can't be."""
+        if not config.lora:
+            if config.lora_experts or config.lora_alpha or config.lora_dropout:
+                raise InputError("lora_alpha, lora_experts and lora_dropout go with lora, the adapters' rank")
+            return None
+        alpha = config.lora_alpha or 2.0 * config.lora
+        found = cls(rank=config.lora, alpha=alpha, experts=config.lora_experts, dropout=config.lora_dropout)
+        found.check()
+        return found
 
     def check(self) -> None:
         """`InputError` for numbers that make no adapter."""
@@ -124,6 +137,28 @@ def described(marker: dict[str, Any], folder: Any) -> Lora:
         return Lora(**marker["lora"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: its mixlaunch.json doesn't describe adapters: {error!r}") from error
+
+
+def check_same(folder: Any, marker: dict[str, Any], lora: Lora | None) -> None:
+    """`CheckpointError` when a run that trained one thing is to go on with another."""
+    found = described(marker, folder) if marker.get("kind") == KIND else None
+    if found != lora:
+        raise CheckpointError(f"{folder}: this run trained {in_words(found)}; it can't go on with {in_words(lora)}")
+
+
+def in_words(lora: Lora | None) -> str:
+    """What is trained."""
+    if lora is None:
+        return "the whole model"
+    where = "attention and experts" if lora.experts else "attention"
+    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+    return f"adapters of {where}, rank {lora.rank}, alpha {lora.alpha:g}{dropout}"
+
+
+def share(shape: MixtralShape, lora: Lora) -> str:
+    """One line: what is trained, and how little of the model that is."""
+    own, whole = (sum(map(prod, sizes.values())) for sizes in (shapes(shape, lora), tensors.shapes(shape)))
+    return f"training {in_words(lora)}: {own:,} parameters beside {whole:,} that stay as they are"
 
 
 # --- the base that adapters belong to -----------------------------------------------------------------------------

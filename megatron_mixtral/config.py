@@ -154,7 +154,8 @@ class ConvertConfig:
 
     source: str
     output: str
-    to: str = "megatron"  # or "hf"
+    to: str = "megatron"  # or "hf", or "peft" of a run of adapters
+    base: str | None = None  # of a run of adapters: where its base is, if not where it was
     layout: Layout = field(default_factory=Layout)
     format: str = "torch_dist"  # or "legacy": a file for each rank of `layout`
     names: str = "te-grouped"  # of legacy files: whose parameters, see legacy.NAMES
@@ -198,9 +199,14 @@ class FinetuneConfig:
     eval_steps: int = 10
     save_interval: int = 100
     keep_checkpoints: int = 2  # the newest so many; two at least
+    async_save: bool = False  # write checkpoints while training goes on
     log_interval: int = 1
     seed: int = 1234
     packing: str | None = None  # stream, documents or none; None: documents where the data has a mask
+    lora: int = 0  # rank of the adapters that are trained in place of the whole model, if any
+    lora_alpha: float = 0.0  # their weight is alpha / rank; 0: twice the rank
+    lora_experts: bool = False  # adapt the experts, too
+    lora_dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +225,7 @@ class ServeConfig:
     queue_tokens: int = 524288  # that those may come to, prompts and answers
     drain_seconds: float = 20.0  # how long answers may take to end after SIGTERM
     name: str | None = None  # what clients call the model; None: its folder's name
+    base: str | None = None  # of a run of adapters: where its base is, if not where it was
 
 
 JOBS: dict[str, type] = {

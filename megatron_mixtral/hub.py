@@ -203,10 +203,11 @@ def shards(targets: Iterable[Target], *, limit: int) -> list[Unit]:
         cuts[min(middle * count // total, count - 1)].append(target)
     cuts = [cut for cut in cuts if cut]
     names = [f"model-{i:05d}-of-{len(cuts):05d}.safetensors" for i in range(1, len(cuts) + 1)]
-    return [_laid_out(name, cut) for name, cut in zip(names if len(cuts) > 1 else [SINGLE], cuts, strict=True)]
+    return [file(name, cut) for name, cut in zip(names if len(cuts) > 1 else [SINGLE], cuts, strict=True)]
 
 
-def _laid_out(name: str, targets: list[Target]) -> Unit:
+def file(name: str, targets: list[Target]) -> Unit:
+    """One file with `targets` one behind the other."""
     ends = list(accumulate(t.nbytes for t in targets))
     first = len(header(targets))
     return Unit(name, tuple(targets), tuple(first + end for end in (0, *ends[:-1])))

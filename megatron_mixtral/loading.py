@@ -62,6 +62,17 @@ def load(model: Any, folder: Path, *, base: str | None = None, progress: Callabl
     checkpoint.fill(plain, apply_factory_merges(state, factories), folder)
 
 
+def start(model: Any, folder: Path) -> None:
+    """Fill `model`, its adapters aside, to train it; files whose digests are known are compared with them first.
+
+    Adapters in `folder` are merged into their base.
+    """
+    if weights_folder.is_hub(folder) or merging.is_adapter(folder):
+        load(model, folder)
+    else:
+        checkpoint.load_weights(model, folder, whole=True)
+
+
 def size(model: Any) -> int:
     """Bytes of this rank's parameters."""
     return sum(p.numel() * p.element_size() for p in checkpoint.unwrap(model).parameters())

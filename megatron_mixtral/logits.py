@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mixtral import checkpoint, legacy, mcore, model, tensors, tokenizer, weights_folder
+from megatron_mixtral import adapters, checkpoint, legacy, mcore, merging, model, tensors, tokenizer, weights_folder
 from megatron_mixtral.config import Layout, MixtralShape
 from megatron_mixtral.copying import BLOCK, Source
 from megatron_mixtral.errors import CheckpointError, InputError
@@ -52,10 +52,12 @@ class Weights:
             here.copy_(values.view(here.shape))
 
 
-def check(hub: Path, megatron: Path, *, dtype: str | None, prompt: str, tolerance: float) -> str:
+def check(
+    hub: Path, megatron: Path, *, dtype: str | None, prompt: str, tolerance: float, base: str | None = None
+) -> str:
     """Print and return the largest difference; `CheckpointError` when it is above `tolerance` of the largest logit.
 
-    `dtype` is what the weights were rounded to on their way, if they were.
+    `dtype` is what the weights were rounded to on their way, if they were; `base` as in `merging.find_base`.
     """
     shape = MixtralShape.from_folder(hub)
     tokens = _tokens(hub, shape, prompt)
@@ -64,10 +66,10 @@ def check(hub: Path, megatron: Path, *, dtype: str | None, prompt: str, toleranc
     fits = SPARE * 4 * sum(map(prod, tensors.shapes(shape).values())) < available()
     with alone(), torch.no_grad():
         expected = (whole_reference if fits else reference_by_layers)(hub, shape, tokens, dtype)
-        if fits and marker.get("kind") != legacy.KIND:
+        if fits and marker.get("kind") not in (legacy.KIND, adapters.KIND):
             found = whole_model(megatron, shape, tokens, dtype)
         else:
-            weights = Weights(source=legacy.open_weights(megatron, shape, marker), dtype=dtype)
+            weights = Weights(source=merging.open_weights(megatron, shape, base=base), dtype=dtype)
             found = model_by_layers(weights, shape, tokens)
     scale, off = float(expected.abs().max()), float((found - expected).abs().max())
     how = "whole models" if fits else "layer by layer"

@@ -7,19 +7,19 @@ nothing is merged ahead of time or held as a whole.
 import copy
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral import adapters, legacy, weights_folder
 from megatron_mixtral.adapters import Lora, Pair
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import Source
+from megatron_mixtral.copying import ITEMSIZE, Source
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.hub_rows import HubRows
 from megatron_mixtral.torch_dist import TorchDistFolder
 from megatron_mixtral.weights import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEPT = 8  # lora_A's planes in fp32 that are kept for the next rows
 
@@ -33,7 +33,7 @@ class Adapters:
         self.rank = lora.rank
         self._kept: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
-    def lora_a(self, pair: Pair, index: tuple[int, ...]) -> Tensor:
+    def lora_a(self, pair: Pair, index: tuple[int, ...]) -> "Tensor":
         """[rank, in]"""
         place = pair.name, index
         if place not in self._kept:
@@ -42,11 +42,14 @@ class Adapters:
                 self._kept.popitem(last=False)
         return self._kept[place]
 
-    def lora_b(self, pair: Pair, index: tuple[int, ...], start: int, stop: int) -> Tensor:
+    def lora_b(self, pair: Pair, index: tuple[int, ...], start: int, stop: int) -> "Tensor":
         """Rows start:stop of it, [., rank]"""
         return self.read(Rows(pair.side("lora_B"), index, start, stop))
 
-    def read(self, rows: Rows) -> Tensor:
+    def read(self, rows: Rows) -> "Tensor":
+        """In fp32."""
+        import torch
+
         data = memoryview(bytearray(len(rows) * self.source.row_bytes(rows.name)))
         self.source.read(rows, data)
         stored = torch.frombuffer(data, dtype=getattr(torch, self.source.dtype(rows.name)))
@@ -60,31 +63,40 @@ class Adapters:
 
 
 class Merged:
-    """The base's rows with what their adapters add."""
+    """The base's rows with what their adapters add: in fp32, to be cast once, where there are any."""
 
     def __init__(self, base: Any, added: Adapters, shape: MixtralShape, lora: Lora) -> None:
         self.base, self.added, self.scale = base, added, lora.scale
         self._spans = adapters.spans(shape, lora)
 
     def dtype(self, name: str) -> str:
-        return self.base.dtype(name)
+        return "float32" if name in self._spans else self.base.dtype(name)
 
     def row_bytes(self, name: str) -> int:
-        return self.base.row_bytes(name)
+        return self.base.row_bytes(name) // ITEMSIZE[self.base.dtype(name)] * ITEMSIZE[self.dtype(name)]
 
     def read(self, rows: Rows, out: memoryview) -> None:
-        self.base.read(rows, out)
-        if not (spans := self._spans.get(rows.name)):
-            return
-        stored = torch.frombuffer(out, dtype=getattr(torch, self.dtype(rows.name))).view(len(rows), -1)
-        for span in spans:
+        if rows.name not in self._spans:
+            return self.base.read(rows, out)
+        import torch
+
+        data = memoryview(bytearray(len(rows) * self.base.row_bytes(rows.name)))
+        self.base.read(rows, data)
+        stored = torch.frombuffer(data, dtype=getattr(torch, self.base.dtype(rows.name)))
+        merged = torch.frombuffer(out, dtype=torch.float32)
+        merged.copy_(stored)
+        self._add(rows, merged.view(len(rows), -1))
+        return None
+
+    def _add(self, rows: Rows, merged: "Tensor") -> None:
+        for span in self._spans[rows.name]:
             start, stop = max(rows.start, span.start), min(rows.stop, span.stop)
             if start < stop:
                 first = span.first + start - span.start
                 b = self.added.lora_b(span.pair, rows.index, first, first + stop - start)
-                product = b @ self.added.lora_a(span.pair, rows.index)
-                here = stored[start - rows.start : stop - rows.start]
-                here.copy_(here.float() + self.scale * product)
+                merged[start - rows.start : stop - rows.start] += self.scale * (
+                    b @ self.added.lora_a(span.pair, rows.index)
+                )
 
     def fingerprint(self) -> dict[str, Any]:
         """Of both folders."""
@@ -160,6 +172,18 @@ def open_base(folder: Path, marker: dict[str, Any], shape: MixtralShape, *, base
         raise CheckpointError(f"{found}: isn't the base of the adapters in {folder}: its config.json differs")
     check_base(folder, marker, found, shape)
     return open_weights(found, shape)
+
+
+def base_of_run(folder: Path, lora: Lora, model: Path, shape: MixtralShape) -> dict[str, Any]:
+    """The base of a run's own checkpoint, at the place where it is now: where it was, or else at `model`."""
+    marker = weights_folder.read_marker(folder)
+    adapters.check_same(folder, marker, lora)
+    try:
+        found = find_base(folder, marker)
+    except CheckpointError:
+        found = weights_folder.resolve(model)
+    check_base(folder, marker, found, shape)
+    return marker["base"] | {"path": str(found.absolute())}
 
 
 def check_base(folder: Path, marker: dict[str, Any], found: Path, shape: MixtralShape) -> None:

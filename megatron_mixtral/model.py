@@ -66,7 +66,8 @@ def build(
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
         ).to(mcore.device())
-    model.shape, model.lora, model.fused = shape, lora, kind is not GPTModel
+    model.shape, model.fused = shape, kind is not GPTModel
+    model.lora, model.base = lora, {}  # of `base` a trainer says which weights the adapters belong to
     _set_experts_apart(model)
     _hide_padding(model, shape)
     if lora:

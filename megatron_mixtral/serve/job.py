@@ -100,7 +100,7 @@ def load(setup: Setup, log: EventLog) -> Any:
     mcore.initialize(config.layout)
     part = model.build(setup.shape, config.layout, precision=config.precision, random_weights=False)
     progress = Progress(loading.size(part), label="loading", events=log)
-    loading.load(part, setup.folder, progress=progress.add)
+    loading.load(part, setup.folder, base=config.base, progress=progress.add)
     progress.finish()
     replica = Replica(part, Sizes(requests=config.max_batch, context_tokens=config.max_tokens))
     log.write("load", path=str(setup.folder), seconds=round(time.monotonic() - started, 3))
