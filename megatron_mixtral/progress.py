@@ -46,7 +46,7 @@ class Progress:
         self.skipped += count
         self.add(count)
 
-    def wait(self, _: int = 0) -> None:
+    def wait(self) -> None:
         """This process has done its part; tell how far the others are."""
         if time.monotonic() - self._event > EVENT_EVERY:
             self._tell(time.monotonic())

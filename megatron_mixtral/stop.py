@@ -1,4 +1,4 @@
-"""The early warning: SIGUSR2 or SIGTERM asks a training job to save and leave after the step it is in.
+"""The early warning: SIGUSR2 or SIGTERM asks a job to save and leave after the step, or file, that it is at.
 
 Slurm's preemption sends SIGTERM, the batch script USR2. Import this first: until the handler stands, either kills.
 """

@@ -169,11 +169,11 @@ class Work:
         os.close(descriptor)
         replace_text(self._record(name), json.dumps(record))
 
-    def wait(self, names: Sequence[str], tell: Callable[[int], Any]) -> None:
+    def wait(self, names: Sequence[str], between: Callable[[], Any]) -> None:
         """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
         missing, patience = set(names), Patience(self.partial)
         while missing:
-            tell(len(names) - len(missing))
+            between()
             found = {name for name in missing if self.is_recorded(name)}
             if found:
                 missing -= found
@@ -209,10 +209,11 @@ class Work:
         self.partial.rename(self.output)
         shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # others may be clearing it already
 
-    def wait_published(self, marker: Path) -> None:
+    def wait_published(self, marker: Path, between: Callable[[], Any]) -> None:
         """Until the first process has published; `JobError` when it doesn't and gives no sign of life."""
         patience = Patience(self.partial)
         while not (self.output / marker).exists():
+            between()
             if patience.is_out():
                 raise JobError(f"{self.output}: rank 0 hasn't completed it within {STALL:.0f} s")
             time.sleep(POLL)

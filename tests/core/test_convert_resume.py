@@ -138,6 +138,6 @@ def test_a_process_waits_as_long_as_another_one_writes(source, tmp_path, monkeyp
         made.publish()
 
     threading.Thread(target=publish).start()
-    made.wait_published(Path("."))
+    made.wait_published(Path("."), int)
     with pytest.raises(errors.JobError, match=r"rank 0 hasn't completed it"):
-        made.wait_published(Path("nowhere"))
+        made.wait_published(Path("nowhere"), int)

@@ -69,7 +69,7 @@ def test_legacy_files_of_many_ranks_are_compared_too(tmp_path, capsys, how):
 
 def test_other_weights_are_refused_and_get_no_name(tmp_path, how, monkeypatch):
     """Two experts change places on the way: nothing but the numbers can tell."""
-    from megatron_mixtral import convert, weights
+    from megatron_mixtral import conversion, weights
 
     hub_folders.write(tmp_path / "hub")
 
@@ -82,7 +82,7 @@ def test_other_weights_are_refused_and_get_no_name(tmp_path, how, monkeypatch):
             yield link
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "links", mixed_up)
+        patched.setattr(conversion, "links", mixed_up)
         with pytest.raises(
             CheckpointError, match=r"largest difference .*: more than 0.001 of it; these aren't the same"
         ):

@@ -1,0 +1,193 @@
+"""A conversion planned: what to read, which files to write with which rows, how to complete the folder.
+
+Planning reads headers alone; whatever is wrong with the source shows here, before a byte is written.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral import hub, legacy, tensors, torch_dist, weights_folder
+from megatron_mixtral.config import ConvertConfig, MixtralShape
+from megatron_mixtral.copying import ITEMSIZE, Run, Source, Target, Unit
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.weights import Link, Names, hub_shapes, links
+from megatron_mixtral.weights_folder import MARKER
+
+UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
+SMALLEST_UNIT_BYTES = 1 << 20
+RELEASE = "release"  # with the file that names it, what upstream Megatron loads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """One direction, planned: what to read, which files to write, and how to complete the folder."""
+
+    shape: MixtralShape
+    source_folder: Path
+    source: Source
+    units: list[Unit]
+    subfolder: str  # of the output, where the units go
+    framing: Callable[[Unit], Iterable[tuple[int, bytes]]]  # what to write around a unit's own bytes
+    complete: Callable[[Path], None]  # write what is left to write in that folder, but for marker and assets
+    kind: str
+    identity: dict[str, Any]  # what makes it the same source later
+    about: dict[str, Any] = field(default_factory=dict)  # what mixlaunch.json says of this kind alone
+
+    @property
+    def marker(self) -> Path:
+        return Path(self.subfolder, MARKER)
+
+
+def plan(config: ConvertConfig) -> Conversion:
+    """Read the source's headers and lay out the output; `InputError` for whatever is wrong with the source."""
+    if config.dtype is not None and config.dtype not in ITEMSIZE:
+        raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
+    if config.format not in FORMATS:
+        raise InputError(f"format: {config.format!r} isn't one of {', '.join(FORMATS)}")
+    directions = {"megatron": plan_to_megatron, "hf": plan_to_hub}
+    if config.max_shard_gb <= 0:
+        raise InputError(f"max_shard_gb: {config.max_shard_gb} isn't a size")
+    if config.to not in directions:
+        raise InputError(f"to: {config.to!r} isn't one of {', '.join(directions)}")
+    source = Path(config.source).expanduser().absolute()
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder")
+    return directions[config.to](config, source)
+
+
+def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
+    shape = MixtralShape.from_folder(folder)
+    config.layout.check(shape)
+    source = hub.HubFolder(folder)
+    names = Names.found_in(source.tensors)
+    if shape.tie_word_embeddings:
+        source.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
+    source.check(hub_shapes(shape, names))
+    return FORMATS[config.format](config, shape, names, source)
+
+
+def plan_torch_dist(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
+    """The checkpoint that loads at every layout."""
+    targets = list(megatron_targets(shape, names, source, config.dtype))
+    total = sum(t.nbytes for t in targets)
+    limit = max(SMALLEST_UNIT_BYTES, min(UNIT_BYTES, total // 32))
+    units = torch_dist.files(targets, limit=limit)
+
+    def finish(out: Path) -> None:
+        objects, file = empty_objects(shape), f"__{len(units)}_0.distcp"
+        torch_dist.write_metadata(out, units, tensors.shapes(shape), objects, file)
+        torch_dist.write_common(out)
+
+    return Conversion(
+        shape=shape,
+        source_folder=source.folder,
+        source=source,
+        units=units,
+        subfolder=RELEASE,
+        framing=torch_dist.frames,
+        complete=finish,
+        kind="weights",
+        identity=source.fingerprint(),
+    )
+
+
+def plan_legacy(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
+    """The checkpoint of one layout, for Megatron jobs older than `torch_dist`."""
+    about = {"names": config.names, "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by}
+    cut = legacy.Cut(shape=shape, layout=config.layout, **about)
+    types = common_types(links(shape, names), source)
+    return Conversion(
+        shape=shape,
+        source_folder=source.folder,
+        source=source,
+        units=legacy.files(cut, names, dict.fromkeys(types, config.dtype) if config.dtype else types),
+        subfolder=RELEASE,
+        framing=legacy.frames,
+        complete=lambda out: None,
+        kind=legacy.KIND,
+        identity=source.fingerprint(),
+        about={"legacy": about},
+    )
+
+
+FORMATS: dict[str, Callable[..., Conversion]] = {"torch_dist": plan_torch_dist, legacy.KIND: plan_legacy}
+
+
+def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: str | None) -> Iterator[Target]:
+    """The chunks to write: a layer's or an expert's part of each tensor, gate and up apart as megatron-core does.
+
+    Digests go by the hub's own names, whatever names the source has.
+    """
+    named = zip(links(shape, names), links(shape), strict=True)
+    shapes, types = tensors.shapes(shape), {} if dtype else common_types(links(shape, names), source)
+
+    def chunk(pair: tuple[Link, Link]) -> tuple[Any, ...]:
+        rows = pair[0].megatron
+        return rows.name, rows.index, rows.start if "linear_fc1" in rows.name else 0
+
+    for (name, index, start), group in groupby(named, chunk):
+        pairs = list(group)
+        rest = shapes[name][len(index) + 1 :]
+        yield Target(
+            name=name,
+            offsets=(*index, start, *(0 for _ in rest)),
+            sizes=(*(1 for _ in index), sum(len(link.megatron) for link, _ in pairs), *rest),
+            dtype=dtype or types[name],
+            runs=tuple(Run(link.hub, own.hub.name) for link, own in pairs),
+        )
+
+
+def common_types(table: Iterable[Link], source: Source) -> dict[str, str]:
+    """Megatron tensor -> the one type of all that goes into it."""
+    types: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for link in table:
+        name, found = link.megatron.name, source.dtype(link.hub.name)
+        if types.setdefault(name, found) != found:
+            other = f"{first[name]} is {types[name]}, {link.hub.name} is {found}"
+            raise InputError(f"{other}: both go into one tensor of Megatron's; give --dtype")
+        first.setdefault(name, link.hub.name)
+    return types
+
+
+def empty_objects(shape: MixtralShape) -> Iterator[str]:
+    """The objects, all None, that Transformer Engine's modules ask a checkpoint for."""
+    for name, grid in tensors.extra_states(shape).items():
+        for place in product(*map(range, grid)):
+            yield f"{name}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, grid))}"
+
+
+def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
+    newest = weights_folder.resolve(folder)
+    shape = MixtralShape.from_folder(newest)
+    source = legacy.open_weights(newest, shape, weights_folder.read_marker(newest))
+    units = hub.shards(hub_targets(shape, source, config.dtype), limit=int(config.max_shard_gb * 1e9))
+
+    def finish(out: Path) -> None:
+        if len(units) > 1:
+            (out / hub.INDEX).write_text(hub.index(units))
+
+    return Conversion(
+        shape=shape,
+        source_folder=newest,
+        source=source,
+        units=units,
+        subfolder="",
+        framing=lambda unit: [(0, hub.header(unit.targets))],
+        complete=finish,
+        kind="hub",
+        identity=source.fingerprint(),
+    )
+
+
+def hub_targets(shape: MixtralShape, source: Source, dtype: str | None) -> Iterator[Target]:
+    """Every tensor of the hub's layout, put together from its rows in Megatron's."""
+    runs: dict[str, list[Run]] = {name: [] for name in hub_shapes(shape)}
+    for link in links(shape):
+        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
+    for name, sizes in hub_shapes(shape).items():
+        stored = source.dtype(runs[name][0].rows.name)
+        yield Target(name, (0,) * len(sizes), sizes, dtype or stored, tuple(runs[name]))
