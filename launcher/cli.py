@@ -12,6 +12,7 @@ import click
 
 from launcher.cli_clusters import clusters
 from launcher.cli_nodes import nodes
+from launcher.cli_pipeline import pipeline_command
 from launcher.cli_plan import plan_command
 from launcher.cli_runs import RUN_COMMANDS, roots_of
 from launcher.cli_sandbox import sandbox
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from launcher.jobs import JobPlan
 
 SECTIONS = {
-    "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat"),
+    "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat", "pipeline"),
     "Before you submit": ("plan", "export", "rehearse", "clusters", "sandbox"),
     "Your runs": ("status", "logs", "explain", "resume", "retry", "cancel", "nodes"),
     "To see it all": ("demo",),
@@ -240,7 +241,7 @@ def demo(text: Path | None, folder: Path) -> None:
 
 # --- commands of other modules -----------------------------------------------------------------------------------
 
-for _command in (plan_command, *RUN_COMMANDS, nodes, clusters, sandbox):
+for _command in (pipeline_command, plan_command, *RUN_COMMANDS, nodes, clusters, sandbox):
     cli.add_command(_command)
 
 

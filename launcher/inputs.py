@@ -85,6 +85,29 @@ def missing(plan: "JobPlan") -> list["Input"]:
 
 def require(plan: "JobPlan") -> None:
     """`UsageError` naming every input that isn't there and how one gets it."""
+def is_converted(profile: ClusterProfile, folder: str) -> bool:
+    """Whether `folder` holds finished weights in Megatron's layout, or a run that has some."""
+    marks = ("mixlaunch.json", "release/mixlaunch.json", "checkpoints/latest_checkpointed_iteration.txt")
+    paths = [f"{folder}/{mark}" for mark in marks]
+    if login := profile.login_node:
+        return ssh.run(login, " || ".join(f"[ -e {shlex.quote(path)} ]" for path in paths)).code == 0
+    return any(Path(path).exists() for path in paths)
+
+
+def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
+    """Whether `folder` holds all of a model in the hub's layout. Of a login node's folder it isn't known."""
+    if profile.login_node or not Path(folder, "config.json").exists():
+        return False
+    try:
+        index = json.loads(Path(folder, "model.safetensors.index.json").read_text())
+        files = {str(name) for name in index["weight_map"].values()}
+    except FileNotFoundError:
+        files = {"model.safetensors"}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return all(Path(folder, name).exists() for name in files)
+
+
     login = plan.profile.login_node
     where = f" on {login.host}" if login else ""
     if absent := missing(plan):

@@ -167,6 +167,7 @@ def create(plan: "JobPlan", path: Path, *, asked: Sequence[str] = ()) -> Run:
         "secrets": list(plan.secrets),
         "time": plan.time,
         "exclude": list(plan.exclude),
+        "pipeline": asdict(plan.link) if plan.link else None,
         "profile": plan.profile.model_dump(mode="json"),
         "versions": {"mixlaunch": importlib.metadata.version("mixlaunch"), "python": platform.python_version()},
         "jobs": [],

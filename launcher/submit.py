@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
 class VerbatimExecutor(submitit_slurm.SlurmExecutor):
     """submitit's Slurm executor with our text in place of the one it would write."""
 
-    def __init__(self, run_dir: Path, text: str, *, tasks: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, run_dir: Path, text: str, *, tasks: int, environment: Mapping[str, str], options: Sequence[str] = ()
+    ) -> None:
         for program in ("sbatch", "srun"):
             if slurm.which(program) is None:
                 raise SubmitError(f"{program}: not found on PATH; submit from a login node of the cluster")
@@ -39,6 +41,7 @@ class VerbatimExecutor(submitit_slurm.SlurmExecutor):
         self._text = text
         self._tasks = tasks
         self._environment = environment
+        self._options = options
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._text
@@ -48,7 +51,8 @@ class VerbatimExecutor(submitit_slurm.SlurmExecutor):
 
     def _submit_command(self, command: str) -> core.Job[Any]:
         self._script.write_text(self._make_submission_file_text(command, ""))
-        job_id = _sbatch(self._make_submission_command(self._script), self._script, self._text, self._environment)
+        sbatch, *rest = self._make_submission_command(self._script)
+        job_id = _sbatch([sbatch, *self._options, *rest], self._script, self._text, self._environment)
         return self.job_class(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))
 
 
@@ -88,13 +92,17 @@ def submit(plan: JobPlan, text: str, run_dir: Path) -> str:
     if login := mirror.login_of(run_dir):
         from launcher.submit_far import submit_far
 
-        return submit_far(login, text, run_dir, environment=plan.profile.slurm_environment)
+        return submit_far(
+            login, text, run_dir, environment=plan.profile.slurm_environment, options=plan.queue_options
+        )
     executor: core.PicklingExecutor
     if plan.profile.is_local:
         executor = DetachedExecutor(run_dir, text, seconds=seconds(plan.time), lead=plan.profile.signal_lead)
     else:
         environment = plan.profile.slurm_environment
-        executor = VerbatimExecutor(run_dir, text, tasks=plan.world, environment=environment)
+        executor = VerbatimExecutor(
+            run_dir, text, tasks=plan.world, environment=environment, options=plan.queue_options
+        )
     # What submitit records as the job's function: the script, run by hand.
     return executor.submit(helpers.CommandFunction(["bash", str(run_dir / SCRIPT)])).job_id
 

@@ -7,7 +7,7 @@ connection is lost, the next one reads it there, or claims the submission before
 import contextlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher import mirror, ssh, states, submit
@@ -39,7 +39,7 @@ rm -f faults
 trap '' HUP PIPE
 limit=
 ! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
-$limit sbatch {script} >submission/{number}/out 2>submission/{number}/err
+$limit sbatch {options} {script} >submission/{number}/out 2>submission/{number}/err
 echo $? >submission/{number}/code.new
 mv submission/{number}/code.new submission/{number}/code
 cat submission/{number}/out
@@ -64,7 +64,9 @@ exit "$(cat submission/{number}/code)"
 """
 
 
-def submit_far(login: Login, text: str, run: Path, *, environment: Mapping[str, str]) -> str:
+def submit_far(
+    login: Login, text: str, run: Path, *, environment: Mapping[str, str], options: Sequence[str] = ()
+) -> str:
     """Submit the copy `run` and return its job's id, or say in an error whether there is one.
 
     When a run's first submission comes to nothing, what was made over there is removed.
@@ -76,7 +78,7 @@ def submit_far(login: Login, text: str, run: Path, *, environment: Mapping[str, 
         _make(login, there)
     try:
         _upload(login, run, there)
-        answer = _sbatch(login, text, there, number, environment)
+        answer = _sbatch(login, text, there, number, environment, options)
         return submit.job_of(answer.code, answer.out, answer.err, there / states.SCRIPT, environment)
     except (Interrupted, UncertainError):
         raise
@@ -113,7 +115,9 @@ def _remove(login: Login, there: Path) -> None:
         ssh.run(login, f"rm -f {run}/{states.SCRIPT}; exec rm -rf {run}")
 
 
-def _sbatch(login: Login, text: str, there: Path, number: int, environment: Mapping[str, str]) -> Done:
+def _sbatch(
+    login: Login, text: str, there: Path, number: int, environment: Mapping[str, str], options: Sequence[str]
+) -> Done:
     """What sbatch said, over a second connection if the first is lost."""
     exports = (f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name != ssh.LOGIN)
     body = SBATCH.format(
@@ -125,6 +129,7 @@ def _sbatch(login: Login, text: str, there: Path, number: int, environment: Mapp
         decided=" ".join(sorted(submit.decided_by(text))),
         exports="\n".join(exports),
         timeout=SBATCH_TIMEOUT,
+        options=shlex.join(options),
         script=shlex.quote(str(there / states.SCRIPT)),
     )
     try:
