@@ -163,13 +163,23 @@ def explain_run(
 
 @of_cluster
 @click.command()
-@click.argument("names", metavar="RUN...", nargs=-1, required=True)
-def cancel(names: tuple[str, ...], cluster: str | None) -> None:
+@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.option(
+    "--stuck", is_flag=True, help="Every run that waits for a job that failed, and so can't start."
+)
+def cancel(names: tuple[str, ...], stuck: bool, cluster: str | None) -> None:
     """End runs: names, prefixes or job ids."""
-    from launcher import runs, screen
+    from launcher import pipeline, runs, screen
 
+    if not names and not stuck:
+        raise click.UsageError("Missing argument 'RUN...'; or give --stuck")
     roots = roots_of(cluster)
-    for run in [runs.find(name, roots) for name in names]:
+    found = [runs.find(name, roots) for name in names]
+    if stuck and not (hopeless := pipeline.stuck(runs.every(roots))):
+        screen.say("every run that waits can still start")
+    elif stuck:
+        found += hopeless
+    for run in found:
         if runs.cancel(run):
             screen.done(f"{run.name} is told to end")
         else:

@@ -62,12 +62,22 @@ def note(run: dict[str, Any]) -> str:
     """What else one wants to know at a glance: why it waits and until when, how it ended."""
     if run["state"] == "PENDING":
         starts = f"starts about {moment(run['starts'])}" if run["starts"] else ""
-        return "; ".join(filter(None, [run["reason_in_words"], starts]))
+        waits = place_in_pipeline(run) if run["reason"] == "Dependency" else ""
+        return "; ".join(filter(None, [waits or run["reason_in_words"], starts]))
     if run["server"] and run["server"].get("answers") is False:
         return "its server doesn't answer"
     if not run["active"] and run["exit_code"]:
         return f"exit {run['exit_code']}"
     return run["reason"] or "" if run["source"] == "logs" and run["state"] != "COMPLETED" else ""
+
+
+def place_in_pipeline(run: dict[str, Any]) -> str:
+    """`step 3 of 4, after convert-...`."""
+    link = run["pipeline"]
+    if not link:
+        return ""
+    after = f", after {' and '.join(link['after'])}" if link["after"] else ""
+    return f"step {link['step']} of {link['steps']}{after}"
 
 
 def _progress(run: dict[str, Any]) -> str:
@@ -125,6 +135,7 @@ def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
         screen.facts(
             [
                 ("job", f"{run.job} on {run.cluster}{f', id {run.job_id}' if run.job_id else ''}"),
+                ("pipeline", place_in_pipeline(known)),
                 ("why", note(known) if state == "PENDING" else ""),
                 ("reason", "" if state in ("COMPLETED", "PENDING") else known["reason"] or ""),
                 ("nodes", hostlist.compress(known["nodes"])),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from launcher.runs import Run
 
 INTERRUPTED = 130
+NEVER = "DependencyNeverSatisfied"  # Slurm's reason for a job that waits for one that failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,24 @@ def to_the_end(started: "Sequence[Run]") -> int:
                     screen.say(f"{later.name} is cancelled: it can't start any more")
             return code
     return 0
+
+
+def stuck(found: "Sequence[Run]") -> "list[Run]":
+    """Those that can never start: a job that they wait for failed, or can't start itself."""
+    states = runs.states_of(found)
+    waiting = [run for run in found if states[run.path].state == "PENDING"]
+    never = [run for run in waiting if states[run.path].reason == NEVER]
+    while True:
+        ids = {run.job_id for run in never}
+        behind = [run for run in waiting if run not in never and ids & _waits_for(run)]
+        if not behind:
+            return never
+        never += behind
+
+
+def _waits_for(run: "Run") -> set[str]:
+    link = run.record.get("pipeline")
+    return set(link["jobs"]) if link else set()
 
 
 def run_here(chain: Chain, *, asked: Sequence[str]) -> int:

@@ -65,6 +65,7 @@ def of(run: "Run", state: "State") -> dict[str, Any]:
         "time_left_s": seconds(state.time_left),
         "exit_code": state.exit_code,
         "nodes": _nodes(state.nodes),
+        "pipeline": run.record.get("pipeline"),
         "attempt": attempts[-1] if attempts else None,
         "attempts": len(attempts),
         "step": step.get("step"),
