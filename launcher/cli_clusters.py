@@ -3,8 +3,11 @@
 They read profiles and ask Slurm; none of them submits anything.
 """
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -61,3 +64,67 @@ def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) ->
         return
     click.echo(f"# {path}", err=True)
     screen.code(cluster_view.text(cluster), "yaml")
+
+
+@_with(override(), JSON)
+@clusters.command("check")
+@click.argument("name", metavar="[NAME|FILE.yaml]", required=False)
+def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
+    """Hold a profile against the live cluster.
+
+    Partition, account, QoS, reservation, features, node shape, time limit, version, image and paths; then sbatch
+    --test-only for a whole node. Exits with 2 if something in the profile is wrong, 1 if Slurm can't be asked.
+    """
+    from launcher import cluster_check, cluster_view
+
+    path, cluster = cluster_view.read(name, override)
+    findings = []
+    for finding in cluster_check.check(cluster):
+        findings.append(finding)
+        if not as_json:
+            cluster_view.finding(finding)
+    wrong = any(finding.verdict == "failed" for finding in findings)
+    if as_json:
+        found = [dataclasses.asdict(finding) for finding in findings]
+        _print_json({"cluster": cluster.name, "file": str(path), "ok": not wrong, "findings": found})
+    sys.exit(2 if wrong else 0)
+
+
+@clusters.command("schema")
+def clusters_schema() -> None:
+    """JSON schema of a profile, for editors.
+
+    Begin a profile with `# yaml-language-server: $schema=FILE` to have keys completed and checked as you type.
+    """
+    from launcher import cluster_schema
+
+    _print_json(cluster_schema.schema())
+
+
+@clusters.command("template")
+@click.argument("part", required=False)
+def clusters_template(part: str | None) -> None:
+    """Print a part of the script's template, to be changed and named under `templates:`.
+
+    Without PART, the names of all.
+    """
+    from launcher import fragments
+
+    click.echo(fragments.source(part) if part else "\n".join(fragments.names()), nl=not part)
+
+
+@clusters.command("new")
+@click.argument("name", required=False)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE.yaml", help="Where to.")
+def clusters_new(name: str | None, output: Path | None) -> None:
+    """Write a profile for the cluster that one stands on.
+
+    Slurm is asked what it has; what it can't tell is left as a comment to fill in. NAME is by default what the
+    cluster calls itself; the file goes into your own profiles, and one that is there already is never touched.
+    """
+    from launcher import cluster_new, screen
+
+    written = cluster_new.write(name, output)
+    screen.done(
+        f"{written} is written; read it through, then: mixlaunch clusters check {cluster_new.called(written)}"
+    )

@@ -5,7 +5,7 @@ Both come in JSON as well, where nothing is shortened.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,10 @@ from launcher import catalog, profile, screen
 from launcher.errors import MixlaunchError
 from launcher.profile import ClusterProfile
 
+if TYPE_CHECKING:
+    from launcher.cluster_check import Finding
+
+WORDS = {"ok": ("", "ok"), "failed": ("red", "failed"), "unknown": ("yellow", "can't tell")}
 COLUMNS = ("CLUSTER", "SCHEDULER", "GPUS A NODE", "CONTAINER", "DESCRIPTION")
 
 
@@ -60,6 +64,12 @@ def text(cluster: ClusterProfile) -> str:
 def dumped(cluster: ClusterProfile) -> dict[str, Any]:
     """What a profile holds, defaults filled in; what has no value is left out."""
     return cluster.model_dump(mode="json", exclude_none=True)
+
+
+def finding(found: "Finding") -> None:
+    """One line a question."""
+    style, word = WORDS[found.verdict]
+    screen.say(f"{word:<11}{found.what}: {found.why}", style)
 
 
 def read(name: str | None, overrides: Sequence[str] = ()) -> tuple[Path, ClusterProfile]:
