@@ -79,6 +79,7 @@ def _start(
     exclude: tuple[str, ...],
     health_check: bool,
     force: bool = False,
+    tunnel: bool = False,
 ) -> None:
     """Submit `plan`; on this machine a job is watched to its end, on a cluster it is left to the queue."""
     from launcher import bad_nodes, outlooks
@@ -93,7 +94,7 @@ def _start(
     outlooks.require(plan, force=force)
     inputs.require(plan)
     _note(plan)
-    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow))
+    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow, tunnel=tunnel))
 
 
 def _note(plan: "JobPlan") -> None:
@@ -154,12 +155,15 @@ START = (
 FORCE = SectionedOption(
     ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
 )
+TUNNEL = SectionedOption(
+    ["--tunnel"], section="Job", is_flag=True, help="Wait, then let a port of this machine lead to it until Ctrl-C."
+)
 AS_JOB = SectionedOption(["--as-job"], section="Job", is_flag=True, help="As a job, not here in the foreground.")
 
 cli.add_command(job_command("download", _download, more=(*START, AS_JOB)))
 UNDER = {"convert": (job_command("verify", _start, more=START),)}
 for _job in ("prepare", "convert", "finetune", "serve", "tiny"):
-    more = (*START, FORCE) if _job in PARALLEL else START
+    more = (*START, *((FORCE,) if _job in PARALLEL else ()), *((TUNNEL,) if _job == "serve" else ()))
     cli.add_command(job_command(_job, _start, more=more, under=UNDER.get(_job, ())))
 cli.commands["tiny"].hidden = True
 
@@ -219,10 +223,10 @@ def chat(server: str | None, prompt: str | None, system: str | None, raw: bool, 
     SERVER is HOST:PORT, a URL or the server's run; by default the one that was started last.
     """
     from launcher import chat as chatting
-    from launcher import servers
+    from launcher import servers, tunnel
 
-    found = servers.find(server, roots_of(None))
-    chatting.run(found, prompt=prompt, system=system, raw=raw, settings=chatting.Settings(**how))
+    with tunnel.if_needed(servers.find(server, roots_of(None))) as found:
+        chatting.run(found, prompt=prompt, system=system, raw=raw, settings=chatting.Settings(**how))
 
 
 @cli.command()

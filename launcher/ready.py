@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING
 
 from launcher import runs, screen, servers, waiting, watch
 
+POLL = 0.5
+
 if TYPE_CHECKING:
     from launcher.runs import Run
 
 
-def wait(run: "Run") -> int:
-    """Until `run` is a server that answers; the exit code for the shell. Ctrl-C ends the waiting alone."""
+def wait(run: "Run", *, tunnel: bool = False) -> int:
+    """Until `run` is a server that answers; the exit code for the shell. Ctrl-C ends the waiting alone.
+
+    With `tunnel` a port of this machine leads to it then, until Ctrl-C or its end.
+    """
     try:
         if _is_ready(run):
-            show(run)
+            show(run, tunnel=tunnel)
             return 0
     except KeyboardInterrupt:
         screen.say(f"{run.name} goes on; `mixlaunch status` says when it's ready")
@@ -24,10 +29,28 @@ def wait(run: "Run") -> int:
     return watch.verdict(run)
 
 
-def show(run: "Run") -> None:
+def show(run: "Run", *, tunnel: bool = False) -> None:
     """Where the server of `run` is and what to type."""
+    if tunnel:
+        _hold(run)
+        return
     screen.done(f"{run.job} is ready")
     screen.facts([*servers.how_to_ask(run), ("chat", f"mixlaunch chat {run.name}")])
+
+
+def _hold(run: "Run") -> None:
+    """A tunnel that lasts until Ctrl-C or the server's end."""
+    from launcher import tunnel
+
+    with tunnel.opened(run) as near:
+        screen.done(f"{run.job} is ready, and here it is {near.url}")
+        screen.facts([*servers.how_to_ask(run, near.url), ("until", "Ctrl-C, which leaves the server alone")])
+        goes_on = watch.active(run)
+        try:
+            while goes_on():
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            screen.say(f"{run.name} goes on; the tunnel is closed")
 
 
 def _is_ready(run: "Run") -> bool:

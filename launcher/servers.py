@@ -35,6 +35,7 @@ class Server:
     url: str
     key: str | None = None
     name: str = ""  # of the model, where known
+    run: runs.Run | None = None  # whose server it is, where known
 
     def client(self) -> "httpx.Client":
         """An HTTP client for it; waits for answers as long as they take."""
@@ -57,14 +58,20 @@ def find(where: str | None, roots: Iterable[Path]) -> Server:
 
 def of_run(run: runs.Run) -> Server:
     """The server of a run that says it's ready."""
+    state = state_of(run)
+    key = os.environ.get(KEY) or _key_of(run.path)
+    return Server(url=state["url"], key=key, name=state.get("model", ""), run=run)
+
+
+def state_of(run: runs.Run) -> dict[str, Any]:
+    """What a run's server says of itself, asked where it says it; `UsageError` when it says nothing."""
     try:
-        state = json.loads((run.path / STATE).read_text())
+        return dict(json.loads(mirror.read(run.path / STATE)))
     except FileNotFoundError:
         hint = "it isn't a serve job" if run.job != "serve" else f"see `mixlaunch logs {run.name}`"
         raise UsageError(f"{run.name}: no server is ready there; {hint}") from None
     except (OSError, ValueError) as error:
         raise Fault(f"{run.path / STATE}: {error}") from error
-    return Server(url=state["url"], key=os.environ.get(KEY) or _key_of(run.path), name=state.get("model", ""))
 
 
 def newest(roots: Iterable[Path]) -> Server:
@@ -101,17 +108,26 @@ def require_port(plan: "JobPlan") -> None:
         raise UsageError(f"--port: {host}:{port}: {error.strerror}{hint}") from None
 
 
-def how_to_ask(run: runs.Run) -> list[tuple[str, str]]:
-    """What to type to reach the server of `run`; a key is read from its file, so that no screen shows it."""
-    server, state = of_run(run), json.loads((run.path / STATE).read_text())
+def how_to_ask(run: runs.Run, url: str | None = None) -> list[tuple[str, str]]:
+    """What to type to reach the server of `run`, at `url` if there is a tunnel.
+
+    A key is read from its file, so that no screen shows it.
+    """
+    server, state = of_run(run), state_of(run)
     taken = f" (port {state['taken']} is taken)" if "taken" in state else ""
+    ready = ("ready", f"{server.name} at {server.url}{taken}")
+    login = mirror.login_of(run.path)
+    if login and url is None:
+        return [ready]  # it's the cluster's nodes that reach it there
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
-    words = ["curl", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    words = ["curl", f"{url or server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
     key = ""
     if _key_of(run.path):
-        secrets = shlex.quote(str(run.path / "secrets.env"))
-        key = f' -H "Authorization: Bearer $(sed -n s/^{KEY}=//p {secrets})"'
-    return [("ready", f"{server.name} at {server.url}{taken}"), ("ask", shlex.join(words) + key)]
+        there = ["sed", "-n", f"s/^{KEY}=//p", str(mirror.original(run.path / "secrets.env"))]
+        options = [word for option in login.options for word in ("-o", option)] if login else []
+        read = shlex.join(["ssh", *options, login.host, shlex.join(there)] if login else there)
+        key = f' -H "Authorization: Bearer $({read})"'
+    return [ready, ("ask", shlex.join(words) + key)]
 
 
 def _key_of(path: Path) -> str | None:

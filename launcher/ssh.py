@@ -140,7 +140,7 @@ def rsync(login: Login, *arguments: str) -> None:
     program = _program("rsync")
     # -s: paths go through rsync's own protocol, not through the far shell.
     argv = [program, "--protect-args", "--timeout=60", "--compress", *arguments]
-    environment = {**os.environ, "RSYNC_RSH": " ".join(map(_rsync_word, _ssh(login)))}
+    environment = {**os.environ, "RSYNC_RSH": " ".join(map(_rsync_word, words(login)))}
     done = subprocess.run(
         argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
@@ -169,6 +169,28 @@ def far(login: Login, path: Path | str) -> str:
     return f"{login.host}:{path}"
 
 
+def forward(login: Login, port: int, host: str, far_port: int) -> None:
+    """Let `port` of this machine's loopback lead to `host:far_port` as the login node sees it."""
+    connect(login)
+    done = _control(login, "forward", _route(port, host, far_port))
+    if done.returncode:
+        raise Fault(f"login node {login.host}: no tunnel to {host}:{far_port}: {_last_line(done.stderr)}")
+
+
+def unforward(login: Login, port: int, host: str, far_port: int) -> None:
+    """Undo `forward`."""
+    _control(login, "cancel", _route(port, host, far_port))
+
+
+def _route(port: int, host: str, far_port: int) -> str:
+    return f"127.0.0.1:{port}:{f'[{host}]' if ':' in host else host}:{far_port}"
+
+
+def _control(login: Login, how: str, route: str) -> "subprocess.CompletedProcess[str]":
+    argv = [*words(login), "-O", how, "-L", route, login.host]
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+
+
 # --- the shared connection ---------------------------------------------------------------------------------------
 
 
@@ -184,7 +206,7 @@ def connect(login: Login) -> None:
     if why and time.monotonic() - since < RETRY:
         raise why
     try:
-        if subprocess.run([*_ssh(login), "-O", "check", login.host], capture_output=True).returncode:
+        if subprocess.run([*words(login), "-O", "check", login.host], capture_output=True).returncode:
             _log_in(login)
     except Fault as fault:
         _silent[login] = time.monotonic(), fault
@@ -200,7 +222,7 @@ def forget(login: Login) -> None:
 def close(login: Login) -> None:
     """End the shared connection, if there is one."""
     forget(login)
-    subprocess.run([*_ssh(login), "-O", "exit", login.host], capture_output=True)
+    subprocess.run([*words(login), "-O", "exit", login.host], capture_output=True)
 
 
 def _log_in(login: Login) -> None:
@@ -208,7 +230,7 @@ def _log_in(login: Login) -> None:
     with tempfile.TemporaryFile() as said:
         try:
             code = subprocess.run(
-                [*_ssh(login), login.host, SHELL],
+                [*words(login), login.host, SHELL],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
@@ -240,7 +262,7 @@ def _last_line(text: str, preferred: str = "") -> str:
 
 def _start(login: Login, *, stderr: int) -> "subprocess.Popen[bytes]":
     # A session of its own: the terminal's Ctrl-C is for us, who decide what becomes of the far side.
-    argv, pipe = [*_ssh(login), login.host, SHELL], subprocess.PIPE
+    argv, pipe = [*words(login), login.host, SHELL], subprocess.PIPE
     return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True)
 
 
@@ -255,7 +277,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @functools.cache
-def _ssh(login: Login) -> tuple[str, ...]:
+def words(login: Login) -> tuple[str, ...]:
     """ssh with what every call shares. The profile's options come first; the user's own stay in force."""
     given = [word for option in login.options for word in ("-o", option)]
     settings = _settings([_program("ssh"), *given, "-G", login.host])

@@ -24,25 +24,29 @@ MISTAKE = 2
 ALL = "all"
 
 
-def submit(plan: "JobPlan", *, asked: tuple[str, ...], wait: bool | None, follow: bool) -> int:
+def submit(
+    plan: "JobPlan", *, asked: tuple[str, ...], wait: bool | None, follow: bool, tunnel: bool = False
+) -> int:
     """Submit, say so, and stay as long as `wait` says; the exit code for the shell.
 
     True is until the end. None is the job's own way: to the end on this machine; elsewhere until a server is ready,
-    and not at all for other jobs.
+    and not at all for other jobs. A `tunnel` to a server is held until Ctrl-C.
     """
+    if tunnel and plan.profile.is_local:
+        raise UsageError("--tunnel: this server will be on this machine already")
     servers.require_port(plan)
     run = runs.start(plan, asked=asked)
     where = "this machine" if run.is_local else f"{run.cluster} as job {run.job_id}"
     screen.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
     facts = [(name, value) for name, value in screen.plan_facts(plan) if name in ("ranks", "layout", "limit")]
     later = [("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")]
-    until_ready = wait is None and plan.job == "serve" and not run.is_local and not follow
+    until_ready = tunnel or (wait is None and plan.job == "serve" and not run.is_local and not follow)
     to_its_end = follow or (run.is_local if wait is None else wait)
     screen.facts([*facts, ("run", mirror.shown(run.path)), *([] if to_its_end else later)])
     if until_ready:
         from launcher import ready  # which watches with what is here
 
-        return ready.wait(run)
+        return ready.wait(run, tunnel=tunnel)
     return to_the_end(run, follow=follow) if to_its_end else 0
 
 
