@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import bad_nodes, hostlist, lint, mirror, runs, states
+from launcher import bad_nodes, hostlist, lint, mirror, quoting, runs, states
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _limit(run: "Run", time: str | None) -> str:
     from launcher.profile import time_limit
 
     if time is None:
-        match = re.search(r"^#SBATCH --time=(\S+)$", (run.path / states.SCRIPT).read_text(), re.M)
+        match = re.search(r'^#SBATCH --time="?([^"\s]+)"?$', (run.path / states.SCRIPT).read_text(), re.M)
         return match[1] if match else str(run.record.get("time") or run.profile.time)
     try:
         return time_limit(time)
@@ -148,7 +148,7 @@ def _with_option(text: str, option: str, value: str | None) -> str:
     places = [place for place, line in enumerate(lines) if line.startswith("#SBATCH --")]
     mine = [place for place in places if lines[place].startswith(f"#SBATCH --{option}=")]
     at = mine[0] if mine else places[-1] + 1
-    new = [f"#SBATCH --{option}={value}\n"] if value else []
+    new = [f"#SBATCH --{option}={quoting.directive(value)}\n"] if value else []
     return "".join([*lines[:at], *new, *lines[at + len(mine) :]])
 
 

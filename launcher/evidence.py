@@ -76,7 +76,7 @@ def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) ->
     return Evidence(
         attempt=attempt,
         state=word,
-        exit_code=code,
+        exit_code=_code(batch) if code is None else code,
         first=_first(run.path, attempt),
         nodes=_nodes(text, state),
         tasks_per_node=int(run.record["tasks_per_node"]),
@@ -113,6 +113,11 @@ def _output(run: "Run", attempt: int | None) -> tuple[Line, ...]:
             elif current == attempt:
                 found.append(line)
     return tuple(found)
+
+
+def _code(lines: tuple[Line, ...]) -> int | None:
+    match = states.LAST_WORD.match(_last_word(lines))
+    return int(match["code"]) if match and match["code"] else None
 
 
 def _last_word(lines: tuple[Line, ...]) -> str:

@@ -30,13 +30,14 @@ def expand(text: str) -> list[str]:
 
 def compress(names: Iterable[str]) -> str:
     """The short form, sorted: `gpu[01-03],login`."""
+    split = {name: re.fullmatch(r"(.*?)(\d{1,9})", name) for name in set(names)}
+    numbered = [(match[1], match[2]) for match in split.values() if match]
+    padded = {(head, len(digits)) for head, digits in numbered if digits[0] == "0" and len(digits) > 1}
     groups: dict[tuple[str, int], list[int]] = {}
-    plain = []
-    for name in sorted(set(names)):
-        if match := re.fullmatch(r"(.*?)(\d{1,9})", name):
-            groups.setdefault((match[1], len(match[2]) if match[2][0] == "0" else 0), []).append(int(match[2]))
-        else:
-            plain.append(name)
+    for head, digits in numbered:
+        width = len(digits) if (head, len(digits)) in padded else 0
+        groups.setdefault((head, width), []).append(int(digits))
+    plain = [name for name, match in split.items() if not match]
     return ",".join(sorted([*plain, *(_group(head, width, found) for (head, width), found in groups.items())]))
 
 
