@@ -1,0 +1,149 @@
+"""A converted model of Mixtral 8x7B's full width on a GPU: does megatron-core load it, and compute with it?
+
+Two layers of random weights, about 6 GB, are made and converted; then, by each version of megatron-core asked for,
+loaded, read back from the GPU and held against the digests of the conversion, and the logits of a prompt against
+transformers'. Without a GPU it runs on the CPU, where `--tiny` makes that quick.
+
+    python tests/bench/gpu_convert.py --megatron-path DIR --megatron-path OTHER
+
+DIR is a folder with a megatron-core in it, as `pip install --target DIR megatron-core==0.16.1` makes; without any
+the installed one is used.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from bench_convert import MIXTRAL_8X7B
+from bench_convert import convert as converted
+
+from megatron_mixtral import hub
+from megatron_mixtral.config import MixtralShape
+from megatron_mixtral.copying import Target
+from megatron_mixtral.weights import hub_shapes
+
+TINY = MIXTRAL_8X7B | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "vocab_size": 999}
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def make(folder: Path, config: dict) -> int:
+    """A hub folder with weights as a fresh model's: normal numbers of deviation 0.02, norms about 1."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = hub_shapes(MixtralShape.from_hf(config))
+    targets = [Target(name, (0,) * len(s), s, "bfloat16", ()) for name, s in shapes.items()]
+    units = hub.shards(targets, limit=5 * 10**9)
+    random = np.random.default_rng(4)
+    noise = random.standard_normal(32 << 20, np.float32) * np.float32(0.02)
+    weights, norms = bf16(noise), bf16(1 + noise[: 1 << 16])
+    for unit in units:
+        with (folder / unit.file).open("wb") as stream:
+            stream.write(hub.header(unit.targets))
+            for target in unit.targets:
+                some, left = norms if len(target.sizes) == 1 else weights, target.nbytes // 2
+                at = int(random.integers(len(some)))  # another place for each, or all experts would be one
+                while left:
+                    part = some[at : at + left]
+                    stream.write(part.data)
+                    left, at = left - len(part), 0
+    (folder / hub.INDEX).write_text(hub.index(units))
+    return sum(unit.nbytes for unit in units)
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 values rounded to bfloat16."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def load(source: Path, folder: Path) -> None:
+    """Load the converted folder by the megatron-core that is found first, and prove what it holds and computes."""
+    begun = time.perf_counter()
+    from megatron_mixtral import checkpoint, logits, mcore, model, weights_folder
+
+    import megatron.core
+
+    where = "the GPU" if mcore.HAVE_GPU else "the CPU"
+    print(
+        f"\nmegatron-core {megatron.core.__version__}, imported in {time.perf_counter() - begun:.1f} s", flush=True
+    )
+    shape, release = MixtralShape.from_folder(source), folder / "release"
+    with logits.alone():
+        begun = time.perf_counter()
+        built = model.build(shape, mcore.Layout(), precision="bf16", random_weights=False, fuse=False)
+        checkpoint.load_weights(built, release)
+        print(f"  loaded onto {where} in {time.perf_counter() - begun:.1f} s", flush=True)
+        begun = time.perf_counter()
+        wrong = differing(built, shape, weights_folder.read_marker(release)["digests"])
+        assert not wrong, f"{wrong[0]} isn't what was converted"
+        print(f"  every tensor on it has its digest ({time.perf_counter() - begun:.1f} s)", flush=True)
+        del built
+    begun = time.perf_counter()
+    print("  ", end="")
+    logits.check(source, folder, dtype=None, prompt="A mixture of experts", tolerance=1e-3)
+    print(f"  transformers agrees, in fp32 ({time.perf_counter() - begun:.1f} s)", flush=True)
+
+
+def differing(built, shape: MixtralShape, digests: dict[str, str]) -> list[str]:
+    """The hub's tensors that, put together from the model's parameters, have another digest."""
+    import torch
+    from blake3 import blake3
+
+    from megatron_mixtral import logits
+    from megatron_mixtral.weights import links, megatron_axes
+
+    planes = {}
+    for shard in [shard for part in logits._shards(built) for shard in part]:
+        axes, front = megatron_axes(shard.key), shard.prepend_axis_num
+        for own in np.ndindex(*shard.data.shape[: axes - front]):
+            offset = shard.global_offset
+            index = (*offset[:front], *(o + i for o, i in zip(offset[front:axes], own, strict=True)))
+            planes.setdefault((shard.key, index), []).append((offset[axes], shard.data[own]))
+    found = {}
+    for link in links(shape):
+        rows, digest = link.megatron, found.setdefault(link.hub.name, blake3())
+        for first, plane in sorted(planes[rows.name, rows.index], key=lambda part: part[0]):
+            part = plane[max(0, rows.start - first) : max(0, rows.stop - first)]
+            digest.update(part.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return [name for name, digest in found.items() if digest.hexdigest() != digests[name]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--megatron-path", action="append", type=Path, help="folder with a megatron-core; repeat it"
+    )
+    parser.add_argument("--folder", type=Path, help="where to; by default memory where 30 GB of it are free")
+    parser.add_argument("--tiny", action="store_true", help="a small model, for a try without a GPU")
+    parser.add_argument("--load", nargs=2, type=Path, metavar=("HUB", "CONVERTED"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        return load(*options.load)
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 30e9
+    where = options.folder or (SHARED_MEMORY if roomy else Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        folder, begun = Path(name), time.perf_counter()
+        size = make(folder / "hub", TINY if options.tiny else MIXTRAL_8X7B)
+        print(f"{size / 1e9:.2f} GB made in {time.perf_counter() - begun:.1f} s")
+        seconds, _ = converted(folder / "hub", folder / "megatron", "megatron", 2)
+        print(f"converted by 2 processes in {seconds:.1f} s", flush=True)
+        for path in options.megatron_path or [None]:
+            paths = [str(path.absolute())] if path else []
+            paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+            paths.append(str(Path(__file__).resolve().parents[2]))
+            command = [sys.executable, __file__, "--load", str(folder / "hub"), str(folder / "megatron")]
+            # Compiling megatron-core's small helpers would take longer than all the rest.
+            more = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"}
+            subprocess.run(command, check=True, env={**os.environ, **more})
+    return None
+
+
+if __name__ == "__main__":
+    main()
