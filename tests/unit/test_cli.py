@@ -185,7 +185,7 @@ def test_every_setting_is_an_option_of_the_job_and_of_its_export():
 
 
 def test_export_offers_what_the_job_offers():
-    starting = {"--dry-run", "--wait", "--follow", "--as-job", "--force"}
+    starting = {"--dry-run", "--wait", "--follow", "--as-job", "--force", "--tunnel", "--exclude", "--health-check"}
     for job in options.HELP:
         own = {o for p in command_of(job).params for o in p.opts}
         assert {o for p in cli.commands["export"].commands[job].params for o in p.opts} == own - starting
