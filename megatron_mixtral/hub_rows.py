@@ -42,6 +42,10 @@ class HubRows:
                 part = Rows(there.name, there.index, start + shift, stop + shift)
                 self.hub.read(part, out[(start - rows.start) * width : (stop - rows.start) * width])
 
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Of every file read."""
+        return self.hub.fingerprint()
+
     def apart(self) -> "HubRows":
         """For another thread: with files of its own."""
         mine = copy.copy(self)

@@ -70,8 +70,8 @@ def find(path: Path) -> Path:
 
 
 def is_hub(folder: Path) -> bool:
-    """Whether a folder that `find` found is in the hub's layout."""
-    return not (folder / MARKER).is_file()
+    """Whether a folder that `find` found is in the hub's layout: one that `convert` wrote has a marker as well."""
+    return not (folder / MARKER).is_file() or read_marker(folder).get("kind") == "hub"
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
