@@ -1,11 +1,12 @@
 """Ranks come to one decision together: what one of them finds wrong ends them all, with the same words.
 
-Every function here is called by all ranks, or the others wait for ever.
+Every function here is called by all ranks of the group, or the others wait for ever.
 """
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_mixtral import mcore
@@ -14,20 +15,24 @@ from megatron_mixtral.errors import InputError, JobError
 T = TypeVar("T")
 
 
-def on_first_rank(action: Callable[[], T], *, failure: type[JobError] = JobError) -> T:
+def on_first_rank(action: Callable[[], T], *, failure: type[JobError] = JobError, group: Any = None) -> T:
     """What `action` returned on rank 0, on every rank; its error is everyone's, an OSError as `failure`."""
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told[0] = action()
-        except JobError as error:
-            told[1] = error
-        except OSError as error:
-            told[1] = failure(str(error))
-    dist.broadcast_object_list(told, src=0, device=mcore.device())
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+    told = [_tried(action, failure) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0, group=group, device=None if group else mcore.device())
+    return _result(told[0])
+
+
+def everywhere(action: Callable[[], T], *, failure: type[JobError] = JobError, group: Any = None) -> list[T]:
+    """What `action` returned on each rank, by rank; the first one's error is everyone's."""
+    tried = gathered(_tried(action, failure), group)
+    failed = next((t for t in tried if t[1] is not None), None)
+    return [_result(failed or t) for t in tried]
+
+
+def raise_alike(problem: str | None, *, failure: type[JobError] = InputError) -> None:
+    """On every rank, `failure` with what the first rank that has one calls the problem."""
+    if found := [said for said in gathered(problem) if said]:
+        raise failure(found[0])
 
 
 def gathered(mine: T, group: Any = None) -> list[T]:
@@ -37,16 +42,23 @@ def gathered(mine: T, group: Any = None) -> list[T]:
     return everyone
 
 
-def raise_alike(problem: str | None, *, failure: type[JobError] = InputError) -> None:
-    """On every rank, `failure` with what the first rank that has one calls the problem."""
-    if found := [said for said in gathered(problem) if said]:
-        raise failure(found[0])
-
-
 def summed(values: list[float]) -> list[float]:
     """Each number's sum over all ranks."""
-    import torch
-
     everyone = torch.tensor(values, dtype=torch.float64, device=mcore.device())
     dist.all_reduce(everyone)
     return everyone.tolist()
+
+
+def _tried(action: Callable[[], T], failure: type[JobError]) -> tuple[T | None, JobError | None]:
+    try:
+        return action(), None
+    except JobError as error:
+        return None, error
+    except OSError as error:
+        return None, failure(f"rank {dist.get_rank()}: {error}")
+
+
+def _result(tried: Any) -> Any:
+    if tried[1] is not None:
+        raise tried[1]
+    return tried[0]

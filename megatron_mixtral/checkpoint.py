@@ -6,16 +6,20 @@ rank before anything is read.
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mixtral import mcore, tensors
+from megatron_mixtral import adapters, agreement, digests, mcore, sharded, tensors
+from megatron_mixtral.adapters import Lora
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.errors import CheckpointError, SaveError
 from megatron_mixtral.weights_folder import (
     FORMAT,
     LATEST,
@@ -41,6 +45,7 @@ __all__ = [
     "load_weights",
     "newest",
     "prune",
+    "read_assets",
     "resolve",
     "save",
     "step_folder",
@@ -64,18 +69,29 @@ class State:
     rank: Any  # this rank's own; None when it was saved by another number of ranks
 
 
-def verify(folder: Path, shape: MixtralShape) -> None:
-    """`CheckpointError` unless `folder` is ours, whole in its files, and holds exactly the tensors of `shape`."""
-    if read_marker(folder).get("kind") == "legacy":
+def verify(folder: Path, shape: MixtralShape, lora: Lora | None = None) -> None:
+    """`CheckpointError` unless `folder` is ours, whole in its files, and holds exactly the tensors of `shape`.
+
+    With `lora` those of its adapters instead.
+    """
+    kind = read_marker(folder).get("kind")
+    if kind == "legacy":
         raise CheckpointError(f"{folder}: legacy files, for other programs; convert again without --layout legacy")
+    if kind == adapters.KIND and not lora:
+        raise CheckpointError(f"{folder}: holds adapters alone; convert --to hf merges them into their base")
     refuse_foreign(folder)
-    _check_contents(folder, shape)
+    _check_contents(folder, _whole(shape, lora))
 
 
-def _check_contents(folder: Path, shape: MixtralShape) -> None:
+def _whole(shape: MixtralShape, lora: Lora | None) -> dict[str, tuple[int, ...]]:
+    """Name -> global shape of all that a checkpoint of the model's holds."""
+    return adapters.shapes(shape, lora) if lora else tensors.shapes(shape)
+
+
+def _check_contents(folder: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     metadata = _read_metadata(folder)
     _check_files(folder, metadata)
-    _check_tensors(folder, metadata, shape)
+    _check_tensors(folder, metadata, wanted)
 
 
 def _read_metadata(folder: Path) -> Any:
@@ -103,8 +119,7 @@ def _check_files(folder: Path, metadata: Any) -> None:
             raise CheckpointError(f"{path}: truncated, {found} bytes of {size}")
 
 
-def _check_tensors(folder: Path, metadata: Any, shape: MixtralShape) -> None:
-    wanted = tensors.shapes(shape)
+def _check_tensors(folder: Path, metadata: Any, wanted: dict[str, tuple[int, ...]]) -> None:
     stored_tensors = {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
     found = {name: entry for name, entry in stored_tensors.items() if not name.startswith("optimizer.")}
     if missing := sorted(wanted.keys() - found.keys()):
@@ -130,7 +145,13 @@ def unwrap(model: Any) -> Any:
 
 
 def _model_state(model: Any) -> dict[str, Any]:
-    return unwrap(model).sharded_state_dict(metadata=dict(_CONTENT))
+    """What a checkpoint of the model holds: its adapters alone where it has any."""
+    return _part_of_state(model, of_adapters=bool(unwrap(model).lora))
+
+
+def _part_of_state(model: Any, *, of_adapters: bool) -> dict[str, Any]:
+    state = unwrap(model).sharded_state_dict(metadata=dict(_CONTENT))
+    return {name: value for name, value in state.items() if adapters.is_adapter(name) == of_adapters}
 
 
 def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
@@ -138,42 +159,66 @@ def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_wanted(model: Any) -> dict[str, Any]:
-    """What `model` asks of a weights folder: its parameters as shards of the whole."""
-    return _without_extra_states(_model_state(unwrap(model)))
+    """What `model` asks of a weights folder: its parameters, but for adapters, as shards of the whole."""
+    return _without_extra_states(_part_of_state(model, of_adapters=False))
 
 
-def load_weights(model: Any, folder: Path) -> None:
+def load_weights(model: Any, folder: Path, *, whole: bool = False) -> None:
     """Fill `model` from a weights folder or training checkpoint, whatever layout wrote it, in the model's dtype.
 
-    When there is an optimizer already, call its `reload_model_params()` afterwards.
+    `whole` reads every file through first, to compare it with its digest. When there is an optimizer already, call
+    its `reload_model_params()` afterwards.
     """
     model = unwrap(model)
-    verify(folder, model.shape)
+    _verify_together(folder, model.shape, whole=whole)
     asked = {"model": weights_wanted(model)}
     fill(model, _load(asked, folder)["model"], folder)
 
 
+def _verify_together(folder: Path, shape: MixtralShape, lora: Lora | None = None, *, whole: bool) -> None:
+    """`verify` on every rank, one's error being everyone's; then the bytes of each file by one of them."""
+    agreement.everywhere(lambda: verify(folder, shape, lora), failure=CheckpointError)
+    if whole and (recorded := read_marker(folder).get("files")):
+        digests.check(folder, recorded)
+
+
 def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with mcore.quiet():
-        return dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
+    try:
+        with mcore.quiet():
+            return dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{folder}: rank {rank}: {reason!r}") from None
 
 
 def fill(model: Any, state: dict[str, Any], folder: Path) -> None:
-    """Give `model` the parameters of `state`; `CheckpointError` when one is missing or has no place."""
+    """Give `model` the parameters of `state`; `CheckpointError` when one is missing or has no place.
+
+    It holds all adapters, or all but those.
+    """
     result = model.load_state_dict(state, strict=False)
-    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    of_adapters = any(map(adapters.is_adapter, state))
+    missing = [
+        name
+        for name in result.missing_keys
+        if "_extra_state" not in name and adapters.is_adapter(name) == of_adapters
+    ]
     if missing or result.unexpected_keys:
         raise CheckpointError(f"{folder}: {[*missing, *result.unexpected_keys][0]} doesn't fit the model")
 
 
 def load_training(model: Any, optimizer: Any, folder: Path) -> State:
-    """Parameters, optimizer and the rest of a training checkpoint, resharded to this layout."""
-    marker = read_marker(folder)
-    if marker["kind"] != "training":
-        raise CheckpointError(f"{folder}: holds {marker['kind']} alone, no optimizer to resume")
+    """Parameters, optimizer and the rest of a training checkpoint, resharded to this layout.
+
+    Of a model with adapters only those: `load_weights` is for the rest.
+    """
+    marker = agreement.on_first_rank(lambda: read_marker(folder), failure=CheckpointError)
     plain = unwrap(model)
-    verify(folder, plain.shape)
-    state = weights_wanted(plain)
+    if marker["kind"] not in ("training", adapters.KIND):
+        raise CheckpointError(f"{folder}: holds {marker['kind']} alone, no optimizer to resume")
+    adapters.check_same(folder, marker, plain.lora)
+    _verify_together(folder, plain.shape, plain.lora, whole=True)
+    state = _without_extra_states(_model_state(plain))
     asked: dict[str, Any] = {
         "model": state,
         "optimizer": optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_CONTENT)),
@@ -206,7 +251,37 @@ def save(
     `common` must be alike on all ranks, `rank_state` is each one's own. `assets` is the folder whose `config.json`
     and tokenizer go along. What an interrupted save left under the same name is cleared first.
     """
-    _on_first_rank(lambda: _claim(folder))
+    begin(
+        folder,
+        model,
+        optimizer,
+        step=step,
+        common=common,
+        rank_state=rank_state,
+        assets=read_assets(assets) if assets else {},
+        source=source,
+    ).write()
+
+
+def begin(
+    folder: Path,
+    model: Any,
+    optimizer: Any = None,
+    *,
+    step: int | None = None,
+    common: dict[str, Any] | None = None,
+    rank_state: Any = None,
+    assets: Mapping[str, bytes] = MappingProxyType({}),
+    source: dict[str, Any] | None = None,
+    group: Any = None,
+    copied: bool = False,
+) -> "Unwritten":
+    """The first part of `save`, whose second may then run on a thread with its own `group` of all ranks.
+
+    `copied` takes the values as they are now, so that training can go on and change them. `assets` are files that
+    go along, by name: not their folder, which may be a checkpoint that is gone before this one is saved.
+    """
+    agreement.on_first_rank(lambda: _claim(folder), failure=SaveError)
     model_state = _model_state(model)
     content: dict[str, Any] = {"model": model_state, **_for_upstream(model, step)}
     if optimizer is not None:
@@ -215,30 +290,67 @@ def save(
         )
         content["rank"] = _rank_object(rank_state)
         content["state"] = common or {}
-    mcore.save_sharded(content, folder, content_metadata=dict(_CONTENT))
+    plain = unwrap(model)
     marker = {
         "format": FORMAT,
-        "kind": "weights" if optimizer is None else "training",
+        "kind": adapters.KIND if plain.lora else "weights" if optimizer is None else "training",
         "step": step,
         "dtype": str(next(unwrap(model).parameters()).dtype).removeprefix("torch."),
         "source": source or {},
         "ranks": dist.get_world_size(),
-        "layout": _layout(unwrap(model).config),
+        "layout": _layout(plain.config),
+        **(adapters.describe(plain.lora, plain.base) if plain.lora else {}),
     }
-    _on_first_rank(lambda: _finish(folder, unwrap(model).shape, marker, assets))
+    return Unwritten(
+        folder=folder,
+        content=sharded.content(content, dict(_CONTENT), copied=copied),
+        wanted=_whole(plain.shape, plain.lora),
+        marker=marker,
+        assets=assets,
+        group=group,
+    )
 
 
-def _on_first_rank(action: Any) -> None:
-    """Run on rank 0 while the others wait; its error is everyone's."""
-    told: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except (OSError, CheckpointError) as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told, src=0, device=mcore.device())
-    if told[0] is not None:
-        raise CheckpointError(told[0])
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """What describes the model in `folder` and its tokenizer, by name."""
+    return {path.name: path.read_bytes() for path in hub_assets(folder)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unwritten:
+    """A save that has been begun."""
+
+    folder: Path
+    content: sharded.Content
+    wanted: dict[str, tuple[int, ...]]
+    marker: dict[str, Any]
+    assets: Mapping[str, bytes]
+    group: Any
+
+    def write(self) -> int:
+        """Write it and declare it complete; the bytes it has. `SaveError` on all ranks for what fails on one."""
+        sharded.write(self.folder, self.content, self.group)
+        found = agreement.everywhere(self._digests, failure=SaveError, group=self.group)
+        files = {name: entry for of_rank in found for name, entry in of_rank.items()}
+        agreement.on_first_rank(lambda: self._finish(files), failure=SaveError, group=self.group)
+        return sum(entry["bytes"] for entry in files.values())
+
+    def _digests(self) -> dict[str, dict[str, Any]]:
+        """Of the files that this rank wrote."""
+        mine = list(self.folder.glob(f"__{dist.get_rank()}_*.distcp"))
+        if dist.get_rank() == 0:
+            mine += [self.folder / name for name in (".metadata", sharded.COMMON, sharded.CONFIG)]
+        return {path.name: digests.of(path) for path in mine}
+
+    def _finish(self, files: dict[str, dict[str, Any]]) -> None:
+        _check_contents(self.folder, self.wanted)
+        for name, data in self.assets.items():
+            (self.folder / name).write_bytes(data)
+        if "config.json" in self.assets:
+            files["config.json"] = digests.of(self.folder / "config.json")
+        write_marker(self.folder, self.marker | {"files": files})
+        latest = "release" if self.marker["step"] is None else str(self.marker["step"])
+        replace_text(self.folder.parent / LATEST, latest)
 
 
 def _claim(folder: Path) -> None:
@@ -250,16 +362,6 @@ def _claim(folder: Path) -> None:
         folder.rename(rest)
         shutil.rmtree(rest)
     folder.mkdir(parents=True)
-
-
-def _finish(folder: Path, shape: MixtralShape, marker: dict[str, Any], assets: Path | None) -> None:
-    _check_contents(folder, shape)
-    if assets is not None:
-        for path in hub_assets(assets):
-            shutil.copyfile(path, folder / path.name)
-    write_marker(folder, marker)
-    latest = "release" if marker["step"] is None else str(marker["step"])
-    replace_text(folder.parent / LATEST, latest)
 
 
 def _layout(config: Any) -> dict[str, int]:

@@ -24,6 +24,14 @@ class CheckpointError(InputError):
     """A checkpoint or weights folder that is incomplete, damaged or foreign: names the file and tensor."""
 
 
+class SaveError(JobError):
+    """A checkpoint that couldn't be written, on whichever rank: the last complete one stands."""
+
+
+class HangError(JobError):
+    """No progress within a limit."""
+
+
 class Requeue(JobError):
     """Everything is saved; the job wants its place in the queue back."""
 

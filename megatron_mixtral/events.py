@@ -5,6 +5,7 @@ One JSON object a line, appended with a single write so that readers never see h
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ class EventLog:
         if self._path is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **_finite(fields)})
-        with self._path.open("a") as stream:
-            stream.write(line + "\n")
+        try:
+            with self._path.open("a") as stream:
+                stream.write(line + "\n")
+        except OSError as error:  # a full disk: what must be written there says so itself, on all ranks
+            print(f"warning: {self._path}: {error}", file=sys.stderr, flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -224,35 +223,6 @@ def layers_of_stage(config: Any, *, vp_stage: int | None) -> int:
 def device() -> torch.device:
     """Where this rank's tensors live."""
     return torch.device("cuda", torch.cuda.current_device()) if HAVE_GPU else nocuda.CPU
-
-
-def save_sharded(content: dict[str, Any], folder: Path, *, content_metadata: dict[str, Any]) -> None:
-    """megatron-core's save, written by torch's plain writer within the process.
-
-    Its own writer starts two processes a rank and a manager for their results, for the sake of asynchronous saves.
-    """
-    from torch.distributed import checkpoint
-
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import torch as strategies
-
-    class InProcess(strategies.TorchDistSaveShardedStrategy):
-        def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-            state, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-            checkpoint.save(
-                strategies.mcore_to_pyt_state_dict(state, False),
-                storage_writer=checkpoint.FileSystemWriter(checkpoint_dir),
-                planner=strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            )
-
-    with quiet():
-        dist_checkpointing.save(
-            content, str(folder), sharded_strategy=InProcess("torch_dist", 1), content_metadata=content_metadata
-        )
-        common = folder / "common.pt"
-        if dist.get_rank() == 0 and not common.exists():
-            # Newer versions keep this part among the tensors; older ones find it in this file only, all read it.
-            torch.save(dist_checkpointing.load_common_state_dict(str(folder)), common)
 
 
 def _from_environment() -> tuple[int, int]:

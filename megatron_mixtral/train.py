@@ -22,11 +22,25 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megatron_mixtral import agreement, batches, chart, checkpoint, feed, mcore, model, optimize  # noqa: E402
+from megatron_mixtral import (  # noqa: E402
+    adapters,
+    agreement,
+    batches,
+    chart,
+    checkpoint,
+    feed,
+    loading,
+    mcore,
+    merging,
+    model,
+    optimize,
+)
+from megatron_mixtral.adapters import Lora  # noqa: E402
 from megatron_mixtral.config import FinetuneConfig, MixtralShape  # noqa: E402
-from megatron_mixtral.errors import JobError, Requeue  # noqa: E402
+from megatron_mixtral.errors import CheckpointError, JobError, Requeue  # noqa: E402
 from megatron_mixtral.events import EventLog  # noqa: E402
 from megatron_mixtral.feed import Batch, Feed  # noqa: E402
+from megatron_mixtral.saving import Saver  # noqa: E402
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -60,7 +74,11 @@ def run(config: FinetuneConfig, run_dir: Path) -> None:
     mcore.initialize(config.layout, seed=config.seed)
     try:
         with mcore.quiet():
-            Trainer(config, run_dir).run()
+            trainer = Trainer(config, run_dir)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
     finally:
         mcore.shutdown()
 
@@ -74,14 +92,23 @@ class Trainer:
         self.replica, self.replicas = mcore.data_parallel()
         batches.check_batch(config.global_batch, config.micro_batch, self.replicas)
         self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
+        self.lora = Lora.asked(config)
         self.source = self._source()
         self.shape = MixtralShape.from_folder(self.source)
+        self.assets = checkpoint.read_assets(self.source)
         self.corpus = feed.read(config, self.shape, self.source)
         self.train, self.validation = (
             samples and Feed(samples, config, self.replica, self.replicas)
             for samples in (self.corpus.train, self.corpus.validation)
         )
         self.parts, self.progress = self._start()
+        self.saver = Saver(
+            self.checkpoints,
+            keep=config.keep_checkpoints,
+            asynchronous=config.async_save,
+            events=self.events,
+            say=self._say,
+        )
 
     def run(self) -> None:
         """Steps until the last one, a stop, or too many skipped in a row."""
@@ -104,6 +131,11 @@ class Trainer:
                 raise Requeue(f"asked to stop: saved at step {self.progress.step}")
         self.events.write("exit", code=0, reason="done")
         self._say(chart.loss(self.run_dir) if self.rank == 0 else "")
+
+    def close(self) -> None:
+        """Let what runs on threads come to its end; no error here hides the one that may be on its way."""
+        self.train.close()
+        self.saver.close()
 
     # Setting up
 
@@ -134,23 +166,49 @@ class Trainer:
             random_weights=False,
             calculate_per_token_loss=True,
             deallocate_pipeline_outputs=True,
+            lora=self.lora,
+            seed=self.config.seed,
         )
+        built.base = self._base()
         begun = time.monotonic()
         progress = Progress()
         if self.resumes:
+            if built.base:
+                loading.start(built, Path(built.base["path"]))
             parts = optimize.build(self.config, built)
             optimize.allocate_state(parts)
-            state = checkpoint.load_training(parts.chunks[0], parts.optimizer, self.source)
+            state = self._load_training(parts)
             progress = Progress(**state.common["progress"])
             feed.same(self.config, self.corpus.identity, state.common["data"])
             if state.rank:
                 mcore.restore_random_state(state.rank)
         else:
-            checkpoint.load_weights(built, self.source)
+            loading.start(built, self.source)
             parts = optimize.build(self.config, built)
         _check_finite(built, self.source)
         self.events.write("load", path=str(self.source), seconds=round(time.monotonic() - begun, 2))
         return parts, progress
+
+    def _base(self) -> dict[str, Any]:
+        """Which weights the adapters belong to, checked by rank 0; empty where the whole model is trained."""
+        if not (lora := self.lora):
+            return {}
+
+        def find() -> dict[str, Any]:
+            if self.resumes:
+                return merging.base_of_run(self.source, lora, Path(self.config.model).expanduser(), self.shape)
+            return merging.describe_base(self.source, self.shape)
+
+        return agreement.on_first_rank(find)
+
+    def _load_training(self, parts: optimize.Optimization) -> checkpoint.State:
+        """The newest checkpoint; one that is damaged ends the run and says what there is to go on from."""
+        try:
+            return checkpoint.load_training(parts.chunks[0], parts.optimizer, self.source)
+        except CheckpointError as error:
+            older = [p.name for p in checkpoint.complete(self.checkpoints) if p.name < self.source.name]
+            hint = f"; to go on from {older[-1]} instead, remove {self.source}" if older else ""
+            raise CheckpointError(f"{error}{hint}") from error
 
     def _leave_before_the_first_step(self) -> None:
         """Asked to stop while everything was being loaded: nothing is new, so nothing is saved."""
@@ -180,6 +238,8 @@ class Trainer:
         )
         if mcore.HAVE_GPU:
             self._say(model.ways(self.parts.chunks[0].module))
+        if self.lora:
+            self._say(adapters.share(self.shape, self.lora))
         for note in self.corpus.notes:
             self._say(note)
         if self.config.warmup_steps > (warmup := optimize.warmup(self.config)):
@@ -197,7 +257,10 @@ class Trainer:
         sums = self._pass(made, forward_only=False)
         updated, norm = optimize.step(self.parts)
         aux = mcore.take_aux_loss()
-        total, tokens, aux, stops = agreement.summed([*sums, aux, float(stop.requested())])
+        flags = float(stop.requested()), float(self.saver.failed())
+        total, tokens, aux, stops, failures = agreement.summed([*sums, aux, *flags])
+        if failures:
+            self.saver.finish()
         micro_batches = config.global_batch // config.micro_batch
         self.progress = Progress(
             step=self.progress.step + 1,
@@ -286,26 +349,19 @@ class Trainer:
             self.events.write("eval", step=at, loss=loss)
             self._say(f"step {at} | validation loss {loss:.4f} | perplexity {_perplexity(loss):.2f}")
         if last or outcome.stop or at % config.save_interval == 0:
-            self._save()
+            self._save(wait=last or outcome.stop)
 
-    def _save(self) -> None:
-        at, begun = self.progress.step, time.monotonic()
-        folder = checkpoint.step_folder(self.checkpoints, at)
-        checkpoint.save(
-            folder,
+    def _save(self, *, wait: bool) -> None:
+        self.saver.save(
+            self.progress.step,
             self.parts.chunks[0],
             self.parts.optimizer,
-            step=at,
+            wait=wait,
             common={"progress": dataclasses.asdict(self.progress), "data": self.corpus.identity},
             rank_state=mcore.random_state(),
-            assets=self.source,
+            assets=self.assets,
             source={"model": self.config.model, "data": self.config.data},
         )
-        seconds = round(time.monotonic() - begun, 2)
-        self.events.write("checkpoint", step=at, path=str(folder), seconds=seconds)
-        self._say(f"step {at} | saved {folder} in {seconds} s")
-        if self.rank == 0:
-            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
 
     def _say(self, text: str) -> None:
         if self.rank == 0 and text:
