@@ -33,10 +33,10 @@ left out. Layout, --nodes, --time and the settings are finetune's; --name heads 
 def _pipeline(
     *, files: tuple[str, ...], output: str | None, dry_run: bool, wait: bool | None, force: bool, **typed: Any
 ) -> None:
-    from launcher import pipeline
+    from launcher import pipeline, uploads
 
     cluster, options = understood("finetune", typed)
-    chain = pipeline.plan(cluster, files=files, output=output, **options)
+    chain = pipeline.plan(cluster, files=uploads.redirect(cluster, files), output=output, **options)
     if dry_run:
         _show(chain)
     pipeline.check(chain, force=force)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import layout as layouts
-from launcher import places, ssh
+from launcher import places, ssh, uploads
 from launcher.errors import Fault, UsageError
 from launcher.layout import Shape
 from launcher.profile import ClusterProfile
@@ -49,8 +49,10 @@ def _texts_there(login: ssh.Login, folders: Sequence[str]) -> Iterator[str]:
     lines = []
     for folder in map(shlex.quote, folders):
         newest = f"$(ls -d {folder}/iter_* {folder}/checkpoints/iter_* 2>/dev/null | tail -n 1)"
-        places = f'{folder} {folder}/release "{newest}"'
-        lines.append(f'for d in {places}; do [ ! -r "$d/config.json" ] || cat "$d/config.json"; printf "\\f"; done')
+        candidates = f'{folder} {folder}/release "{newest}"'
+        lines.append(
+            f'for d in {candidates}; do [ ! -r "$d/config.json" ] || cat "$d/config.json"; printf "\\f"; done'
+        )
     try:
         yield from ssh.run(login, "\n".join(lines)).out.split("\f")
     except Fault as fault:
@@ -77,14 +79,13 @@ def _shape(config: dict[str, Any]) -> Shape:
 def missing(plan: "JobPlan") -> list["Input"]:
     """Inputs of `plan` that aren't there, where the job will run."""
     if login := plan.profile.login_node:
-        tests = (f"[ -e {shlex.quote(given.path)} ]; echo $?" for given in plan.inputs)
+        asked = [given for given in plan.inputs if uploads.source(plan.profile, given.path) is None]
+        tests = (f"[ -e {shlex.quote(given.path)} ]; echo $?" for given in asked)
         answers = ssh.run(login, "\n".join(tests)).out.split()
-        return [given for given, answer in zip(plan.inputs, answers, strict=True) if answer != "0"]
+        return [given for given, answer in zip(asked, answers, strict=True) if answer != "0"]
     return [given for given in plan.inputs if not Path(given.path).exists()]
 
 
-def require(plan: "JobPlan") -> None:
-    """`UsageError` naming every input that isn't there and how one gets it."""
 def is_converted(profile: ClusterProfile, folder: str) -> bool:
     """Whether `folder` holds finished weights in Megatron's layout, or a run that has some."""
     marks = ("mixlaunch.json", "release/mixlaunch.json", "checkpoints/latest_checkpointed_iteration.txt")
@@ -108,6 +109,8 @@ def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
     return all(Path(folder, name).exists() for name in files)
 
 
+def require(plan: "JobPlan") -> None:
+    """`UsageError` naming every input that isn't there and how one gets it."""
     login = plan.profile.login_node
     where = f" on {login.host}" if login else ""
     if absent := missing(plan):

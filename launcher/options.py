@@ -133,10 +133,13 @@ def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
 
 def understood(job: str, typed: dict[str, Any]) -> "tuple[ClusterProfile, dict[str, Any]]":
     """The profile, and the other arguments of the function that plans `job`."""
-    from launcher import inputs, jobs, profile
+    from launcher import inputs, jobs, profile, uploads
 
     cluster = profile.load(typed.pop("cluster"), typed.pop("override"))
     given = {name: value for name, value in typed.items() if value is not None}
+    uploads.require_whole_paths(cluster, given)
+    if "files" in given:
+        given["files"] = uploads.redirect(cluster, given["files"])
     asked = {name: given.pop(name) for name in ("name", "nodes", "time") if name in given}
     options: dict[str, Any] = {
         "ask": jobs.Ask(secrets=given.pop("env"), **asked),

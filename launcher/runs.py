@@ -103,13 +103,14 @@ def new_path(plan: "JobPlan") -> Path:
 
 def start(plan: "JobPlan", *, asked: Sequence[str] = (), path: Path | None = None) -> Run:
     """Render, check, make the run directory, submit, record. Without a job, nothing stays behind."""
-    from launcher import bad_nodes, lint, render, secrets_env
+    from launcher import bad_nodes, lint, render, secrets_env, uploads
 
     secrets_env.require(plan)
     plan = bad_nodes.leave_out(plan)
     path = path or new_path(plan)
     text = render.render(plan, str(path))
     lint.check(text, plan.profile.slurm_version)
+    uploads.bring(plan)
     here = mirror.place(plan.profile.login_node, path)
     with mirror.submitting(here):
         run = create(plan, here, asked=asked)

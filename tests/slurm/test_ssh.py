@@ -322,6 +322,30 @@ def test_a_mistake_is_known_before_anything_is_written(laptop):
     assert not (laptop.far / "runs").exists()
 
 
+def test_text_of_the_laptop_is_brought_to_the_job(laptop, stub, finish):
+    """The second time only what has changed travels."""
+    hub = laptop.far / "models" / "small"
+    hub.mkdir()
+    text = laptop.home / "my chats.jsonl"
+    text.write_text('{"text": "one"}\n')
+    inputs = "import sys, yaml; print(open(yaml.safe_load(open(sys.argv[-1]))['inputs'][0]).read(), end='')"
+    laptop.change(python=stub(inputs, sys.executable))
+    for words in ("one", "one\\ntwo"):
+        text.write_text(f'{{"text": "{words}"}}\n')
+        assert f"bringing {text} to 127.0.0.1" in laptop.types("prepare", text.name, "--model", str(hub))
+        newest = laptop.there()[0]
+        assert finish(newest).state == "COMPLETED"
+        assert laptop.types("logs") == text.read_text()
+    assert len(list((laptop.far / "data" / "uploads").rglob("*.jsonl"))) == 1
+    said = laptop.types("prepare", "absent.jsonl", "--model", str(hub), code=2)
+    assert "absent.jsonl doesn't exist on 127.0.0.1" in said
+    for option in ("--output", "--data"):
+        job = "prepare" if option == "--output" else "finetune"
+        files = ["a.jsonl"] if job == "prepare" else []
+        said = laptop.types(job, *files, "--model", str(hub), option, "./out", code=2)
+        assert f"{option}: './out' starts from a folder of this machine" in said
+
+
 def test_slurm_is_found_where_only_a_login_shell_finds_it(laptop):
     minimal(laptop, os.path.dirname(slurm.which("sbatch")))
     laptop.trains()
