@@ -125,6 +125,11 @@ def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> I
         fitting = [kind for kind in kinds if kind.gpus >= node.gpus]
         rest = f"; others have {most}" if most > node.gpus else ""
         yield _ok("GPUs a node", f"{node.gpus} on {sum(k.nodes for k in fitting)} nodes of {where}{rest}")
+        types = {kind.gpu_type for kind in fitting}
+        if node.gpu_type and node.gpu_type.lower() not in types:
+            yield _failed(
+                "GPU type", f"{where} has no {node.gpu_type}; {_near(node.gpu_type, filter(None, types))}"
+            )
     fitting = [kind for kind in kinds if kind.gpus >= node.gpus or profile.gpu_request == "none"]
     yield from _enough("cores a node", node.cpus, [kind.cpus for kind in fitting], where, "node.cpus")
     if not profile.exclusive:  # whole nodes come with all they have

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,7 @@ from launcher.errors import Fault, UsageError
 from launcher.site import Kind, Partition, Site
 
 DAY = 24 * 60  # minutes; the longest limit that a first profile asks for
-STYLES = {"gpus-per-node": "--gpus-per-node=1", "gres": "--gres=gpu:1", "gpus-per-task": "--gpus-per-task=1"}
+STYLES = {"gpus-per-node": "--gpus-per-node=", "gres": "--gres=gpu:", "gpus-per-task": "--gpus-per-task="}
 GPU_MEMORY = {
     "h100": 80,
     "h200": 141,
@@ -31,6 +32,15 @@ GPU_MEMORY = {
 }
 SHARED = ("SCRATCH", "WORK", "PROJECT")  # variables by which clusters name their large shared file systems
 HERE: dict[str, str] = {}  # of the environment's own Slurm: SLURM_CONF, if any, is in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How sbatch lets itself be asked for a GPU."""
+
+    name: str
+    typed: bool
+    why: str
 
 
 def write(name: str | None, output: Path | None) -> Path:
@@ -82,6 +92,8 @@ def _lines(cluster: Site, name: str, reference: str) -> Iterator[str]:
     partition = _choose(cluster)
     kinds = cluster.of(partition.name)
     kind = max(kinds, key=lambda k: (k.gpus > 0, k.nodes * k.gpus, k.nodes))
+    none = Style(name="none", typed=False, why="Slurm counts no GPUs here")
+    style = _style(partition, _charged(cluster), kind.gpu_type) if kind.gpus else none
     yield f"# {name}: written by `mixlaunch clusters new` from what Slurm {cluster.version} says about itself."
     yield "# Read it through, mend what it couldn't know, then: mixlaunch clusters check " + reference
     yield "# Every key there is: mixlaunch clusters show example, clusters/example.yaml."
@@ -91,9 +103,9 @@ def _lines(cluster: Site, name: str, reference: str) -> Iterator[str]:
         yield _key("slurm_conf", conf)
     yield _key("slurm_version", ".".join(cluster.version.split(".")[:2]) or capabilities.OLDEST)
     yield ""
-    yield from _request(cluster, partition, kinds)
+    yield from _request(cluster, partition, kinds, style)
     yield ""
-    yield from _nodes(kind, kinds)
+    yield from _nodes(kind, kinds, style)
     yield ""
     yield from _software()
     yield ""
@@ -131,10 +143,10 @@ def _others(chosen: str, every: Sequence[str], what: str) -> str:
     return f"{what}: {', '.join(rest)}" if rest else ""
 
 
-def _request(cluster: Site, partition: Partition, kinds: list[Kind]) -> Iterator[str]:
+def _request(cluster: Site, partition: Partition, kinds: list[Kind], style: Style) -> Iterator[str]:
     with_gpus = [p.name for p in cluster.partitions if any(kind.gpus for kind in cluster.of(p.name))]
     yield _key("partition", partition.name, _others(partition.name, with_gpus, "also with GPUs"))
-    account = yield from _account(cluster)
+    yield from _account(cluster)
     yield _key(
         "time", _limit(partition), "the partition's longest" if _bounded(partition) else "--time overrides it"
     )
@@ -145,27 +157,25 @@ def _request(cluster: Site, partition: Partition, kinds: list[Kind]) -> Iterator
     features = sorted({feature for kind in kinds for feature in kind.features})
     if features:
         yield f"# constraint: {features[0]}  # features of these nodes: {', '.join(features)}"
-    if any(kind.gpus for kind in kinds):
-        style, why = _style(partition, account)
-        yield _key("gpu_request", style, why)
-    else:
-        yield _key("gpu_request", "none", "Slurm counts no GPUs here")
+    yield _key("gpu_request", style.name, style.why)
 
 
-def _account(cluster: Site) -> Generator[str, None, str]:
-    """The user's default account and QoS, where accounting tells; the account goes on to who asks."""
-    mine = cluster.associations
+def _account(cluster: Site) -> Iterator[str]:
+    """The user's default account and QoS, where accounting tells."""
+    mine, account = cluster.associations, _charged(cluster)
     if not mine:
         yield "# account: my_project  # Slurm's accounting didn't tell; leave it out where none is needed"
-        return ""
-    account = cluster.default_account or mine[0].account
+        return
     yield _key("account", account, _others(account, [a.account for a in mine], "also yours"))
     found = next((a for a in mine if a.account == account), mine[0])
     if found.default_qos:
         yield _key("qos", found.default_qos, _others(found.default_qos, found.qos, "also allowed"))
     elif found.qos:
         yield f"# qos: {found.qos[0]}  # allowed: {', '.join(found.qos)}"
-    return account
+
+
+def _charged(cluster: Site) -> str:
+    return cluster.default_account or next((a.account for a in cluster.associations or ()), "")
 
 
 def _bounded(partition: Partition) -> bool:
@@ -177,27 +187,32 @@ def _limit(partition: Partition) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:00" if minutes < DAY else "1-00:00:00"
 
 
-def _style(partition: Partition, account: str) -> tuple[str, str]:
-    """The first way of asking for a GPU that sbatch accepts."""
+def _style(partition: Partition, account: str, gpu_type: str) -> Style:
+    """The first way of asking for a GPU that sbatch accepts; with the GPU's type only if it must be."""
     refusals = []
-    for style, option in STYLES.items():
-        asked = ("--test-only", f"--partition={partition.name}", "--nodes=1", "--ntasks=1", option, "--wrap=true")
-        charged = (f"--account={account}",) if account else ()
-        try:
-            slurm.call("sbatch", *charged, *asked, environment=HERE)
-        except Fault as fault:
-            refusals.append(f"{style}: {' '.join(str(fault).split())}")
-        else:
-            return style, f"sbatch refused {refusals[0]}" if refusals else "sbatch accepts it"
-    return "gpus-per-node", f"sbatch --test-only accepted none; {refusals[0]}"
+    for kind in filter(None, ("1", gpu_type and f"{gpu_type}:1")):
+        for name, option in STYLES.items():
+            asked = ("--test-only", f"--partition={partition.name}", "--nodes=1", "--ntasks=1", "--wrap=true")
+            charged = (f"--account={account}",) if account else ()
+            try:
+                slurm.call("sbatch", *charged, *asked, f"{option}{kind}", environment=HERE)
+            except Fault as fault:
+                refusals.append(f"{option}{kind}: {' '.join(str(fault).split())}")
+            else:
+                why = f"sbatch refused {refusals[0]}" if refusals else "sbatch accepts it"
+                return Style(name=name, typed=kind != "1", why=why)
+    return Style(name="gpus-per-node", typed=False, why=f"sbatch --test-only accepted none; {refusals[0]}")
 
 
-def _nodes(kind: Kind, kinds: list[Kind]) -> Iterator[str]:
+def _nodes(kind: Kind, kinds: list[Kind], style: Style) -> Iterator[str]:
     shapes = {(k.gpus, k.gpu_type, k.cpus, k.memory_gb) for k in kinds}
     if len(shapes) > 1:
         yield f"# The partition has {len(shapes)} kinds of nodes; this is the one with most GPUs in all."
     yield "node:"
-    yield _key("gpus", kind.gpus, kind.gpu_type.upper(), indent="  ")
+    yield _key("gpus", kind.gpus, indent="  ")
+    if kind.gpu_type:
+        line = _key("gpu_type", kind.gpu_type, "asked for by name" if style.typed else "", indent="  ")
+        yield line if style.typed else f"  # {line.strip()}  # sbatch doesn't ask for it"
     yield _key("cpus", kind.cpus, "as Slurm counts them; a rank gets its share", indent="  ")
     yield _key("memory_gb", kind.memory_gb, indent="  ")
     memory = next(

@@ -72,6 +72,7 @@ def shape(plan: JobPlan) -> Shape:
     return Shape(
         nodes=plan.nodes,
         gpus=profile.node.gpus,
+        gpu_type=profile.node.gpu_type or "",
         cpus=profile.node.cpus or max(64, plan.tasks_per_node),
         memory_gb=profile.node.memory_gb or 512,
         partitions=tuple((name, 1) for name in names),

@@ -44,7 +44,10 @@ def _variables(plan: JobPlan, run_dir: str | None) -> dict[str, Any]:
 def _binding(plan: JobPlan) -> dict[str, str]:
     """srun's options; every rank sees all GPUs of its node unless the profile says otherwise."""
     by_task = plan.gpus_per_node and plan.profile.gpu_request == "gpus-per-task"
-    return {**({"gpu-bind": "none"} if by_task else {}), **plan.profile.binding.of_srun}
+    ours = {"gpu-bind": "none"} if by_task else {}
+    if _numa(plan):
+        ours["cpu-bind"] = "none"  # else numactl would have to choose among cores that may lie elsewhere
+    return {**ours, **plan.profile.binding.of_srun}
 
 
 def _numa(plan: JobPlan) -> tuple[int, ...]:
@@ -90,10 +93,11 @@ def _gpu_request(plan: JobPlan) -> Iterator[tuple[str, str]]:
     style, gpus = plan.profile.gpu_request, plan.gpus_per_node
     if not gpus or style == "none":
         return
+    kind = f"{plan.profile.node.gpu_type}:" if plan.profile.node.gpu_type else ""
     yield {
-        "gres": ("gres", f"gpu:{gpus}"),
-        "gpus-per-node": ("gpus-per-node", str(gpus)),
-        "gpus-per-task": ("gpus-per-task", str(gpus // plan.tasks_per_node)),
+        "gres": ("gres", f"gpu:{kind}{gpus}"),
+        "gpus-per-node": ("gpus-per-node", f"{kind}{gpus}"),
+        "gpus-per-task": ("gpus-per-task", f"{kind}{gpus // plan.tasks_per_node}"),
     }[style]
 
 

@@ -18,6 +18,7 @@ class Shape:
 
     nodes: int = 4
     gpus: int = 8
+    gpu_type: str = ""
     cpus: int = 64
     memory_gb: int = 512
     # (name, priority tier): a job of a higher tier preempts lower ones. The first is the default partition.
@@ -56,7 +57,8 @@ def gres_conf(shape: Shape, site: Site) -> str:
     """GPUs are plain files: Slurm counts and hands them out as it does real ones."""
     if not shape.gpus:
         return "AutoDetect=off\n"
-    return f"AutoDetect=off\nName=gpu File={site.folder}/gpus/gpu[0-{shape.gpus - 1}]\n"
+    kind = f" Type={shape.gpu_type}" if shape.gpu_type else ""
+    return f"AutoDetect=off\nName=gpu{kind} File={site.folder}/gpus/gpu[0-{shape.gpus - 1}]\n"
 
 
 def slurmdbd_conf(site: Site) -> str:
@@ -144,7 +146,8 @@ def _accounting(site: Site) -> list[str]:
 
 
 def _nodes(shape: Shape, site: Site) -> list[str]:
-    gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
+    kind = f"{shape.gpu_type}:" if shape.gpu_type else ""
+    gres = f" Gres=gpu:{kind}{shape.gpus}" if shape.gpus else ""
     features = f" Features={','.join(shape.features)}" if shape.features else ""
     return [
         f"NodeName={name} NodeHostname={site.host} NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "

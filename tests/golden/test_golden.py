@@ -23,7 +23,7 @@ ASKED = {
     "finetune": ("finetune", {"values": {"steps": 1000, "lr": 1e-5}}),
     "serve": ("serve", {}),
 }
-NODES = {"finetune": 4}
+GPUS = {"finetune": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def elsewhere(monkeypatch):
 
 def planned(case: str, cluster: profile.ClusterProfile) -> jobs.JobPlan:
     job, asked = ASKED[case]
-    nodes = None if cluster.is_local else NODES.get(case)
+    nodes = GPUS[case] // cluster.node.gpus if case in GPUS and not cluster.is_local else None
     return jobs.PLANS[job](cluster, ask=jobs.Ask(nodes=nodes), **asked)
 
 

@@ -141,6 +141,7 @@ def selene(site, home: Path) -> dict:
         "slurm_conf": str(site.slurm_conf),
         "node": {**profile["node"], "cpus": 64, "memory_gb": 512},
         "container": {"runtime": "none"},
+        "binding": {},
         "python": sys.executable,
         "environment": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1},
         "paths": {name: str(home / "shared" / name) for name in ("models", "data", "runs")},

@@ -112,27 +112,29 @@ def test_an_exported_script_needs_plain_sbatch_and_nothing_else(plan, stub, sbat
         assert "".join(config) == (run / "config.yaml").read_text()
 
 
-@pytest.fixture(scope="module")
-def mirrors(tmp_path_factory):
-    """A sandbox in a profile's own geometry, one for each that is asked for."""
-    up = {}
+@pytest.fixture
+def mirror(tmp_path_factory):
+    """A sandbox in a profile's own geometry; what its Slurm's commands need."""
+    up = []
 
-    def mirror(cluster: profile.ClusterProfile) -> dict[str, str]:
-        if cluster.name not in up:
-            shape = Shape(
-                gpus=cluster.node.gpus,
-                cpus=cluster.node.cpus or 64,
-                memory_gb=cluster.node.memory_gb or 512,
-                partitions=((cluster.partition or "batch", 1),),
-                accounts=(cluster.account,) if cluster.account else (),
-                qos=(cluster.qos,) if cluster.qos else (),
-                features=(cluster.constraint,) if cluster.constraint else (),
-            )
-            up[cluster.name] = sandbox.up(tmp_path_factory.mktemp("mirror"), shape)
-        return up[cluster.name].environment
+    def make(cluster: profile.ClusterProfile) -> dict[str, str]:
+        shape = Shape(
+            gpus=cluster.node.gpus,
+            gpu_type=cluster.node.gpu_type or "",
+            cpus=cluster.node.cpus or 64,
+            memory_gb=cluster.node.memory_gb or 512,
+            nodes=max(4, 32 // max(1, cluster.node.gpus)),
+            partitions=((cluster.partition or "batch", 1),),
+            accounts=(cluster.account,) if cluster.account else (),
+            qos=(cluster.qos,) if cluster.qos else (),
+            features=tuple((cluster.constraint or "").split("&")) if cluster.constraint else (),
+        )
+        accounting = None if shape.accounts or shape.qos else False
+        up.append(sandbox.up(tmp_path_factory.mktemp("mirror"), shape, accounting=accounting))
+        return up[-1].environment
 
-    yield mirror
-    for made in up.values():
+    yield make
+    for made in up:
         sandbox.down(made.folder)
 
 
@@ -146,15 +148,16 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in catalog.available() if n not in ("local", "sandbox")])
-def test_sbatch_accepts_every_job_of_every_cluster_in_its_own_geometry(name, mirrors, tmp_path):
+@pytest.mark.parametrize("name", [n for n in catalog.available() if n != "local"])
+def test_sbatch_accepts_every_job_of_every_cluster_in_its_own_geometry(name, site, mirror, tmp_path):
     cluster = profile.load(name)
+    environment = site.environment if name == "sandbox" else mirror(cluster)
     for job, asked in ASKED.items():
         script = tmp_path / f"{job}.sh"
         script.write_text(render.render(jobs.PLANS[job](cluster, **asked)))
         done = subprocess.run(
             ["sbatch", "--test-only", str(script)],
-            env={**os.environ, **mirrors(cluster)},
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             check=False,

@@ -64,6 +64,7 @@ echo "mixlaunch: $WORLD_SIZE ranks on $SLURM_JOB_NODELIST, rendezvous at $MASTER
 launch() {
   exec srun --kill-on-bad-exit=1 --export=ALL --ntasks=32 --ntasks-per-node=8 \
     --cpus-per-task=32 \
+    --cpu-bind=none \
     --container-image=/lustre/fsw/mixlaunch/images/mixlaunch.sqsh \
     --container-mounts=/lustre:/lustre \
     --no-container-mount-home \
@@ -96,7 +97,11 @@ pass_on() { interrupted=1; kill -s "$1" "$child" 2>/dev/null; }
 # -P: modules come from the installation, never from the folder that the job happened to be submitted in.
 (
   trap "" USR2
-  exec python -P -m megatron_mixtral finetune --config "$MIXLAUNCH_RUN/config.yaml"
+  # Each rank keeps to the cores and the memory beside its GPU.
+  command -v numactl >/dev/null || { echo "mixlaunch: binding.numa needs numactl where the ranks run"; exit 2; }
+  numa=( 3 3 1 1 7 7 5 5 )
+  near=(numactl --cpunodebind="${numa[LOCAL_RANK]}" --membind="${numa[LOCAL_RANK]}")
+  exec "${near[@]}" python -P -m megatron_mixtral finetune --config "$MIXLAUNCH_RUN/config.yaml"
 ) </dev/null &
 child=$!
 trap "pass_on USR2" USR2
