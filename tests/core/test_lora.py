@@ -273,9 +273,7 @@ def test_a_run_whose_base_became_another_doesnt_go_on(world, tmp_path):
     assert found["path"] == str(tmp_path / "copy/base/release")
     with pytest.raises(CheckpointError, match="other/release: isn't the base of the adapters"):
         merging.base_of_run(run, lora, tmp_path / "copy/other", shape)
-    with pytest.raises(
-        CheckpointError, match=r"trained adapters of attention, rank 4, alpha 6; it can't .* rank 2"
-    ):
+    with pytest.raises(CheckpointError, match=r"trained adapters of attention, rank 4, .* can't .* rank 2"):
         merging.base_of_run(run, ADAPTED["experts"], tmp_path / "copy/base", shape)
 
 
