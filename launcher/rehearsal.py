@@ -18,7 +18,7 @@ from launcher.jobs import JobPlan
 from launcher.layout import Layout
 from launcher.profile import ClusterProfile
 from launcher.sandbox_config import Shape
-from launcher.sections import Binding, Container, Paths
+from launcher.sections import Binding, Container, Login, Paths
 
 SEQUENCE = 64
 NEVER = 1_000_000  # steps: the rehearsal ends the run, not the run itself
@@ -31,6 +31,7 @@ REASONS = {
     "secrets": "a rehearsal needs none",
     "paths": "models, data and runs are the rehearsal's own",
     "slurm_conf": "the sandbox is another Slurm",
+    "login": "the sandbox is on this machine",
     "extra": "options that only the real cluster knows the meaning of",
     "comment": "",
 }
@@ -110,6 +111,7 @@ def rehearsed(plan: JobPlan, *, folder: Path, slurm_conf: Path, python: str, mod
             "python": python,
             "paths": Paths(models=str(folder / "models"), data=str(folder / "data"), runs=str(folder / "runs")),
             "slurm_conf": str(slurm_conf),
+            "login": Login(),
             "extra": extra,
         }
     )
@@ -146,7 +148,7 @@ def _change(old: Any, new: Any) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        value = " ".join(value)
+        value = " ".join(map(str, value))
     return "nothing" if value is None else str(value) or "empty"
 
 
