@@ -38,7 +38,7 @@ def test_the_request_and_the_topology_are_the_clusters(selene, mirrored):
 
 def test_only_what_a_laptop_lacks_is_replaced_and_each_has_a_reason(selene, mirrored):
     told = dict(line.split(":", 1) for line in rehearsal.differences(selene.profile, mirrored.profile))
-    assert set(told) == {"container", "environment", "python", "paths", "slurm_conf"}
+    assert set(told) == {"binding", "container", "environment", "python", "paths", "slurm_conf"}
     assert all(line.endswith(")") for line in told.values())
     assert "GLOO_SOCKET_IFNAME ib0 -> lo" in told["environment"]
 
@@ -98,6 +98,9 @@ def test_the_tiny_model_can_be_cut_by_the_layout(axes):
         heads=small.heads,
         query_groups=small.kv_heads,
         expert_width=small.intermediate,
+        hidden=small.hidden,
+        head_size=small.hidden // small.heads,
+        vocabulary=32000,
     ).check(cut)
     assert small.hidden % small.heads == 0
     assert small.heads % small.kv_heads == 0
