@@ -10,7 +10,7 @@ BENCH ?= $(wildcard tests/bench/bench_*.py)
 
 # Without a GPU the CPU build of torch is enough; with one, pip's default build is the right one.
 CPU_ONLY := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
-DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server chromium
+DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server openssh-client openssh-server rsync chromium
 
 .PHONY: setup demo test soak bench lint format debian clean
 
@@ -48,8 +48,8 @@ format: setup
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-# The tests on a real Slurm need its daemons, the chat page's a browser. Without the right to install them those tests
-# are skipped, visibly.
+# The tests on a real Slurm need its daemons, those of submission from a laptop an sshd, the chat page's a browser.
+# Without the right to install them those tests are skipped, visibly.
 debian:
 	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
