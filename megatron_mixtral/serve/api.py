@@ -13,9 +13,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -34,9 +36,13 @@ log = logging.getLogger("mixlaunch.serve")
 def application(model: Model, service: Service, *, key: str | None) -> ASGIApp:
     """The whole site, with the guard around it."""
     app = FastAPI(title="mixlaunch", version=version(), docs_url=None, redoc_url=None)
-    app.include_router(openai_api.router(model, service))
-    app.include_router(megatron_api.router(model, service))
-    _add_state_routes(app, model, service)
+    # The guard asks for the key; this only says in the server's description that there is one.
+    described = [Depends(HTTPBearer(auto_error=False))] if key else []
+    app.include_router(openai_api.router(model, service), dependencies=described)
+    app.include_router(megatron_api.router(model, service), dependencies=described)
+    app.include_router(_health(service))
+    app.include_router(_state_routes(service), dependencies=described)
+    _add_page(app)
     _add_refusals(app)
     return Guard(app, key=key, count=service.metrics.answered)
 
@@ -45,27 +51,57 @@ def version() -> str:
     return importlib.metadata.version("mixlaunch")
 
 
-def _add_state_routes(app: FastAPI, model: Model, service: Service) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+class Status(BaseModel):
+    """How the server is: ready, draining or failed; and why, where it isn't ready."""
+
+    status: str
+    reason: str = ""
+
+
+def _health(service: Service) -> APIRouter:
+    """The one route that needs no key."""
+    routes = APIRouter()
+
+    @routes.get(
+        "/health",
+        response_model=Status,
+        responses={503: {"model": Status, "description": "A rank of the engine is gone"}},
+    )
+    async def health() -> Any:
         """Alive: 503 once a rank of the engine is gone."""
-        failed = service.state == "failed"
-        return JSONResponse({"status": service.state, "reason": service.reason}, 503 if failed else 200)
+        status = Status(status=service.state, reason=service.reason)
+        return JSONResponse(status.model_dump(), 503 if service.state == "failed" else 200)
 
-    @app.get("/ready")
-    async def ready() -> Response:
+    return routes
+
+
+def _state_routes(service: Service) -> APIRouter:
+    routes = APIRouter(responses={401: problems.documented(problems.OpenAIRefusal)[401]})
+
+    @routes.get(
+        "/ready",
+        response_model=Status,
+        responses={503: {"model": Status, "description": "Shutting down, or a rank is gone"}},
+    )
+    async def ready() -> Any:
         """Whether new requests are taken."""
-        return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
+        status = Status(status=service.state, reason=service.reason)
+        return JSONResponse(status.model_dump(), 200 if service.state == "ready" else 503)
 
-    @app.get("/version")
+    @routes.get("/version")
     async def versions() -> dict[str, str]:
         names = ("torch", "megatron-core")
         return {"mixlaunch": version(), **{name: importlib.metadata.version(name) for name in names}}
 
-    @app.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    return routes
+
+
+def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"

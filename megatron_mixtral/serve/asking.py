@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_mixtral import chat
 from megatron_mixtral.serve.problems import Problem
-from megatron_mixtral.serve.schema import ChatBody, CompletionBody, Sampled
+from megatron_mixtral.serve.schema import MOST_ANSWERS, ChatBody, CompletionBody, Sampled
 from megatron_mixtral.serve.service import Service
 from megatron_mixtral.serve.wire import Request
 from megatron_mixtral.tokenizer import Tokenizer
@@ -82,6 +82,9 @@ def requests(
 ) -> list[Request]:
     """n requests a prompt, prompt by prompt. `max_tokens` None: to the end of the context."""
     seed = body.seed if body.seed is not None else secrets.randbits(63)
+    if len(prompts) * (body.n or 1) > MOST_ANSWERS:
+        asked = f"{len(prompts)} prompts x {body.n} choices"
+        raise Problem(400, f"{asked} are more than the {MOST_ANSWERS} answers of one call", param="n")
     made = []
     for prompt in prompts:
         room = service.limits.context - len(prompt)

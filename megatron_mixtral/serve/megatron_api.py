@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request as HttpRequest
 
-from megatron_mixtral.serve import asking
+from megatron_mixtral.serve import asking, problems
 from megatron_mixtral.serve.answers import Answer, Scored, finite, whole
 from megatron_mixtral.serve.asking import Model
 from megatron_mixtral.serve.leaving import all_or_gone
@@ -47,7 +47,7 @@ class GenerateBody(BaseModel):
     stop_on_double_eol: bool = False
     stop_token: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     stop_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = []
-    random_seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    random_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     no_log: bool = False
     length_penalty: float = 1.0  # of beam search; upstream's client may send it
 
@@ -78,10 +78,9 @@ class GenerateBody(BaseModel):
 
 
 def router(model: Model, service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(responses=problems.documented(problems.MegatronRefusal))
 
-    @routes.put("/api")
-    @routes.post("/api")
+    @routes.api_route("/api", methods=["PUT", "POST"])
     async def generate(body: GenerateBody, http: HttpRequest) -> Response:
         made = await _requests(body, model, service)
         streams = service.open(made)

@@ -22,6 +22,12 @@ from megatron_mixtral.serve.service import Service, Stream
 from megatron_mixtral.serve.text import Detokenizer, token_bytes, token_text
 from megatron_mixtral.tokenizer import Tokenizer
 
+WHOLE_OR_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole answer, or with `stream` its pieces as server-sent events",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 Shape = Callable[[int, Piece], dict[str, Any]]  # choice index, piece -> the choice of one chunk
 
 
@@ -48,7 +54,7 @@ class Call:
 
 
 def router(model: Model, service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", responses=problems.documented(problems.OpenAIRefusal))
     card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "mixlaunch"}
     card["max_model_len"] = service.limits.context
 
@@ -61,7 +67,7 @@ def router(model: Model, service: Service) -> APIRouter:
         model.check_name(name)
         return card
 
-    @routes.post("/completions")
+    @routes.post("/completions", responses=WHOLE_OR_STREAMED)
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         model.check_name(body.model)
         prompts = await asking.completion_prompts(body, model)
@@ -86,7 +92,7 @@ def router(model: Model, service: Service) -> APIRouter:
             return _EventStream(call, [_CompletionShape(call, i) for i in range(len(made))])
         return _whole_completion(call, await _answers(call, http))
 
-    @routes.post("/chat/completions")
+    @routes.post("/chat/completions", responses=WHOLE_OR_STREAMED)
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         model.check_name(body.model)
         prompt = await asking.chat_prompt(body, model)

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from megatron_mixtral.serve.service import Refused, Unavailable
@@ -17,6 +18,35 @@ KINDS = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+
+
+class OpenAIError(BaseModel):
+    """The inside of an error body."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIRefusal(BaseModel):
+    """The body of whatever isn't 200 under `/v1`."""
+
+    error: OpenAIError
+
+
+class MegatronRefusal(BaseModel):
+    """The body of whatever isn't 200 of `/api`."""
+
+    message: str
+
+
+def documented(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the server's own description says of every refusal; `default` keeps FastAPI's 422 out of it."""
+    words = {400: "A mistake in the request", 429: "The queue is full", 503: "Shutting down, or a rank is gone"}
+    words |= {401: "A key is needed", 404: "No such model", 413: "The body is too large"}
+    found: dict[int | str, dict[str, Any]] = {code: {"model": body, "description": words[code]} for code in words}
+    return {**found, "default": {"model": body, "description": "Any other refusal"}}
 
 
 class Problem(Exception):

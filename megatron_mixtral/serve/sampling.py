@@ -111,24 +111,54 @@ class Sampler:
 def inverse_draw(
     logits_nv: Tensor, *, temperature: list[float], top_k: list[int], top_p: list[float], uniform: list[float]
 ) -> list[int]:
-    """The token where the filtered distribution's cumulative sum, most likely first, passes `uniform` (0 <= u < 1).
+    """The token where the filtered distribution's cumulative sum passes `uniform` (0 <= u < 1), row by row.
 
     top_k keeps the k most likely; top_p then keeps the fewest whose sum reaches p of those; one always stays.
     """
-    device, v = logits_nv.device, logits_nv.shape[-1]
-    column = lambda values: torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)  # noqa: E731
-    sorted_nv, order_nv = torch.sort(logits_nv / column(temperature), dim=-1, descending=True, stable=True)
-    keep_k = column([k if k > 0 else v for k in top_k])
-    rank = torch.arange(v, device=device)
+    drawn = [0] * len(uniform)
+    filtered = [i for i, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if k > 0 or p < 1]
+    free = sorted(set(range(len(uniform))) - set(filtered))
+    scaled_nv = logits_nv / _column(temperature, logits_nv)
+    if free:
+        for i, token in zip(free, _draw_from_all(scaled_nv[free], [uniform[i] for i in free]), strict=True):
+            drawn[i] = token
+    if filtered:
+        settings = [[values[i] for i in filtered] for values in (top_k, top_p, uniform)]
+        for i, token in zip(filtered, _draw_from_likeliest(scaled_nv[filtered], *settings), strict=True):
+            drawn[i] = token
+    return drawn
+
+
+def _draw_from_all(logits_nv: Tensor, uniform: list[float]) -> list[int]:
+    """In the vocabulary's order, which spares the sort: that takes ten times as long as all else."""
+    cumulative = logits_nv.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    threshold = _column(uniform, cumulative) * total
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may carry the threshold to the very end
+    return torch.searchsorted(cumulative, threshold.minimum(below), right=True).squeeze(1).tolist()
+
+
+def _draw_from_likeliest(
+    logits_nv: Tensor, top_k: list[int], top_p: list[float], uniform: list[float]
+) -> list[int]:
+    """In the order of likelihood."""
+    v = logits_nv.shape[-1]
+    sorted_nv, order_nv = torch.sort(logits_nv, dim=-1, descending=True, stable=True)
+    keep_k = _column([k if k > 0 else v for k in top_k], logits_nv)
+    rank = torch.arange(v, device=logits_nv.device)
     kept = torch.where(rank < keep_k, sorted_nv.softmax(-1), 0.0)
     kept = kept / kept.sum(-1, keepdim=True)
     before = kept.cumsum(-1) - kept
-    kept = torch.where((before < column(top_p)) | (rank == 0), kept, 0.0)
+    kept = torch.where((before < _column(top_p, logits_nv)) | (rank == 0), kept, 0.0)
     cumulative = kept.cumsum(-1)
-    threshold = column(uniform) * cumulative[:, -1:]
+    threshold = _column(uniform, logits_nv) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, threshold, right=True)
     last = (kept > 0).sum(-1, keepdim=True) - 1  # rounding may carry the threshold past the end
     return order_nv.gather(1, place.minimum(last)).squeeze(1).tolist()
+
+
+def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 def score(logits_nv: Tensor, tokens_n: Tensor, top: int) -> tuple[list[float], list[Top]]:

@@ -15,7 +15,8 @@ TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
 MOST_CHOICES = 128
-MOST_PROMPTS = 1024
+MOST_PROMPTS = 128
+MOST_ANSWERS = 512  # of one call: prompts x n
 MOST_ALTERNATIVES = 20
 
 
@@ -38,7 +39,7 @@ class Sampled(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(min_length=1)] | Stop | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
@@ -72,7 +73,7 @@ class CompletionBody(Sampled):
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
-    best_of: int | None = None
+    best_of: Some | None = None
     suffix: None = None
 
     @model_validator(mode="after")
@@ -84,18 +85,21 @@ class CompletionBody(Sampled):
         return self
 
 
+Words = Annotated[str, Field(pattern=r"\S")]  # the model's chat form has no place for an empty turn
+
+
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Words | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
     refusal: None = None
 

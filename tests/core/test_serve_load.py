@@ -222,6 +222,29 @@ def test_2000_fuzzed_bodies_are_answered_or_refused(running):
     assert running.job.processes[0].poll() is None
 
 
+# Not among them: that whatever fits the schema is accepted. Some rules join fields (a prompt and its answer share
+# the context, top_logprobs needs logprobs), which a schema can't say.
+CHECKS = (
+    *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"),
+    *("negative_data_rejection", "unsupported_method"),
+)
+
+
+def test_the_servers_own_description_is_kept_whatever_schemathesis_makes_of_it(served_model, tmp_path):
+    with serving.server(tmp_path, served_model[1], max_tokens=24, max_batch=64) as running:
+        schemathesis(running, tmp_path)
+        assert running.stop() == [0]
+
+
+def schemathesis(running, tmp_path):
+    argv = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json", "--no-color"]
+    argv += ["--checks", ",".join(CHECKS), "--max-examples", "10", "--seed", "1", "--phases", "coverage,fuzzing"]
+    argv += ["--request-timeout", "60"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "Tested: 10" in done.stdout
+
+
 @pytest.mark.parametrize("depth", [100_000])
 def test_monstrous_bodies_are_refused(running, depth):
     client = running.client(headers={"Content-Type": "application/json"})

@@ -257,6 +257,7 @@ def test_models(client):
         ({"prompt": "x" * 3000}, "max_tokens", "context is 256"),
         ({"prompt": [1, 32000]}, "prompt", "vocabulary"),
         ({"prompt": []}, "prompt", ""),
+        ({"prompt": ["x"] * 8, "n": 65}, "n", "8 prompts x 65 choices are more than the 512"),
         ({"prompt": "x", "logit_bias": {"40000": 1}}, "logit_bias", "vocabulary"),
         ({"prompt": "x", "best_of": 3}, None, "best_of"),
         ({"prompt": "x", "suffix": "y"}, "suffix", ""),

@@ -72,6 +72,14 @@ def test_a_draw_at_either_end_stays_within_what_was_kept(uniform):
     assert token in logits.topk(5).indices
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_a_draw_never_takes_what_cannot_be(uniform):
+    logits = torch.full((1, 32000), torch.finfo(torch.float32).min)
+    logits[0, 5:9] = 0.0
+    token = inverse_draw(logits, temperature=[1.0], top_k=[0], top_p=[1.0], uniform=[uniform])[0]
+    assert token == (5 if uniform == 0 else 8)
+
+
 def test_a_request_draws_alike_alone_and_in_company():
     torch.manual_seed(3)
     steps = torch.randn(6, 4, V)

@@ -7,11 +7,13 @@ served. What is compared at the end is transformers' opinion of the exported wei
 import json
 import os
 import re
-import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import yaml
 from running import wait_until
@@ -34,6 +36,7 @@ class Chain:
         self.shared = {name: str(home / name) for name in ("models", "data", "runs")}
         self.write_profile("four", slurm_conf, gpus=8)
         self.write_profile("two", slurm_conf, gpus=2)
+        self.write_profile("one", slurm_conf, gpus=1)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MIXLAUNCH_", "SLURM_", "XDG_"))}
         self.environment = environment | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
         (home / "models").mkdir()
@@ -54,10 +57,9 @@ class Chain:
 
     def types(self, *words: str, cluster: str = "four", seconds: float = 270) -> str:
         """What `mixlaunch WORDS` prints; it must end with 0."""
-        argv = [sys.executable, "-m", "launcher", *words, "--cluster", str(self.home / f"{cluster}.yaml")]
-        done = subprocess.run(
-            argv, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=seconds
-        )
+        argv = [sys.executable, "-m", "launcher", *words]
+        environment = self.environment | {"MIXLAUNCH_CLUSTER": str(self.home / f"{cluster}.yaml")}
+        done = subprocess.run(argv, cwd=self.home, env=environment, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}{self.stories()}"
         return done.stdout
 
@@ -185,26 +187,71 @@ def test_the_checkpoint_loads_elsewhere_and_transformers_agrees(chain, trained, 
 
 
 @pytest.mark.timeout(600)
-def test_pp2_on_the_sandbox_serves_what_transformers_says(chain, trained, exported):
-    """Done when 4: `PUT /api`, greedy, token for token."""
-    import httpx
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    chain.types("serve", "--model", trained.name, "--port", str(port), "--precision", "fp32", "--max-tokens", "256")
+def test_pp2_over_two_nodes_serves_what_transformers_says(chain, trained, exported):
+    """Waited for until it is ready, found without an address, asked by terminal and browser, cancelled."""
+    told = chain.types(
+        *("serve", "--model", trained.name, "--pp", "2", "--precision", "fp32", "--max-tokens", "256"),
+        cluster="one",
+    )
     run = chain.run("serve")
-    assert run.record["layout"]["pipeline"] == 2
-    wait_until((run.path / "server.json").exists, 120, run)
-    body = {"prompts": list(PROMPTS), "tokens_to_generate": ANSWER, "top_k": 1}
-    answer = httpx.put(f"http://127.0.0.1:{port}/api", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    told = answer.json()
-    assert told["tokens"] == continuations(exported)
-    assert all(text.startswith(prompt) for text, prompt in zip(told["text"], PROMPTS, strict=True))
-    slurm.call("scancel", run.job_id, environment=run.environment)
+    assert (run.record["nodes"], run.record["tasks_per_node"], run.record["layout"]["pipeline"]) == (2, 1, 2)
+    assert (run.path / "submitit" / f"{run.job_id}_submitted.pkl").exists()
+    url = json.loads((run.path / "server.json").read_text())["url"]
+    check_megatron_api(url, exported)
+    check_curl(told, run)
+    said = chain.types("chat", "-p", "Hello", "--temperature", "0", "--max-tokens", "8", cluster="one")
+    assert said == check_page(url, {"temperature": "0", "max_tokens": "8"}, "Hello") + "\n"
+    ranks = running_ranks(run)
+    assert len(ranks) == 2
+    chain.types("cancel", run.name, cluster="one")
     wait_until(lambda: not runs.state_of(run).active, 60, run)
+    wait_until(lambda: not running_ranks(run), 10, run)
     assert not (run.path / "server.json").exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def check_megatron_api(url: str, exported: Path) -> None:
+    """`PUT /api`, greedy, token for token."""
+    body = {"prompts": list(PROMPTS), "tokens_to_generate": ANSWER, "top_k": 1}
+    answer = httpx.put(f"{url}/api", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["tokens"] == continuations(exported)
+    assert all(text.startswith(prompt) for text, prompt in zip(answer.json()["text"], PROMPTS, strict=True))
+
+
+def check_curl(told: str, run: runs.Run) -> None:
+    """The line that was printed does what it says."""
+    line = next(line.split(maxsplit=1)[1] for line in told.splitlines() if " curl " in line)
+    answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout)["choices"][0]["message"]["role"] == "assistant", run
+
+
+def check_page(url: str, settings: dict[str, str], question: str) -> str:
+    """What the page shows as the answer, in Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install --no-install-recommends chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto(url + "/")
+        page.get_by_role("button", name="Settings").click()
+        for name, value in settings.items():
+            page.locator(f"#{name}").fill(value)
+        page.locator("#question").fill(question)
+        page.keyboard.press("Enter")
+        playwright.expect(page.locator("article.assistant footer")).to_contain_text("second")
+        said = page.locator("article.assistant div").text_content()
+        browser.close()
+    return said
+
+
+def running_ranks(run: runs.Run) -> list[int]:
+    """Processes of its ranks, on whatever node of the sandbox."""
+    config = str(run.path / "config.yaml")
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if config in (p.info["cmdline"] or [])]
 
 
 def continuations(folder: Path) -> list[list[int]]:

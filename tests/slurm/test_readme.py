@@ -190,6 +190,7 @@ HOW = {
     f"mixlaunch convert --cluster selene --to hf --model {REPO}": leave("convert"),
     "mixlaunch prepare chats.jsonl --cluster selene": leave("prepare"),
     "mixlaunch finetune --cluster selene --nodes 4": lambda r, c: (r.types(c), r.waits("finetune", "RUNNING")),
+    "mixlaunch serve --cluster selene": lambda r, c: r.follows(c, "cancel"),  # it would wait for finetune's nodes
     "mixlaunch chat serve": chats,
     "mixlaunch logs -f finetune": lambda r, c: r.follows(c, "32 ranks"),
     "mixlaunch finetune --cluster selene --nodes 3": lambda r, c: r.types(c, code=2),
