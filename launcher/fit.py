@@ -27,6 +27,8 @@ class Batch:
     global_batch: int
     precision: str = "bf16"
     recompute: str = "none"
+    lora: int = 0
+    lora_experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,8 @@ def _training(outlook: Outlook, batch: Batch) -> Outlook:
         micro_batches=micro_batches,
         precision=batch.precision,
         recompute=batch.recompute,
+        lora=batch.lora,
+        lora_experts=batch.lora_experts,
     )
     rounds = micro_batches + layout.pipeline - 1
     return _with_verdict(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from launcher import fit, nearest, places, quoting, secrets_env, settings
+from launcher import adapters, fit, nearest, places, quoting, secrets_env, settings
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
 from launcher.fit import Batch, Outlook, Request
@@ -25,7 +25,6 @@ PRESETS = {  # of `convert`, by what the weights are for
     "inference": Layout(pipeline=2),
 }
 FINETUNE_ON_SLURM = PRESETS["train"]
-ADAPTERS_ON_SLURM = Layout(expert=8)  # one node of 8: the base takes a sixth of its GPUs' memory, or half for 8x22B
 SERVE_ON_SLURM = PRESETS["inference"]
 
 
@@ -283,18 +282,17 @@ def plan_finetune(
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """Training from converted weights or from another run's newest checkpoint, on prepared data."""
-    chosen = _with_adapters(settings.check("finetune", values))
-    on_slurm = ADAPTERS_ON_SLURM if chosen.get("lora") else FINETUNE_ON_SLURM
-    layout = axes.over(Layout() if profile.is_local else on_slurm)
-    outlook = _outlook(
-        Request(
-            cluster=profile,
-            layout=layout,
-            nodes=ask.nodes,
-            shape=shape or layouts.known_shape(model),
-            work=_batch(chosen),
-        )
+    chosen = adapters.checked(settings.check("finetune", values))
+    request = Request(
+        cluster=profile,
+        layout=axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM),
+        nodes=ask.nodes,
+        shape=shape or layouts.known_shape(model),
+        work=_batch(chosen),
     )
+    if chosen.get("lora") and not profile.is_local:
+        request = replace(request, layout=adapters.layout(request, axes.over))
+    layout, outlook = request.layout, _outlook(request)
     weights = places.weights(profile, model)
     prefix = places.path(data, "--data") if data is not None else places.data_prefix(profile)
     return JobPlan(
@@ -395,18 +393,6 @@ def _processes(profile: ClusterProfile, given: int | None) -> int:
     return given or (1 if profile.is_local else CONVERTERS)
 
 
-def _with_adapters(chosen: dict[str, Any]) -> dict[str, Any]:
-    """`chosen`, unless it says of adapters what can't be."""
-    lora = chosen.get("lora", 0)
-    if not lora and (lost := [name for name in chosen if name.startswith("lora_")]):
-        raise UsageError(f"--{lost[0].replace('_', '-')}: goes with --lora RANK alone")
-    if chosen.get("lora_dropout", 0) == 1:
-        raise UsageError("--lora-dropout: 1 leaves nothing to learn from; must be below 1")
-    if chosen.get("lora_experts") and chosen.get("lora_dropout"):
-        raise UsageError("--lora-dropout: adapters of experts have none, in PEFT neither; leave out --lora-experts")
-    return chosen
-
-
 def _with_base(profile: ClusterProfile, chosen: dict[str, Any]) -> dict[str, Any]:
     """The base of adapters may be named as any model is."""
     return chosen | {"base": places.weights(profile, chosen["base"])} if "base" in chosen else chosen
@@ -433,6 +419,8 @@ def _batch(chosen: Mapping[str, Any]) -> Batch:
         global_batch=values["global_batch"],
         precision=values["precision"],
         recompute=values.get("recompute") or "none",
+        lora=values["lora"],
+        lora_experts=values["lora_experts"],
     )
 
 

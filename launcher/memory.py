@@ -27,6 +27,8 @@ class Training:
     micro_batches: int
     precision: str = "bf16"
     recompute: str = "none"
+    lora: int = 0  # rank of the adapters that are trained alone; 0: everything is
+    lora_experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,16 @@ def parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
     return dense, layers * (shape.experts // layout.expert) * 3 * hidden * width
 
 
+def adapters(shape: Shape, layout: Layout, work: Training, stage: int) -> tuple[int, int]:
+    """The same of adapters: each matrix [out, in] has a pair of rank x in and out x rank, cut as it is."""
+    layers, hidden, tensor = shape.stages(layout.pipeline)[stage], shape.hidden, layout.tensor
+    queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    attention = 3 * hidden + (queries + 2 * keys) // tensor + queries // tensor + hidden
+    width = shape.expert_width // layout.expert_tensor
+    expert = (hidden + 2 * width) + (width + hidden) if work.lora_experts else 0
+    return layers * work.lora * attention, layers * (shape.experts // layout.expert) * work.lora * expert
+
+
 def training(shape: Shape, layout: Layout, world: int, work: Training) -> tuple[Usage, ...]:
     """Of each pipeline stage, at the moment of a step when it holds most."""
     return tuple(_training_stage(shape, layout, world, work, stage) for stage in range(layout.pipeline))
@@ -86,14 +98,17 @@ def training(shape: Shape, layout: Layout, world: int, work: Training) -> tuple[
 
 def _training_stage(shape: Shape, layout: Layout, world: int, work: Training, stage: int) -> Usage:
     size = BYTES[work.precision]
-    dense, experts = parameters(shape, layout, stage)
-    shards = dense / (world // (layout.tensor * layout.pipeline))
-    shards += experts / (world // (layout.expert_tensor * layout.expert * layout.pipeline))
+    held = trained = parameters(shape, layout, stage)
+    if work.lora:
+        trained = adapters(shape, layout, work, stage)
+        held = (held[0] + trained[0], held[1] + trained[1])
+    shards = trained[0] / (world // (layout.tensor * layout.pipeline))
+    shards += trained[1] / (world // (layout.expert_tensor * layout.expert * layout.pipeline))
     state = 8 if work.precision == "fp32" else 12  # two moments; bf16 weights have a twin in fp32 as well
     kept, working = _activations(shape, layout, work, stage)
     parts = {
-        "weights": size * (dense + experts),
-        "gradients": 4 * (dense + experts),
+        "weights": size * sum(held),
+        "gradients": 4 * sum(trained),
         "optimizer": round(state * shards),
         "activations": kept,
         "backward": working,
@@ -124,7 +139,8 @@ def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tu
     attention = (
         3 * hidden + 2 * queries + 2 * keys
     )  # both norms' inputs, q, k, v, attention's output and the norm's
-    experts = hidden + chosen * (hidden * layout.expert_tensor + 2 * width)  # the norm's output, rows, gate and up
+    kept = 5 if work.lora_experts else 2  # widths a row: gate and up; in plain torch three products of them as well
+    experts = hidden + chosen * (hidden * layout.expert_tensor + kept * width)  # the norm's output, rows
     backward = chosen * width + 2 * hidden
     if layout.expert * layout.expert_tensor > 1:
         backward += 2 * chosen * hidden  # rows on their way to and from other ranks

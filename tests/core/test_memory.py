@@ -64,7 +64,7 @@ def allocated(monkeypatch):
 
     meta, kind = torch.device("meta"), torch.Tensor.type
 
-    def build(shape, layout, world, stage, precision="bf16"):
+    def build(shape, layout, world, stage, precision="bf16", lora=None):
         rank = stage * world // layout.get("pipeline", 1)
         for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
             monkeypatch.setenv(name, "0")
@@ -78,7 +78,7 @@ def allocated(monkeypatch):
                 patch.setattr(mcore, "device", lambda: meta)
                 patch.setattr(torch.Tensor, "type", lambda tensor: kind(tensor).replace(".meta", ""))
                 patch.setattr(dist, "all_gather_object", _everyone_says_the_same)
-                return _bytes(core_shape(shape), Layout(**layout), precision)
+                return _bytes(core_shape(shape), Layout(**layout), precision, lora)
         finally:
             mcore.shutdown()
 
@@ -96,8 +96,8 @@ def allocated(monkeypatch):
             tie_word_embeddings=shape.tied,
         )
 
-    def _bytes(shape, layout, precision):
-        built = model.build(shape, layout, precision=precision, random_weights=False, aux_loss=0.01)
+    def _bytes(shape, layout, precision, lora):
+        built = model.build(shape, layout, precision=precision, random_weights=False, aux_loss=0.01, lora=lora)
         assert {p.device.type for p in built.parameters()} == {"meta"}
         weights = sum(t.nbytes for t in (*built.parameters(), *built.buffers()))
         parts = optimize.build(FinetuneConfig(model="", data="", layout=layout, precision=precision), built)
@@ -125,6 +125,25 @@ def test_weights_are_exact_and_gradients_and_optimizer_up_to_padding(allocated, 
         assert parts["weights"] == real.weights
         # Buffers are padded: 64 numbers a parameter, 128 and a whole number of ranks at the end.
         padding = 4 * (64 * 20 * shape.layers + 2 * 128 * world)
+        assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
+        assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "world"), [({"pipeline": 2, "expert": 2}, 4), ({"tensor": 2, "expert": 2, "expert_tensor": 2}, 8)]
+)
+def test_adapters_alone_have_gradients_and_an_optimizer(allocated, layout, world, experts):
+    from megatron_mixtral.adapters import Lora
+
+    axes = launcher_layout.Layout(**layout)
+    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1, lora=8, lora_experts=experts)
+    told = memory.training(SMALL, axes, world, work)
+    for stage in range(axes.pipeline):
+        real = allocated(SMALL, layout, world, stage, lora=Lora(rank=8, alpha=16, experts=experts))
+        parts = told[stage].parts
+        assert parts["weights"] == real.weights
+        padding = 4 * (64 * 12 * SMALL.layers + 2 * 128 * world)
         assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
         assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
 
