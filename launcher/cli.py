@@ -170,23 +170,36 @@ cli.commands["tiny"].hidden = True
 
 @cli.group()
 def export() -> None:
-    """Print a job's script, self-contained.
+    """Print a job's script, self-contained, or make a folder of it.
 
     Plain `sbatch` runs it; all it needs is a Python with megatron_mixtral where the ranks run.
     """
 
 
-def _export(plan: "JobPlan") -> None:
+def _export(plan: "JobPlan", *, folder: Path | None) -> None:
     from launcher import lint, render
 
+    if folder is not None:
+        from launcher import bundle, screen
+
+        written = bundle.write(plan, folder, asked=sys.argv[1:])
+        screen.done(f"{', '.join(path.name for path in written)} in {folder}")
+        return
     script = render.render(plan)
     lint.check(script, plan.profile.slurm_version)
     click.echo(script, nl=False)
     _note(plan)
 
 
+BUNDLE = SectionedOption(
+    ["--bundle", "folder"],
+    section="Job",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Make a folder of it: script, config.yaml, README.",
+)
 for _job in HELP:
-    export.add_command(job_command(_job, _export))
+    export.add_command(job_command(_job, _export, more=(BUNDLE,)))
 
 
 @cli.group()

@@ -14,9 +14,12 @@ from launcher.jobs import JobPlan
 from launcher.profile import OF_RANKS
 
 
-def render(plan: JobPlan, run_dir: str | None = None) -> str:
-    """The script of `plan` for the run directory; without one, the form that makes its own when it runs."""
-    return fragments.render(plan.profile.templates, _variables(plan, run_dir))
+def render(plan: JobPlan, run_dir: str | None = None, *, bundled: bool = False) -> str:
+    """The script of `plan` for the run directory; without one, the form that makes its own when it runs.
+
+    `bundled`: its configuration is the file beside it, not a text inside it.
+    """
+    return fragments.render(plan.profile.templates, {**_variables(plan, run_dir), "bundled": bundled})
 
 
 def config_text(plan: JobPlan) -> str:

@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 from running import wait_until
 
-from launcher import catalog, jobs, profile, render, runs, sandbox, slurm
+from launcher import bundle, catalog, jobs, profile, render, runs, sandbox, slurm
 from launcher.sandbox_config import Shape
 
 CANARY = "canary"
@@ -110,6 +111,30 @@ def test_an_exported_script_needs_plain_sbatch_and_nothing_else(plan, stub, sbat
         said, *config = (run / "logs" / "attempt_0" / f"rank_{rank}.log").read_text().splitlines(keepends=True)
         assert said == f"{rank} of 4\n"
         assert "".join(config) == (run / "config.yaml").read_text()
+
+
+def test_a_bundle_runs_by_plain_sbatch_in_its_folder(plan, stub, site, tmp_path):
+    """What its config.yaml says is what the ranks read, changed by hand or not."""
+    made = tmp_path / "made"
+    bundle.write(plan(stub('cat "$MIXLAUNCH_RUN/config.yaml"')), made, asked=["export", "it's"])
+    assert {path.name for path in made.iterdir()} == {"job.sbatch", "config.yaml", "README.md"}
+    assert "$ sbatch job.sbatch" in (made / "README.md").read_text()
+    config = (made / "config.yaml").read_text() + "steps: 7\n"
+    (made / "config.yaml").write_text(config)
+
+    def submitted(script: str, folder: Path) -> tuple[Path, Path]:
+        said = slurm.call("env", "-C", str(folder), "sbatch", script, environment=site.environment)
+        run = tmp_path / "runs" / f"finetune-{said.split()[3]}"
+        return run, run / "logs" / "attempt_0" / "batch.log"
+
+    run, log = submitted("job.sbatch", made)
+    wait_until(lambda: log.exists() and "done; exit 0" in log.read_text(), 60)
+    assert (run / "config.yaml").read_text() == config
+    assert (run / "logs" / "attempt_0" / "rank_3.log").read_text() == config
+    _, elsewhere = submitted("made/job.sbatch", tmp_path)
+    wait_until(
+        lambda: elsewhere.exists() and "run sbatch in the folder that holds both" in elsewhere.read_text(), 60
+    )
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """Scripts: what a profile asks for stands in them, and nothing gets in unquoted."""
 
 import json
+import subprocess
 
 import jinja2
 import pytest
 
-from launcher import fragments, jobs, lint, profile, render
+from launcher import bundle, fragments, jobs, lint, profile, render
 from launcher.errors import UsageError
 
 NASTY = "a'b\"c $(touch canary) `touch canary` ; touch canary # é %j"
@@ -144,3 +145,28 @@ def test_a_template_that_forgets_a_filter_is_refused(cluster):
         environment.from_string("{{ plna | sh }}").render(plan=plan)
     with pytest.raises(jinja2.exceptions.SecurityError):
         environment.from_string("{{ plan.__class__.__mro__ | sh }}").render(plan=plan)
+
+
+def test_a_bundle_goes_into_a_new_folder_only(cluster, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name in ("taken", "taken/file"):
+        with pytest.raises(UsageError, match=r"--bundle: .* isn't empty"):
+            bundle.write(jobs.plan_finetune(cluster), tmp_path / name)
+    for name in ("empty", "new/one"):
+        written = bundle.write(jobs.plan_finetune(cluster), tmp_path / name, asked=["export", "a b"])
+        script, config, readme = (path.read_text() for path in written)
+        lint.check(script)
+        assert config == render.config_text(jobs.plan_finetune(cluster))
+        assert "model:" not in script
+        assert "mixlaunch export 'a b'" in readme
+
+
+def test_a_local_bundle_runs_where_it_lies(tmp_path):
+    local = profile.load("local").model_copy(update={"python": "/bin/true"})
+    made = tmp_path / "made"
+    bundle.write(jobs.plan_finetune(local, model="/m"), made)
+    subprocess.run(["bash", "made/job.sbatch"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    (run,) = (tmp_path / "state" / "mixlaunch" / "runs").iterdir()
+    assert (run / "config.yaml").read_text() == (made / "config.yaml").read_text()
