@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_mixtral import layers, mcore
 from megatron_mixtral.adapters import Lora
@@ -180,8 +181,8 @@ class Experts(layers.Experts):
         """As without adapters, and what they add before and after the activation."""
         both = self._product(hidden, self.linear_fc1, tokens_per_expert)
         both = both + self._added("gate_up_proj", hidden, tokens_per_expert)
-        gate, up = both.chunk(2, dim=-1)
-        inner = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
+        # Computed again in the backward pass: kept, its products would be more than everything else here.
+        inner = checkpoint(_activated, both, probs, use_reentrant=False, preserve_rng_state=False)
         out = self._product(inner, self.linear_fc2, tokens_per_expert)
         return out + self._added("down_proj", inner, tokens_per_expert), None
 
@@ -216,6 +217,12 @@ class Experts(layers.Experts):
         experts = (len(offsets), self.expert_group.rank(), self.expert_group.size())
         cut = (1 + CUTS[name], part, parts) if name in CUTS else None
         return _sharded(key, parameter, (*offsets, experts), cut=cut, replica=replica, front=len(offsets))
+
+
+def _activated(both: Tensor, probs: Tensor) -> Tensor:
+    """[T, 2F], probs [T] -> [T, F]"""
+    gate, up = both.chunk(2, dim=-1)
+    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(both.dtype)
 
 
 GATE_UP_B = "gate_up_proj.lora_B"
