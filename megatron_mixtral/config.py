@@ -46,15 +46,34 @@ class MixtralShape:
         known = dict(config)
         rope = known.get("rope_parameters") or {}  # transformers 5 nests it
         known.setdefault("rope_theta", rope.get("rope_theta", 1e6))
-        if not known.get("head_dim") and known.get("num_attention_heads"):
-            known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
+        heads, hidden = known.get("num_attention_heads"), known.get("hidden_size")
+        if not known.get("head_dim") and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+            if hidden % heads:
+                raise InputError(f"config.json: hidden_size {hidden} / num_attention_heads {heads} isn't whole")
+            known["head_dim"] = hidden // heads
         if known.get("num_key_value_heads") is None:
             known["num_key_value_heads"] = known.get("num_attention_heads")
         names = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         if missing := sorted(n for n in required if known.get(n) is None):
             raise InputError(f"config.json: {', '.join(missing)} missing")
-        return cls(**{k: v for k, v in known.items() if k in names})
+        shape = cls(**{k: v for k, v in known.items() if k in names})
+        shape._check()
+        return shape
+
+    def _check(self) -> None:
+        """`InputError` naming the first size that no model can have."""
+        for field_ in dataclasses.fields(self):
+            value, whole = getattr(self, field_.name), field_.default is dataclasses.MISSING
+            optional = field_.name == "sliding_window" and value is not None
+            if (whole or optional) and (type(value) is not int or value < 1):
+                raise InputError(f"config.json: {field_.name} is {value!r}; it must be a whole number above 0")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise InputError(f"config.json: num_attention_heads {heads} / num_key_value_heads {groups} isn't whole")
+        if self.num_experts_per_tok > self.num_local_experts:
+            chosen, there = self.num_experts_per_tok, self.num_local_experts
+            raise InputError(f"config.json: num_experts_per_tok {chosen} of num_local_experts {there}")
 
     @classmethod
     def from_folder(cls, folder: Path) -> "MixtralShape":
@@ -62,7 +81,9 @@ class MixtralShape:
         path = folder / "config.json"
         try:
             return cls.from_hf(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+        except InputError as error:
+            raise InputError(str(error).replace("config.json", str(path), 1)) from error
+        except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: {error}") from error
 
 

@@ -9,7 +9,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import hub, legacy, tensors, torch_dist, weights_folder
+from megatron_mixtral import hub, legacy, merging, peft_folder, tensors, torch_dist, weights_folder
 from megatron_mixtral.config import ConvertConfig, MixtralShape
 from megatron_mixtral.copying import ITEMSIZE, Run, Source, Target, Unit
 from megatron_mixtral.errors import InputError
@@ -35,6 +35,7 @@ class Conversion:
     kind: str
     identity: dict[str, Any]  # what makes it the same source later
     about: dict[str, Any] = field(default_factory=dict)  # what mixlaunch.json says of this kind alone
+    without: tuple[str, ...] = ()  # files beside the source's weights that don't go along
 
     @property
     def marker(self) -> Path:
@@ -47,7 +48,7 @@ def plan(config: ConvertConfig) -> Conversion:
         raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
     if config.format not in FORMATS:
         raise InputError(f"format: {config.format!r} isn't one of {', '.join(FORMATS)}")
-    directions = {"megatron": plan_to_megatron, "hf": plan_to_hub}
+    directions = {"megatron": plan_to_megatron, "hf": plan_to_hub, "peft": plan_to_peft}
     if config.max_shard_gb <= 0:
         raise InputError(f"max_shard_gb: {config.max_shard_gb} isn't a size")
     if config.to not in directions:
@@ -163,7 +164,7 @@ def empty_objects(shape: MixtralShape) -> Iterator[str]:
 def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
     newest = weights_folder.resolve(folder)
     shape = MixtralShape.from_folder(newest)
-    source = legacy.open_weights(newest, shape, weights_folder.read_marker(newest))
+    source = merging.open_weights(newest, shape, base=config.base)
     units = hub.shards(hub_targets(shape, source, config.dtype), limit=int(config.max_shard_gb * 1e9))
 
     def finish(out: Path) -> None:
@@ -183,11 +184,17 @@ def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
     )
 
 
+def plan_to_peft(config: ConvertConfig, folder: Path) -> Conversion:
+    if config.check_logits:
+        raise InputError("check_logits: adapters alone have none; use --to hf, which merges them")
+    return Conversion(**peft_folder.plan(weights_folder.resolve(folder), base=config.base, dtype=config.dtype))
+
+
 def hub_targets(shape: MixtralShape, source: Source, dtype: str | None) -> Iterator[Target]:
     """Every tensor of the hub's layout, put together from its rows in Megatron's."""
     runs: dict[str, list[Run]] = {name: [] for name in hub_shapes(shape)}
     for link in links(shape):
         runs[link.hub.name].append(Run(link.megatron, link.hub.name))
     for name, sizes in hub_shapes(shape).items():
-        stored = source.dtype(runs[name][0].rows.name)
+        stored = (source.base if isinstance(source, merging.Merged) else source).dtype(runs[name][0].rows.name)
         yield Target(name, (0,) * len(sizes), sizes, dtype or stored, tuple(runs[name]))

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import hub, legacy, stop, weights_folder
+from megatron_mixtral import hub, legacy, merging, stop, weights_folder
 from megatron_mixtral.config import ConvertConfig
 from megatron_mixtral.conversion import Conversion, plan
 from megatron_mixtral.copying import ITEMSIZE, Copier, Unit, digests, write_all
@@ -35,6 +35,8 @@ def run(config: ConvertConfig, run_dir: Path) -> None:
     events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
     try:
         write(config, conversion, work, crew, events, Leaving(work.records, run_dir.name))
+    except OSError as error:
+        raise JobError(f"{error.filename or work.output}: {error.strerror or error}") from error
     except Published:
         if not work.is_published(conversion.marker):
             raise JobError(f"{work.partial}: was removed while it was being written") from None
@@ -135,7 +137,7 @@ def keep(
 def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path, events: EventLog) -> None:
     """Everything that isn't weights, the marker last, and the folder's name."""
     conversion.complete(folder)
-    copy_assets(conversion.source_folder, folder, config.dtype)
+    copy_assets(conversion.source_folder, folder, config.dtype, without=conversion.without)
     found: dict[str, str] = {}
     for unit in conversion.units:
         found |= (work.record(unit.file) or {})["digests"]
@@ -168,13 +170,15 @@ def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, fold
     hub_side, megatron_side = conversion.source_folder, folder
     if config.to == "hf":
         hub_side, megatron_side = folder, conversion.source_folder
+    merged = isinstance(conversion.source, merging.Merged)
     with work.alive():
         return logits.check(
             hub_side,
             megatron_side,
-            dtype=config.dtype,
+            dtype=config.dtype or (conversion.units[0].targets[0].dtype if merged else None),
             prompt=config.prompt,
             tolerance=config.tolerance,
+            base=config.base,
         )
 
 
@@ -186,9 +190,11 @@ def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:
     return {**asked, "shape": asdict(conversion.shape), "files": conversion.identity}
 
 
-def copy_assets(source: Path, out: Path, dtype: str | None) -> None:
+def copy_assets(source: Path, out: Path, dtype: str | None, *, without: tuple[str, ...] = ()) -> None:
     """`config.json` and the tokenizer's files as they are, but for the type that was asked for."""
     for path in weights_folder.hub_assets(source):
+        if path.name in without:
+            continue
         if path.name == "config.json" and dtype:
             config = json.loads(path.read_text())
             key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 renamed it

@@ -34,6 +34,9 @@ class Source(Protocol):
     def read(self, rows: Rows, out: memoryview) -> None:
         """Fill `out` with the rows; `JobError` naming file and tensor when they can't be had."""
 
+    def file_of(self, rows: Rows) -> Path:
+        """Where they are read from, or the first of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -174,13 +177,18 @@ class Copier:
         if length > len(self._buffers[number]):  # one row longer than a buffer
             self._buffers[number] = memoryview(bytearray(length))
         data = self._buffers[number][:length]
-        self.source.read(rows, data)
+        try:
+            self.source.read(rows, data)
+        except JobError as error:
+            error.args = (f"{error}; that is in tensor {rows.name}",)
+            raise
         stored = self.source.dtype(rows.name)
         if block.run.columns:
             data = cut(data, len(rows), ITEMSIZE[stored], block.run.columns)
         if stored == dtype and not self.check_finite:
             return data
-        return converted(data, stored, dtype, name=rows.name, check_finite=self.check_finite)
+        name = f"{self.source.file_of(rows)}: tensor {rows.name}"
+        return converted(data, stored, dtype, name=name, check_finite=self.check_finite)
 
 
 def cut(data: memoryview, rows: int, item: int, columns: tuple[int, int]) -> memoryview:

@@ -53,6 +53,9 @@ class HubFolder:
         first = rows.start + (rows.index[0] * stored.shape[1] if rows.index else 0)
         self.files.read(stored.path, stored.offset + first * self.row_bytes(rows.name), out)
 
+    def file_of(self, rows: Rows) -> Path:
+        return self.tensors[rows.name].path
+
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """`InputError` at the first tensor that is missing, unexpected or of another shape."""
         for name, shape in wanted.items():

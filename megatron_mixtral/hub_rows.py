@@ -42,6 +42,10 @@ class HubRows:
                 part = Rows(there.name, there.index, start + shift, stop + shift)
                 self.hub.read(part, out[(start - rows.start) * width : (stop - rows.start) * width])
 
+    def file_of(self, rows: Rows) -> Path:
+        parts = self._parts[rows.name, rows.index]
+        return self.hub.file_of(next(there for here, there in parts if rows.start < here.stop))
+
     def fingerprint(self) -> dict[str, list[int]]:
         """Of every file read."""
         return self.hub.fingerprint()

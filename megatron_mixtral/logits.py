@@ -208,7 +208,7 @@ def _shards(built: Any) -> tuple[list[ShardedTensor], list[ShardedTensor]]:
     apply_factories(wanted)
     shards = [value for value in nested_values(wanted) if isinstance(value, ShardedTensor)]
     within = [shard for shard in shards if shard.key.startswith(tensors.LAYER)]
-    return [shard for shard in shards if shard not in within], within
+    return [shard for shard in shards if not shard.key.startswith(tensors.LAYER)], within
 
 
 def _fill(shards: Iterable[ShardedTensor], weights: Weights, layer: int = 0) -> None:

@@ -88,6 +88,9 @@ class Merged:
         self._add(rows, merged.view(len(rows), -1))
         return None
 
+    def file_of(self, rows: Rows) -> Path:
+        return self.base.file_of(rows)
+
     def _add(self, rows: Rows, merged: "Tensor") -> None:
         for span in self._spans[rows.name]:
             start, stop = max(rows.start, span.start), min(rows.stop, span.stop)

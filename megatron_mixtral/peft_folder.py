@@ -47,6 +47,10 @@ class PeftRows:
             whole[:, :, expert] = np.frombuffer(data, item).reshape(len(rows), -1)
         return None
 
+    def file_of(self, rows: Rows) -> Path:
+        index = (*rows.index, 0) if _is_side_by_side(rows.name) else rows.index
+        return self.source.file_of(Rows(rows.name, index, rows.start, rows.stop))
+
 
 def _is_side_by_side(name: str) -> bool:
     return name.startswith(adapters.OF_EXPERTS) and name.endswith("lora_B")

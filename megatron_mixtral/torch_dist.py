@@ -56,6 +56,13 @@ class TorchDistFolder:
             if start < stop:
                 self._read_chunk(rows, chunk, tensor.dtype, width, slice(start, stop), out)
 
+    def file_of(self, rows: Rows) -> Path:
+        for chunk in self.tensors[rows.name].chunks:
+            box = zip((*rows.index, rows.start), chunk.offsets, chunk.sizes, strict=False)
+            if all(first <= place < first + size for place, first, size in box):
+                return self.folder / chunk.file
+        raise AssertionError(f"no chunk holds row {rows.start} of {rows.name}")
+
     def _read_chunk(self, rows: Rows, chunk: Chunk, dtype: str, width: int, part: slice, out: memoryview) -> None:
         """Rows `part` of a chunk to their place in `out`, which holds whole rows from `rows.start` on."""
         axes, item = len(rows.index), ITEMSIZE[dtype]

@@ -8,13 +8,13 @@ import jobs
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import ranks
 from test_model import megatron_tensors
 
 from megatron_mixtral import convert, tensors
-from megatron_mixtral.config import ConvertConfig, MixtralShape
+from megatron_mixtral.config import ConvertConfig, Layout, MixtralShape
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.weights import Names, hub_shapes
 
@@ -27,31 +27,68 @@ def run(source, output, run_dir, **config):
 
 @st.composite
 def models(draw):
-    groups = draw(st.sampled_from([1, 2, 4]))
+    groups, experts = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 8))
     return {
         "num_hidden_layers": draw(st.integers(1, 5)),
         "hidden_size": draw(st.sampled_from([8, 24])),
-        "intermediate_size": draw(st.sampled_from([1, 16])),
+        "intermediate_size": draw(st.sampled_from([1, 12, 16])),
         "num_attention_heads": groups * draw(st.integers(1, 3)),
         "num_key_value_heads": groups,
         "head_dim": draw(st.sampled_from([2, 6])),
-        "num_local_experts": draw(st.integers(1, 8)),
+        "num_local_experts": experts,
+        "num_experts_per_tok": draw(st.integers(1, experts)),
         "vocab_size": draw(st.integers(1, 300)),
         "tie_word_embeddings": draw(st.booleans()),
     }
 
 
+def fitting(data, shape):
+    """A layout that the model can be cut by, for the files that only one layout loads."""
+
+    def divisor(name, *numbers):
+        return data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if not any(m % n for m in numbers)]), name)
+
+    tensor = divisor("tensor", shape.num_key_value_heads, shape.intermediate_size)
+    pipeline = data.draw(st.integers(1, shape.num_hidden_layers), "pipeline")
+    expert = divisor("expert", shape.num_local_experts)
+    return Layout(tensor=tensor, expert_tensor=tensor, pipeline=pipeline, expert=expert)
+
+
+@pytest.mark.parametrize("way", ["torch_dist", "legacy"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example({"num_hidden_layers": 5}, "hub", "bfloat16", 2)
-@example({"vocab_size": 32003}, "hub", "float32", 1)
-@example({"num_local_experts": 4, "num_key_value_heads": 1}, "transformers 5", "float16", 3)
 @given(
-    models(), st.sampled_from(sorted(NAMES)), st.sampled_from(["bfloat16", "float16", "float32"]), st.integers(1, 3)
+    st.data(),
+    models(),
+    st.sampled_from(sorted(NAMES)),
+    st.sampled_from(["bfloat16", "float16", "float32"]),
+    st.integers(1, 3),
 )
-def test_there_and_back_is_bit_identical(tmp_path_factory, model, names, dtype, shards):
+def test_there_and_back_is_bit_identical(tmp_path_factory, way, data, model, names, dtype, shards):
     folder = tmp_path_factory.mktemp("model")
     hub_folders.write(folder / "hub", names=NAMES[names], dtype=dtype, shards=shards, **model)
-    run(folder / "hub", folder / "megatron", folder, verify=True)
+    more = {}
+    if way == "legacy":
+        more = {"format": way, "layout": fitting(data, MixtralShape.from_folder(folder / "hub"))}
+    round_trip(folder, names, **more)
+
+
+@pytest.mark.parametrize("way", ["torch_dist", "legacy"])
+@pytest.mark.parametrize(
+    ("model", "names", "dtype", "shards", "layout"),
+    [
+        ({"num_hidden_layers": 5}, "hub", "bfloat16", 2, Layout(pipeline=4)),
+        ({"vocab_size": 32003}, "hub", "float32", 1, Layout(tensor=2, expert_tensor=2)),
+        ({"num_local_experts": 4, "num_key_value_heads": 1}, "transformers 5", "float16", 3, Layout(expert=4)),
+        ({"head_dim": None, "sliding_window": 9, "tie_word_embeddings": True}, "fused", "bfloat16", 1, Layout()),
+    ],
+)
+def test_shapes_that_are_often_got_wrong_come_back_too(tmp_path, way, model, names, dtype, shards, layout):
+    hub_folders.write(tmp_path / "hub", names=NAMES[names], dtype=dtype, shards=shards, **model)
+    round_trip(tmp_path, names, format=way, layout=layout)
+
+
+def round_trip(folder, names, **more):
+    run(folder / "hub", folder / "megatron", folder, verify=True, **more)
     run(folder / "megatron", folder / "back", folder, to="hf", verify=True)
     back = hub_folders.read(folder / "back")
     expected = hub_folders.read(folder / "hub")
@@ -117,8 +154,8 @@ def layouts_load(folder, layouts):
     return wrong
 
 
-ON_TWO = [
-    {"pipeline": 2},  # 3 layers: uneven
+ON_FOUR = [
+    {"pipeline": 4},  # 5 layers: uneven
     {"expert": 2},
     {"tensor": 2, "expert_tensor": 2},  # vocabulary of 67: padded
     {"tensor": 2, "expert": 2},
@@ -130,17 +167,20 @@ def saved_at_layouts(tmp_path_factory):
     """A folder with hub weights, converted ones, and what a model loaded from those saved at each layout."""
     folder = tmp_path_factory.mktemp("layouts")
     names = NAMES["transformers 5"]
-    given = hub_folders.write(folder / "hub", names=names, dtype="float32")
-    torch.save(megatron_tensors(given, {**hub_folders.SHAPE, "head_dim": 4}), folder / "expected.pt")
+    given = hub_folders.write(folder / "hub", names=names, dtype="float32", num_hidden_layers=5)
+    torch.save(
+        megatron_tensors(given, {**hub_folders.SHAPE, "num_hidden_layers": 5, "head_dim": 4}),
+        folder / "expected.pt",
+    )
     run(folder / "hub", folder / "megatron", folder)
-    return folder, given, ranks(2, layouts_load, str(folder), ON_TWO)
+    return folder, given, ranks(4, layouts_load, str(folder), ON_FOUR)
 
 
 def test_every_layout_loads_what_was_converted(saved_at_layouts):
-    assert saved_at_layouts[2] == [[], []]
+    assert saved_at_layouts[2] == [[]] * 4
 
 
-@pytest.mark.parametrize("layout", ON_TWO, ids=lambda layout: "_".join(f"{k}{v}" for k, v in layout.items()))
+@pytest.mark.parametrize("layout", ON_FOUR, ids=lambda layout: "_".join(f"{k}{v}" for k, v in layout.items()))
 def test_what_any_layout_saved_comes_back_bit_identical(saved_at_layouts, tmp_path, layout):
     folder, given, _ = saved_at_layouts
     saved = folder / "_".join(f"{k}{v}" for k, v in layout.items())
@@ -205,7 +245,9 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     given = hub_folders.write(tmp_path / "hub", dtype="float32")
     given["model.norm.weight"][3] = 70000.0
     hub_folders.write_shards(tmp_path / "hub", given, 1)
-    with pytest.raises(InputError, match=r"model\.norm\.weight: has values beyond 65504"):
+    with pytest.raises(
+        InputError, match=r"hub/model.safetensors: tensor model\.norm\.weight: has values beyond 65504"
+    ):
         run(tmp_path / "hub", tmp_path / "out", tmp_path, dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -214,10 +256,16 @@ def test_nan_passes_unless_it_is_asked_for(tmp_path):
     given = hub_folders.write(tmp_path / "hub")
     given["model.layers.1.block_sparse_moe.experts.2.w3.weight"][3, 4] = float("nan")
     hub_folders.write_shards(tmp_path / "hub", given, 1)
-    with pytest.raises(InputError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3\.weight: holds NaN"):
+    words = r"hub/model.safetensors: tensor \S+\.1\.block_sparse_moe\.experts\.2\.w3\.weight: holds NaN"
+    with pytest.raises(InputError, match=words):
         run(tmp_path / "hub", tmp_path / "out", tmp_path, check_finite=True)
     assert not (tmp_path / "out").exists()
     run(tmp_path / "hub", tmp_path / "other", tmp_path, check_finite=False)
+    with pytest.raises(
+        InputError, match=r"other/release/__\d_0.distcp: tensor \S+experts.linear_fc1.weight: holds NaN"
+    ):
+        run(tmp_path / "other", tmp_path / "back", tmp_path, to="hf", check_finite=True)
+    assert not (tmp_path / "back").exists()
 
 
 def test_mixed_types_that_share_no_tensor_stay_as_they_are(tmp_path):

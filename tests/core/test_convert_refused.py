@@ -182,6 +182,44 @@ def test_a_bad_hub_folder_is_refused_by_file_and_tensor(hub, out, damage, words)
         run(hub, out)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 5}, "hidden_size 16 / num_attention_heads 5 isn't whole"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 / num_key_value_heads 3 isn't whole"),
+        ({"num_local_experts": 0}, "num_local_experts is 0; it must be a whole number above 0"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+        ({"vocab_size": 67.0}, "vocab_size is 67.0"),
+        ({"sliding_window": -1}, "sliding_window is -1"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 of num_local_experts 4"),
+        ({"hidden_size": None}, "hidden_size missing"),
+        ({"model_type": None}, "model_type is None"),
+    ],
+)
+def test_sizes_that_no_model_can_have_are_named(hub, out, changes, words):
+    config = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=rf"hub/config.json: .*{words}"):
+        run(hub, out)
+
+
+@pytest.mark.parametrize("text", ["[]", '"mixtral"', "{", "\x80"])
+def test_a_config_that_is_none_is_named(hub, out, text):
+    (hub / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"hub/config.json: "):
+        run(hub, out)
+
+
+def test_a_place_that_cannot_be_written_is_a_fault_that_names_it(hub, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(JobError, match=r"file/out\S*: Not a directory"):
+        run_to(hub, tmp_path / "file" / "out", tmp_path)
+
+
+def run_to(source, output, run_dir):
+    convert.run(ConvertConfig(source=str(source), output=str(output)), run_dir)
+
+
 @pytest.fixture
 def megatron(hub, tmp_path):
     run(hub, tmp_path / "first" / "megatron")
@@ -359,7 +397,7 @@ def test_a_file_lost_halfway_is_a_fault_that_names_it(hub, tmp_path, monkeypatch
         os.truncate(hub / SECOND, 5000)
 
     monkeypatch.setattr(convert.hub.HubFolder, "check", lose)
-    with pytest.raises(JobError, match=rf"{SECOND}: ends at 5000, \d+ bytes short") as raised:
+    with pytest.raises(JobError, match=rf"{SECOND}: ends at 5000, \d+ bytes short; .* in tensor model") as raised:
         run(hub, tmp_path / "out")
     assert raised.value.exit_code == 1
     assert not (tmp_path / "out").exists()

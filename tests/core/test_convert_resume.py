@@ -1,8 +1,11 @@
 """`convert` killed (SIGKILL) at random points, then run again: the same bytes, and no work done twice."""
 
 import multiprocessing
+import os
 import random
 import shutil
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 from test_convert import contents, run
 
 from megatron_mixtral import convert, errors, weights_folder, work
-from megatron_mixtral.config import ConvertConfig
+from megatron_mixtral.config import ConvertConfig, Layout
 
 KILLS = 20
 
@@ -23,7 +26,10 @@ def fresh_processes():
     """Processes that have everything loaded already, so that a kill falls into the conversion, not into imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_mixtral.convert"])
-    return context
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("__file__", "__spec__"):  # or each of them would import pytest first
+            patched.setattr(sys.modules["__main__"], name, None, raising=False)
+        yield context
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,8 @@ def source(tmp_path_factory):
 
 def finished(partial: Path) -> dict[str, int]:
     """Name -> time of change of each weights file under its final name."""
-    return {p.name: p.stat().st_mtime_ns for p in partial.rglob("*") if p.suffix in (".distcp", ".safetensors")}
+    kinds = (".distcp", ".safetensors", ".pt")
+    return {str(p.relative_to(partial)): p.stat().st_mtime_ns for p in partial.rglob("*") if p.suffix in kinds}
 
 
 def written(partial: Path) -> int:
@@ -47,10 +54,21 @@ def written(partial: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize(("name", "to"), [("hub", "megatron"), ("megatron", "hf")])
-def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_processes, source, tmp_path, name, to):
+@pytest.fixture
+def in_memory():
+    """A folder whose disk is memory where there is such: what a kill leaves behind is the same on either."""
+    with tempfile.TemporaryDirectory(dir=next(filter(os.path.isdir, ("/dev/shm", "/tmp")))) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(("name", "to"), [("hub", "megatron"), ("megatron", "hf"), ("hub", "legacy")])
+def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_processes, source, in_memory, name, to):
+    tmp_path, way = in_memory, {"to": to, "max_shard_gb": 0.001}
+    if to == "legacy":
+        way = {"format": "legacy", "layout": Layout(expert=8)}
+
     def start(output):
-        config = ConvertConfig(source=str(source / name), output=str(output), to=to, max_shard_gb=0.001)
+        config = ConvertConfig(source=str(source / name), output=str(output), **way)
         process = fresh_processes.Process(target=convert.run, args=(config, tmp_path))
         process.start()
         return process

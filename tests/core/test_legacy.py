@@ -25,6 +25,7 @@ SHAPE = {
     "head_dim": 8,
 }
 LAYOUTS = {
+    "alone": {},
     "tp2": {"tensor": 2, "expert_tensor": 2},
     "tp2_etp1": {"tensor": 2},
     "pp2": {"pipeline": 2},  # 3 layers: uneven
@@ -116,7 +117,7 @@ def converted(tmp_path_factory):
     for name, changes in SHAPES.items():
         folders[name] = tmp_path_factory.mktemp(name)
         hub_folders.write(folders[name] / "hub", dtype="float32", **SHAPE, **changes)
-        for axes in ({}, *LAYOUTS.values()):
+        for axes in LAYOUTS.values():
             out = folders[name] / ("_".join(axes) or "alone")
             run(folders[name] / "hub", out, folders[name], layout=Layout(**axes), verify=True, **OPTIONS)
         model = MixtralForCausalLM.from_pretrained(folders[name] / "hub", dtype=torch.float32)
@@ -127,12 +128,6 @@ def converted(tmp_path_factory):
 
 def near(found, expected):
     return (torch.from_numpy(found) - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_one_rank_loads_strictly_and_computes_what_transformers_does(converted):
-    folders, expected = converted
-    (found,) = ranks(1, loads, [(str(folder), {}) for folder in folders.values()])
-    assert all(near(logits, expected[name]) for name, logits in zip(folders, found, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +148,7 @@ def test_two_ranks_load_strictly_and_compute_what_transformers_does(converted, o
     assert all(near(logits, converted[1][name]) for logits in found)
 
 
-@pytest.mark.parametrize(
-    "axes", [{}, *LAYOUTS.values(), {"tensor": 2, "expert_tensor": 2, "expert": 2, "pipeline": 3}]
-)
+@pytest.mark.parametrize("axes", [*LAYOUTS.values(), {"tensor": 2, "expert_tensor": 2, "expert": 2, "pipeline": 3}])
 @pytest.mark.parametrize("names", legacy.NAMES)
 def test_what_was_written_comes_back_bit_identical(tmp_path, names, axes):
     given = hub_folders.write(tmp_path / "hub", shards=2, **SHAPE, num_local_experts=4)
