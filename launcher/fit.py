@@ -170,7 +170,8 @@ def _serving(outlook: Outlook, work: Serving) -> Outlook:
     if shape and work.tokens > shape.positions:
         raise LayoutError(f"--max-tokens: {work.tokens}, but the model's context is {shape.positions} tokens")
     room = memory.cache_room(shape, layout, work, gpu) if shape and gpu else None
-    usage = memory.serving(shape, layout, work) if shape else ()
+    cached = work.cache_tokens if room is None else min(work.cache_tokens, max(room, 0))
+    usage = memory.serving(shape, layout, work, cached) if shape else ()
     return _with_verdict(replace(outlook, usage=usage, cache_room=room))
 
 

@@ -139,9 +139,9 @@ def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tu
     attention = (
         3 * hidden + 2 * queries + 2 * keys
     )  # both norms' inputs, q, k, v, attention's output and the norm's
-    kept = 5 if work.lora_experts else 2  # widths a row: gate and up; in plain torch three products of them as well
+    kept = 3 if work.lora_experts else 2  # widths a row: gate and up, and with adapters what goes into the second
     experts = hidden + chosen * (hidden * layout.expert_tensor + kept * width)  # the norm's output, rows
-    backward = chosen * width + 2 * hidden
+    backward = chosen * width * (5 if work.lora_experts else 1) + 2 * hidden  # plain torch keeps every step of it
     if layout.expert * layout.expert_tensor > 1:
         backward += 2 * chosen * hidden  # rows on their way to and from other ranks
     whole = attention + experts
@@ -152,12 +152,13 @@ def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tu
     return a_number * layers * whole, a_number * backward
 
 
-def serving(shape: Shape, layout: Layout, work: Serving) -> tuple[Usage, ...]:
-    """Of each pipeline stage, with the whole cache that is asked for."""
-    return tuple(_serving_stage(shape, layout, work, stage) for stage in range(layout.pipeline))
+def serving(shape: Shape, layout: Layout, work: Serving, tokens: int | None = None) -> tuple[Usage, ...]:
+    """Of each pipeline stage, with a cache of so many tokens, or else with all that is asked for."""
+    cached = work.cache_tokens if tokens is None else tokens
+    return tuple(_serving_stage(shape, layout, work, cached, stage) for stage in range(layout.pipeline))
 
 
-def _serving_stage(shape: Shape, layout: Layout, work: Serving, stage: int) -> Usage:
+def _serving_stage(shape: Shape, layout: Layout, work: Serving, tokens: int, stage: int) -> Usage:
     size = BYTES[work.precision]
     a_prompt = max(PROMPT_STEP, work.requests) * size
     hidden, queries, keys = shape.hidden, shape.heads * shape.head_size, shape.query_groups * shape.head_size
@@ -166,7 +167,7 @@ def _serving_stage(shape: Shape, layout: Layout, work: Serving, stage: int) -> U
     parts = {
         "weights": size * sum(parameters(shape, layout, stage)),
         "a step": a_prompt * (layer + rows),
-        "KV cache": work.cache_tokens * cache_bytes(shape, layout, work.precision, stage),
+        "KV cache": tokens * cache_bytes(shape, layout, work.precision, stage),
     }
     if stage == layout.pipeline - 1:
         parts["a step"] += work.requests * shape.vocabulary * 4

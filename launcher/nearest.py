@@ -16,8 +16,9 @@ from launcher.fit import Batch, Outlook, Request
 from launcher.memory import GIB, RECOMPUTE, Serving
 
 SHOWN = 4
+ENOUGH = 3  # suggestions that need no further change beside them
 MOST_CHANGES = 3
-MOST_NODES = 512
+MOST_NODES, MOST_STAGES = 512, 64
 SHORTEST = 256  # tokens of an answer worth serving
 OPTIONS = {  # of what can be changed, in the order that people think of it
     "nodes": "--nodes",
@@ -50,13 +51,18 @@ class Suggestion:
 
     @property
     def effect(self) -> str:
-        """`64 ranks = TP1 x PP8 x ..., bubble 18 %, 51.2 of 80 GiB`."""
-        parts = [self.outlook.request.layout.describe(self.outlook.world)]
-        if self.outlook.request.layout.pipeline > 1 and self.outlook.tokens_a_step:
+        """`64 ranks = TP1 x PP8 x ...; bubble 18.0%; 51.2 of 80 GiB`."""
+        layout = self.outlook.request.layout
+        if self.outlook.request.work is None:
+            return f"TP{layout.tensor} x PP{layout.pipeline} x EP{layout.expert} x ETP{layout.expert_tensor}"
+        parts = [layout.describe(self.outlook.world)]
+        if layout.pipeline > 1 and self.outlook.tokens_a_step:
             parts.append(f"bubble {self.outlook.bubble:.1%}")
         if fullest := self.outlook.fullest:
             gpu = fit.gpu_bytes(self.outlook.request)
             parts.append(f"{fullest.total / GIB:.1f}{f' of {gpu / GIB:g}' if gpu else ''} GiB")
+        if (room := self.outlook.cache_room) is not None:
+            parts.append(f"cache for {room:,} tokens")
         return "; ".join(parts)
 
 
@@ -84,18 +90,24 @@ def lines(suggestions: list[Suggestion]) -> Iterator[str]:
 
 def find(request: Request) -> list[Suggestion]:
     """The nearest that fit, best first; none when nothing near does."""
-    values = _alternatives(request)
+    values, found = _alternatives(request), list[Suggestion]()
     for count in range(1, MOST_CHANGES + 1):
-        found = sorted(_changed(request, values, count), key=lambda s: _rank(request, s))
-        if found:
-            return found[:SHOWN]
-    return []
+        if len(found) < ENOUGH:
+            more = sorted(_changed(request, values, count, found), key=lambda s: _rank(request, s))
+            found += more[: SHOWN - len(found)]
+    return found
 
 
-def _changed(request: Request, values: dict[str, list[Any]], count: int) -> Iterator[Suggestion]:
+def _changed(
+    request: Request, values: dict[str, list[Any]], count: int, found: list[Suggestion]
+) -> Iterator[Suggestion]:
+    """What fits after so many changes, none of which could be left out."""
+    enough = [suggestion.changes.items() for suggestion in found]
     for names in itertools.combinations(values, count):
         for chosen in itertools.product(*(values[name] for name in names)):
             changes = dict(zip(names, chosen, strict=True))
+            if any(less <= changes.items() for less in enough):
+                continue
             if (outlook := _study(apply(request, changes))) is not None:
                 yield Suggestion(changes=changes, outlook=outlook)
 
@@ -126,10 +138,10 @@ def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
     outlook = suggestion.outlook
     memory = outlook.fullest.total if outlook.fullest else 0
     over_fabric = sum(e.islands > 1 for e in outlook.exchanges)
-    training = isinstance(asked.work, Batch)
-    size = outlook.bubble if training else float(outlook.world)
-    order = (over_fabric, round(size, 3), round(memory / GIB, 1), _distance(asked, suggestion))
-    return len(suggestion.changes), *order
+    distance, held = _distance(asked, suggestion), round(memory / GIB, 1)
+    if isinstance(asked.work, Batch):
+        return len(suggestion.changes), over_fabric, round(outlook.bubble, 3), held, distance
+    return len(suggestion.changes), float(outlook.world), distance, held
 
 
 def _distance(asked: Request, suggestion: Suggestion) -> float:
@@ -165,10 +177,9 @@ def _of_layout(request: Request) -> dict[str, list[int]]:
     layout, shape = request.layout, request.shape
     if shape is None:
         return {name: _divisors(size) for name, size in vars(layout).items()}
-    even = (size for size in range(1, shape.layers + 1) if shape.layers % size == 0 or size.bit_count() == 1)
     return {
         "tensor": _divisors(math.gcd(shape.query_groups, shape.heads)),
-        "pipeline": list(even),
+        "pipeline": list(range(1, min(shape.layers, MOST_STAGES) + 1)),
         "expert": _divisors(shape.experts),
         "expert_tensor": [1],
         "context": [1],

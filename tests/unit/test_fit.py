@@ -1,6 +1,7 @@
 """Planning: what fits, what doesn't and what is near, for the clusters and the mistakes that people have."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -164,6 +165,8 @@ def test_nearest_are_few_changes_then_small_bubbles_then_memory():
     found = nearest.find(request("8x22B", nodes=8, pipeline=8, expert=8))
     keys = [(len(s.changes), round(s.outlook.bubble, 3)) for s in found]
     assert keys == sorted(keys)
+    for one, other in itertools.permutations(found, 2):
+        assert not one.changes.items() < other.changes.items(), "a change too many"
     assert len(found) <= nearest.SHOWN
 
 
