@@ -28,7 +28,7 @@ def test_15_seconds_at_80_percent_leave_nothing_behind(served_model, tmp_path):
 def test_15_minutes_at_80_percent_leave_nothing_behind(served_model, tmp_path, layout):
     ranks = 2 if layout else 1
     with serving.server(tmp_path, served_model[1], ranks=ranks, layout=layout) as running:
-        check(soaking.soak(running, seconds=900, probe_seconds=15, probe_seconds=4), growth=20)
+        check(soaking.soak(running, seconds=900, probe_seconds=20), growth=20)
         quiet(running)
 
 
