@@ -34,6 +34,7 @@ ELSEWHERE = {
     "make demo": "tests/test_demo.py",
     "make test": ".ci/run",
     "mixlaunch rehearse finetune --cluster selene --nodes 4": "tests/slurm/test_rehearse.py",
+    "mixlaunch pipeline chats.jsonl --cluster selene --nodes 4": "tests/slurm/test_pipeline.py",
 }
 CHATS = [
     {
