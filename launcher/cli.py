@@ -26,7 +26,7 @@ SECTIONS = {
     "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat", "pipeline"),
     "Before you submit": ("plan", "export", "rehearse", "clusters", "sandbox"),
     "Your runs": ("status", "logs", "explain", "resume", "retry", "cancel", "nodes"),
-    "To see it all": ("demo",),
+    "To see it all": ("demo", "completion"),
 }
 
 
@@ -262,8 +262,25 @@ for _command in (pipeline_command, plan_command, *RUN_COMMANDS, nodes, clusters,
     cli.add_command(_command)
 
 
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def shell_completion(shell: str) -> None:
+    """Print what makes a shell complete words.
+
+    For bash: eval "$(mixlaunch completion bash)" in ~/.bashrc. For zsh the same with zsh in ~/.zshrc. For fish:
+    mixlaunch completion fish > ~/.config/fish/completions/mixlaunch.fish
+    """
+    from launcher import completion
+
+    click.echo(completion.script(shell, cli), nl=False)
+
+
 def main() -> None:
     """The console script."""
+    if "_MIXLAUNCH_COMPLETE" in os.environ:
+        from launcher import completion
+
+        completion.equip(cli)
     try:
         cli(prog_name="mixlaunch")
     except KeyboardInterrupt:
