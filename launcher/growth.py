@@ -4,7 +4,9 @@ Whoever follows a run reads its copy as it would read the run itself; the stream
 """
 
 import atexit
+import re
 import shlex
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from launcher.ssh import Login, LostError
 
 POLL = 1  # seconds between two looks over there
 PATIENCE = 15  # seconds that the last words of an ended job may take
+NAME = re.compile(r"events\.jsonl|logs/attempt_\d+/\w+\.log")
 # Frames: "PATH FROM BYTES" and so many bytes of that file; "- 0 0" after a look that found nothing more.
 SCRIPT = """
 cd {run} || exit
@@ -36,51 +39,61 @@ done
 
 
 class Growth:
-    """Runs until `settle` or the end of this process."""
+    """Runs until `settle` or the end of this process; a stream that breaks is made anew."""
 
     def __init__(self, login: Login, run: Path) -> None:
         self._login, self._run = login, run
         self._looks = 0
-        self._error: Exception | None = None
-        self._stopped = False
-        self._process = ssh.stream(login, _script(run))
+        self._broken = self._stopped = False
+        self._begin()
         atexit.register(self._stop)
-        threading.Thread(target=self._read, daemon=True).start()
 
     def check(self) -> None:
-        """`LostError` when the stream has broken."""
-        if self._error is not None:
-            raise self._error
+        """Go on after a stream that broke, from what the copy holds by now; `Fault` without a connection."""
+        if not self._broken:
+            return
+        ssh.end(self._process)
+        ssh.forget(self._login)
+        if self._looks == self._looks_before:
+            raise LostError(
+                f"login node {self._login.host}: no connection holds, or {self._run.name} is gone there"
+            )
+        self._begin()
 
     def settle(self) -> None:
         """Wait until everything that is there by now is in the copy, and end."""
         wanted, deadline = self._looks + 2, time.monotonic() + PATIENCE  # the look under way may have begun before
-        while self._looks < wanted and self._error is None and time.monotonic() < deadline:
+        while self._looks < wanted and time.monotonic() < deadline:
+            self.check()
             time.sleep(0.05)
         self._stop()
-        self.check()
+
+    def _begin(self) -> None:
+        self._broken, self._looks_before = False, self._looks
+        self._process = ssh.stream(self._login, _script(self._run))
+        threading.Thread(target=self._read, args=[self._process], daemon=True).start()
 
     def _stop(self) -> None:
         self._stopped = True
         atexit.unregister(self._stop)
         ssh.end(self._process)
 
-    def _read(self) -> None:
+    def _read(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdout
         try:
-            assert self._process.stdout
             while True:
-                self._frame(self._process.stdout)
-        except (OSError, ValueError, LostError) as error:
-            if not self._stopped:
-                ssh.forget(self._login)
-                self._error = LostError(f"login node {self._login.host}: the connection was lost ({error})")
+                self._frame(process.stdout)
+        except (OSError, ValueError):
+            self._broken = not self._stopped
 
     def _frame(self, stream: IO[bytes]) -> None:
         name, start, size = stream.readline().decode().split()
         if name == "-":
             self._looks += 1
             return
-        chunk = stream.read(int(size))
+        if not NAME.fullmatch(name):
+            raise ValueError(name)
+        chunk = stream.read(int(size))  # a broken stream's last piece is short, and as good as the rest
         path = self._run / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

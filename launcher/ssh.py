@@ -33,6 +33,8 @@ TIMEOUT = 60
 NOT_FOUND = 127
 VANISHED = 24  # rsync's word for files that were there when it looked and gone when it copied
 SHELL = "exec /bin/sh"
+# What a user's own configuration may say for sessions, and what no command of ours can do with.
+NEUTRAL = {"RequestTTY": "no", "RemoteCommand": "none", "ClearAllForwardings": "yes"}
 # A non-interactive shell often has no Slurm on its PATH; the login shell's PATH is asked for then.
 FIND = (
     "command -v {program} >/dev/null 2>&1 || "
@@ -127,8 +129,9 @@ def stream(login: Login, body: str) -> "subprocess.Popen[bytes]":
     process = _start(login, stderr=subprocess.DEVNULL)
     assert process.stdin
     assert process.stdout
-    process.stdin.write(f"echo {mark}\n(\n{body}\n) </dev/null\n".encode())
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # what is read then says that nobody is there
+        process.stdin.write(f"echo {mark}\n(\n{body}\n) </dev/null\n".encode())
+        process.stdin.close()
     while (line := process.stdout.readline()) and line != f"{mark}\n".encode():
         pass
     return process
@@ -187,7 +190,8 @@ def _route(port: int, host: str, far_port: int) -> str:
 
 
 def _control(login: Login, how: str, route: str) -> "subprocess.CompletedProcess[str]":
-    argv = [*words(login), "-O", how, "-L", route, login.host]
+    program, *rest = words(login)
+    argv = [program, "-o", "ClearAllForwardings=no", *rest, "-O", how, "-L", route, login.host]
     return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
 
 
@@ -261,8 +265,9 @@ def _last_line(text: str, preferred: str = "") -> str:
 
 
 def _start(login: Login, *, stderr: int) -> "subprocess.Popen[bytes]":
-    # A session of its own: the terminal's Ctrl-C is for us, who decide what becomes of the far side.
-    argv, pipe = [*words(login), login.host, SHELL], subprocess.PIPE
+    # A session of its own: the terminal's Ctrl-C is for us, who decide what becomes of the far side. It can't ask
+    # for a password then; `connect` has.
+    argv, pipe = [*words(login), "-o", "BatchMode=yes", login.host, SHELL], subprocess.PIPE
     return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True)
 
 
@@ -286,6 +291,7 @@ def words(login: Login) -> tuple[str, ...]:
         "ControlPath": str(_sockets() / hashlib.sha256(login.encoded().encode()).hexdigest()[:16]),
         "ControlPersist": str(PERSIST),
     }  # fmt: skip
+    ours |= NEUTRAL
     if settings.get("connecttimeout", "none") in ("none", "0"):
         ours["ConnectTimeout"] = str(CONNECT_TIMEOUT)
     if settings.get("serveraliveinterval", "0") == "0":
@@ -320,8 +326,9 @@ def _shares_already(login: Login, given: Sequence[str], settings: Mapping[str, s
 
 def _sockets() -> Path:
     """A private folder with a short path: a socket's may be 100 characters long, and ssh adds some for a while."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "mixlaunch" if runtime and len(runtime) < 40 else Path(f"/tmp/mixlaunch-{os.getuid()}")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    usable = 0 < len(runtime) < 40 and os.access(runtime, os.W_OK)
+    folder = Path(runtime, "mixlaunch") if usable else Path(f"/tmp/mixlaunch-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

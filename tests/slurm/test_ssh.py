@@ -6,13 +6,16 @@ The laptop has no Slurm on its PATH, and touching the cluster's folders otherwis
 import contextlib
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -21,7 +24,7 @@ import sshd
 import yaml
 from running import wait_until
 
-from launcher import runs, slurm, ssh, tunnel
+from launcher import processes, runs, slurm, ssh, tunnel
 
 pytestmark = pytest.mark.skipif(not sshd.find() or not shutil.which("rsync"), reason="needs openssh-server, rsync")
 
@@ -60,6 +63,23 @@ POSIX = (
     "ls",
 )
 HOSTILE = "a b'c\"d;$(touch {canary})`touch {canary}`|&<>*?[x]{{y}}~#!\\\\é%j"
+
+
+@dataclass
+class Screen:
+    """What a terminal shows."""
+
+    descriptor: int
+
+    def until(self, text: str, seconds: float = 20) -> str:
+        shown, deadline = "", time.monotonic() + seconds
+        while text not in shown:
+            assert select.select([self.descriptor], [], [], max(0, deadline - time.monotonic()))[0], shown
+            shown += os.read(self.descriptor, 4096).decode()
+        return shown
+
+    def types(self, line: str) -> None:
+        os.write(self.descriptor, f"{line}\n".encode())
 
 
 class Laptop:
@@ -102,6 +122,19 @@ class Laptop:
         argv, pipe = [sys.executable, "-c", AWAY, *words], subprocess.PIPE
         how = {"cwd": self.home, "env": self.environment, "stdin": subprocess.DEVNULL, "text": True}
         return subprocess.Popen(argv, stdout=pipe, stderr=pipe, **how)
+
+    @contextlib.contextmanager
+    def terminal(self, *words: str):
+        """A command on a terminal of its own."""
+        pid, descriptor = pty.fork()
+        if pid == 0:
+            os.chdir(self.home)
+            os.execve(sys.executable, [sys.executable, "-c", AWAY, *words], self.environment)
+        try:
+            yield Screen(descriptor)
+        finally:
+            os.close(descriptor)
+            os.waitpid(pid, 0)
 
     def types(self, *words: str, code: int = 0, seconds: float = 60) -> str:
         """What `mixlaunch WORDS` prints; it ends with `code`."""
@@ -190,6 +223,32 @@ def test_a_failed_run_is_explained_and_tried_again(laptop, stub, finish):
     assert finish(run).state == "COMPLETED"
     assert laptop.types("logs") == "no space left\n"
     assert re.search(rf"{run.job_id} .*COMPLETED", laptop.types("status"))
+
+
+def test_a_log_is_followed_over_a_connection_that_breaks(laptop, stub):
+    laptop.change(python=stub("for n in 1 2 3 4 5 6 7 8; do echo line $n; sleep 0.5; done"))
+    laptop.trains()
+    process = laptop.start("logs", "-f")
+    lines = [process.stdout.readline()]
+    for pid in processes.descendants([laptop.server.process.pid]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [*lines, *rest.splitlines(True)] == [f"line {n}\n" for n in range(1, 9)]
+    assert laptop.server.connections == 2
+
+
+def test_a_passphrase_is_asked_for_once_and_only_on_a_terminal(laptop):
+    key = laptop.server.folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "open sesame", "-f", str(key)], check=True)
+    assert "Permission denied" in laptop.types("status", "--cluster", "far", code=1)
+    with laptop.terminal("status", "--cluster", "far") as screen:
+        assert "Enter passphrase" in screen.until("passphrase")
+        screen.types("open sesame")
+        assert "no runs yet" in screen.until("no runs yet")
+    assert "no runs yet" in laptop.types("status", "--cluster", "far")
+    assert laptop.server.connections == 1
 
 
 def replace(laptop: Laptop, program: str, does: str) -> None:
