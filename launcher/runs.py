@@ -311,13 +311,16 @@ def cancel(run: Run) -> bool:
 
 def _adopted(run: Run) -> Run:
     """A run whose submission was cut off: its job, if Slurm has one, is found by its script's path."""
-    if run.is_local:
+    run = reread(run)  # somebody may have found it already
+    if run.is_local or not run.submitting:
         return run
     try:
-        job_id = _noted(run) or states.find_job(run.path / SCRIPT, run.environment)
+        noted = _noted(run)
+        told = noted is not None and noted not in run.job_ids
+        job_id = noted if told else states.find_job(run.path / SCRIPT, run.environment)
     except Fault:
         return run
-    return with_job(run, job_id) if job_id and job_id not in run.job_ids else run
+    return with_job(run, job_id) if job_id else run
 
 
 def _noted(run: Run) -> str | None:
