@@ -194,6 +194,7 @@ HOW = {
     "mixlaunch serve --cluster selene": lambda r, c: r.follows(c, "cancel"),  # it would wait for finetune's nodes
     "mixlaunch chat serve": chats,
     "mixlaunch logs -f finetune": lambda r, c: r.follows(c, "32 ranks"),
+    "mixlaunch resume finetune": lambda r, c: (r.types(c), r.types("mixlaunch cancel finetune")),
     "mixlaunch finetune --cluster selene --nodes 3": lambda r, c: r.types(c, code=2),
     "pip install .": fresh,
     "pip install '.[serve]'": extra,
