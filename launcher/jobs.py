@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from launcher import adapters, fit, nearest, places, quoting, secrets_env, settings
+from launcher import adapters, fit, nearest, places, quoting, secrets_env, settings, vllm
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
 from launcher.fit import Batch, Outlook, Request
@@ -132,8 +132,9 @@ class JobPlan:
         node = self.profile.node
         if node.cpus is None:
             return None
-        sharers = node.gpus if self.gpus_per_node and not self.profile.exclusive else self.tasks_per_node
-        return max(1, node.cpus // sharers)
+        if not self.gpus_per_node or self.profile.exclusive:
+            return max(1, node.cpus // self.tasks_per_node)
+        return max(1, node.cpus // node.gpus * (self.gpus_per_node // self.tasks_per_node))
 
     @property
     def memory(self) -> str | None:
@@ -323,8 +324,10 @@ def plan_serve(
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """An HTTP server on the job's first rank. Beyond this machine it asks for a key, which the script makes."""
-    layout = axes.over(Layout() if profile.is_local else SERVE_ON_SLURM)
     chosen = _with_base(profile, settings.check("serve", values))
+    by_vllm = chosen.get("engine") == vllm.ENGINE
+    preset = Layout() if profile.is_local else SERVE_ON_SLURM
+    layout = vllm.layout(profile, axes) if by_vllm else axes.over(preset)
     outlook = _outlook(
         Request(
             cluster=profile,
@@ -334,7 +337,8 @@ def plan_serve(
             work=_serving(chosen),
         )
     )
-    weights = places.weights(profile, model)
+    weights = vllm.weights(profile, model) if by_vllm else places.weights(profile, model)
+    hint = places.hint("download" if by_vllm else "convert --model", model)
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
     config["other_port"] = port is None  # a port that was asked for is that one or none
@@ -346,10 +350,11 @@ def plan_serve(
         gpus_per_node=_gpus(profile, outlook.placement),
         config=config | chosen,
         resumable=True,
-        inputs=(Input(path=weights, what="weights", hint=places.hint("convert --model", model)),),
+        inputs=(Input(path=weights, what="weights", hint=hint),),
         secrets_made=() if host in LOOPBACK else (API_KEY,),
         notes=(layout.describe(outlook.world),),
     )
+    return vllm.adapted(plan) if by_vllm else plan
 
 
 PLANS: dict[str, Callable[..., JobPlan]] = {

@@ -161,6 +161,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _float("lora_dropout", 0.0, "Dropout of what goes into an adapter.", 1),
     ),
     "serve": (
+        _choice("engine", "megatron", "What answers: our own, or `vllm serve` in its place.", "megatron", "vllm"),
         _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
         _int("max_batch", 64, "Requests answered at once."),
         _int("max_tokens", 4096, "Longest prompt and answer together."),

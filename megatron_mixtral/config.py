@@ -247,6 +247,8 @@ class ServeConfig:
     drain_seconds: float = 20.0  # how long answers may take to end after SIGTERM
     name: str | None = None  # what clients call the model; None: its folder's name
     base: str | None = None  # of a run of adapters: where its base is, if not where it was
+    engine: str = "megatron"  # or "vllm"
+    exports: str | None = None  # the folder for what vLLM needs exported to the hub's layout
 
 
 JOBS: dict[str, type] = {

@@ -3,7 +3,6 @@
 It ends with 0 on SIGTERM or the early warning, after a drain; with 1, and word to every client, when a rank dies.
 """
 
-import json
 import logging
 import os
 import queue
@@ -21,9 +20,11 @@ from megatron_mixtral.config import MixtralShape, ServeConfig
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.progress import Progress
+from megatron_mixtral.serve import state
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PRECISIONS = ("bf16", "fp32")
+ENGINES = ("megatron", "vllm")
 LEAST = {"max_batch": 1, "max_tokens": 2, "queue": 0, "queue_tokens": 0, "drain_seconds": 0, "port": 0}
 OTHER_PORTS = 100  # to try behind one that is taken
 GRACE_SECONDS = 3.0  # between a rank's death and ours: clients and `/health` get to say so
@@ -43,18 +44,28 @@ class Setup:
 
     @property
     def name(self) -> str:
-        """What clients call the model: as configured, or the name of its folder or of the run it's from."""
-        if self.config.name:
-            return self.config.name
-        folder = self.folder.resolve()
-        if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
-            return folder.parents[1].name.rpartition("--")[2]
-        parts = [part for part in folder.parts if part not in ("release", "checkpoints")]
-        return next(part for part in reversed(parts) if not part.startswith("iter_"))
+        """What clients call the model."""
+        return self.config.name or served_name(self.folder)
+
+
+def served_name(folder: Path) -> str:
+    """The name of a folder of weights, or of the run that it is from."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parents[1].name.rpartition("--")[2]
+    parts = [part for part in folder.parts if part not in ("release", "checkpoints")]
+    return next(part for part in reversed(parts) if not part.startswith("iter_"))
 
 
 def run(config: ServeConfig, run_dir: Path) -> None:
     """Serve `config.model` until told to stop; `InputError` before anything is loaded when it can't."""
+    if config.engine not in ENGINES:
+        raise InputError(f"engine {config.engine!r} isn't one of {', '.join(ENGINES)}")
+    if config.engine == "vllm":
+        from megatron_mixtral.serve import vllm
+
+        vllm.run(config, run_dir)
+        return
     setup = checked(config)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     if setup.rank == 0:
@@ -71,14 +82,8 @@ def run(config: ServeConfig, run_dir: Path) -> None:
 def checked(config: ServeConfig) -> Setup:
     """`InputError` for what could never be served here."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    key = os.environ.get("MIXLAUNCH_API_KEY") or None
-    if config.host not in LOOPBACK and key is None:
-        raise InputError(f"host {config.host} isn't this machine alone: set MIXLAUNCH_API_KEY, or use 127.0.0.1")
-    for name, least in LEAST.items():
-        if (value := getattr(config, name)) < least:
-            raise InputError(f"{name} {value}: must be at least {least}")
-    if config.precision not in PRECISIONS:
-        raise InputError(f"precision {config.precision!r} isn't one of {', '.join(PRECISIONS)}")
+    key = checked_key(config)
+    check_numbers(config)
     folder = weights_folder.find(Path(config.model))
     shape = MixtralShape.from_folder(folder)
     tokenizer.load(folder)
@@ -89,6 +94,23 @@ def checked(config: ServeConfig) -> Setup:
     if config.max_tokens > shape.max_position_embeddings:
         raise InputError(f"max_tokens {config.max_tokens}: the model's context is {shape.max_position_embeddings}")
     return Setup(config=config, folder=folder, shape=shape, rank=rank, world=world, key=key)
+
+
+def checked_key(config: ServeConfig) -> str | None:
+    """The key that clients must have; `InputError` where there must be one and isn't."""
+    key = os.environ.get("MIXLAUNCH_API_KEY") or None
+    if config.host not in LOOPBACK and key is None:
+        raise InputError(f"host {config.host} isn't this machine alone: set MIXLAUNCH_API_KEY, or use 127.0.0.1")
+    return key
+
+
+def check_numbers(config: ServeConfig) -> None:
+    """`InputError` for a setting that is out of its range whatever the model."""
+    for name, least in LEAST.items():
+        if (value := getattr(config, name)) < least:
+            raise InputError(f"{name} {value}: must be at least {least}")
+    if config.precision not in PRECISIONS:
+        raise InputError(f"precision {config.precision!r} isn't one of {', '.join(PRECISIONS)}")
 
 
 def load(setup: Setup, log: EventLog) -> Any:
@@ -112,7 +134,13 @@ class Server:
 
     def __init__(self, setup: Setup, run_dir: Path, listener: socket.socket) -> None:
         self._setup, self._listener = setup, listener
-        self._state_file = run_dir / "server.json"
+        self._place = state.Place(
+            run_dir=run_dir,
+            host=setup.config.host,
+            port=listener.getsockname()[1],
+            wanted=setup.config.port,
+            key=setup.key is not None,
+        )
         self._log = EventLog(run_dir / "events.jsonl")
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._site: Any = None
@@ -129,7 +157,7 @@ class Server:
         try:
             self._serve(replica, connections)
         finally:
-            self._state_file.unlink(missing_ok=True)
+            self._place.remove()
             for link in connections.values():
                 link.close()
         self._log.write("exit", code=0, reason="stopped")
@@ -141,7 +169,7 @@ class Server:
         places = Places.survey()
         self._site = self._build_site(places.replicas)
         self._site.start()
-        self._announce()
+        self._place.announce(self._log, model=self._setup.name, weights=self._setup.folder)
         leader = Leader(replica, places, connections, inbox=self._inbox, sink=self._site.deliver)
         try:
             leader.run()
@@ -171,23 +199,6 @@ class Server:
         app = api.application(model, room, key=self._setup.key)
         return http.Site(self._listener, room, app, inbox=self._inbox)
 
-    def _announce(self) -> None:
-        """Write `server.json` and print how to ask; the key stays where it is."""
-        setup, port = self._setup, self._listener.getsockname()[1]
-        host = socket.gethostname() if setup.config.host in ("0.0.0.0", "::") else setup.config.host
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        state = {"host": host, "port": port, "url": url, "pid": os.getpid(), "state": "ready"}
-        if setup.config.port not in (0, port):
-            state["taken"] = setup.config.port
-        partial = self._state_file.with_suffix(".partial")
-        partial.write_text(json.dumps({**state, "model": setup.name, "weights": str(setup.folder)}) + "\n")
-        partial.rename(self._state_file)
-        self._log.write("ready", url=url)
-        key = ' -H "Authorization: Bearer $MIXLAUNCH_API_KEY"' if setup.key else ""
-        body = '{"prompts": ["Hello"], "tokens_to_generate": 16}'
-        print(f"ready: {setup.name} at {url}; try")
-        print(f"  curl -X PUT {url}/api{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
-
     def _told_to_stop(self) -> None:
         """SIGTERM or the early warning, here or on another rank."""
         if self._site is None:
@@ -205,7 +216,7 @@ class Server:
         logging.error("%s", reason)
         if self._site is not None:
             self._site.fail(reason)
-        self._state_file.unlink(missing_ok=True)
+        self._place.remove()
         self._log.write("exit", code=1, reason=reason)
         threading.Timer(GRACE_SECONDS if self._site is not None else 0, os._exit, (1,)).start()
 

@@ -22,6 +22,7 @@ ASKED = {
     "convert-to-hf": ("convert", {"to": "hf", "model": "finetune-20260101-000000-abcd"}),
     "finetune": ("finetune", {"values": {"steps": 1000, "lr": 1e-5}}),
     "serve": ("serve", {}),
+    "serve-vllm": ("serve", {"values": {"engine": "vllm"}}),
 }
 GPUS = {"finetune": 32}
 

@@ -43,7 +43,7 @@ PLANNED = {
     "convert": {"source", "output", "to", "layout"},
     "verify": {"folder"},
     "finetune": {"model", "data", "layout"},
-    "serve": {"model", "layout", "host", "port", "other_port"},
+    "serve": {"model", "layout", "host", "port", "other_port", "exports"},
 }
 
 
