@@ -294,13 +294,15 @@ def show(told: Explanation) -> None:
 
 
 def _show_finding(found: "Finding") -> None:
-    ranks = hostlist.spans(found.echoes)
     screen.facts(
         [
             ("meaning", found.cause.meaning),
             ("code", code_in_words(found.code) if found.code else ""),
-            ("others", f"ranks {ranks} only lost their connection to it" if ranks and not found.silent else ""),
-            ("silent", f"ranks {hostlist.spans(found.silent)} said nothing" if found.silent else ""),
+            (
+                "others",
+                f"{_ranks(found.echoes)} only lost the connection" if found.echoes and not found.silent else "",
+            ),
+            ("silent", f"{_ranks(found.silent)} said nothing" if found.silent else ""),
             *(("note", note) for note in found.notes),
         ]
     )
@@ -312,6 +314,10 @@ def _show_finding(found: "Finding") -> None:
             screen.say(f"  {log}", "dim")
         number = f"{line.number:>6}" if line.number else " " * 6
         screen.say(f"  {number}  {line.text[:240]}", "")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {hostlist.spans(ranks)}"
 
 
 def _brief(found: "Finding") -> str:

@@ -21,6 +21,7 @@ COLUMNS = (
     *("LEFT", "AGE", "NOTE"),
 )
 WORDS = {"step": "progress", "eval": "validation", "ready": "server"}  # what people call those events
+SPARE = ("CLUSTER", "NODES", "JOB", "ID", "AGE")  # the first to go where the terminal is narrow
 RIGHT = ("NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE", "LEFT", "AGE")
 
 
@@ -34,7 +35,7 @@ def table(facts: Sequence[dict[str, Any]], roots: Sequence[Path]) -> None:
 
 def grid(facts: Sequence[dict[str, Any]]) -> "Table":
     """The table of runs, not printed yet."""
-    return screen.grid(COLUMNS, [row(run) for run in facts], right=RIGHT)
+    return screen.grid(COLUMNS, [row(run) for run in facts], right=RIGHT, spare=SPARE)
 
 
 def row(run: dict[str, Any]) -> tuple[str, ...]:

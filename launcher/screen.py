@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from launcher.jobs import JobPlan
     from launcher.profile import ClusterProfile
 
+ENOUGH = 20  # characters of a note that tell something
 STYLES = {  # of the states that Slurm knows
     "COMPLETED": "green",
     "RUNNING": "cyan",
@@ -91,28 +92,48 @@ def heading_with_state(text: str, state: str) -> None:
     console().print(Text.assemble((text, "bold"), "  ", (state, STYLES.get(state, ""))), soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spare: Sequence[str] = ()
+) -> None:
     """A table without lines: people read it, and so do `cut` and `awk`."""
-    console().print(grid(columns, rows, right=right))
+    console().print(grid(columns, rows, right=right, spare=spare))
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> "Table":
-    """A table, not printed yet. Columns that hold nothing are left out; the last one gives way."""
+def grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spare: Sequence[str] = ()
+) -> "Table":
+    """A table, not printed yet. Columns that hold nothing are left out, and those of `spare` where it's narrow."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = [place for place, column in enumerate(columns) if any(row[place] for row in rows)]
+    widths = _widths(columns, rows, spare)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for place in shown:
-        column = columns[place]
-        last = place == len(columns) - 1
-        style = "dim" if last and len(shown) > 1 else ""
-        least = None if last else max(len(column), *(len(row[place]) for row in rows))
-        justify: Any = "right" if column in right else "left"
-        grid.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis", style=style, min_width=least)
+    for place, width in widths.items():
+        justify: Any = "right" if columns[place] in right else "left"
+        last = place == len(columns) - 1 and len(widths) > 1  # gives way when there's still too little room
+        grid.add_column(columns[place], justify=justify, no_wrap=not last, min_width=None if last else width)
     for row in rows:
-        grid.add_row(*(Text(row[place], style=STYLES.get(row[place].split(" ")[0], "")) for place in shown))
+        cells = []
+        for place in widths:
+            style = STYLES.get(row[place].split(" ")[0], "dim" if place == len(columns) - 1 else "")
+            cells.append(Text(row[place], style=style, no_wrap=True, overflow="ellipsis"))
+        grid.add_row(*cells)
     return grid
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> dict[int, int]:
+    """The columns to show, by place, and how wide each is."""
+    widths = {
+        place: max(len(column), *(len(row[place]) for row in rows))
+        for place, column in enumerate(columns)
+        if any(row[place] for row in rows)
+    }
+    for column in spare:
+        last = max(0, widths.get(len(columns) - 1, 0) - ENOUGH)  # of the last column the beginning will do
+        if sum(widths.values()) + 2 * len(widths) - last <= console().width:
+            break
+        widths.pop(columns.index(column), None)
+    return widths
 
 
 def as_json(value: Any) -> None:
