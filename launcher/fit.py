@@ -29,6 +29,8 @@ class Batch:
     recompute: str = "none"
     lora: int = 0
     lora_experts: bool = False
+    first_stage_layers: int = 0
+    last_stage_layers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def study(request: Request) -> Outlook:
     layout, shape, work = request.layout, request.shape, request.work
     if shape:
         shape.check(layout)
-    stages = shape.stages(layout.pipeline) if shape else ()
+    stages = _stages(request)
     gpus = request.cluster.node.gpus
     if work is None:
         return Outlook(request=request, placement=Placement(nodes=1, tasks_per_node=1), stages=stages)
@@ -113,6 +115,15 @@ def study(request: Request) -> Outlook:
     return _serving(outlook, work) if isinstance(work, Serving) else _training(outlook, work)
 
 
+def _stages(request: Request) -> tuple[int, ...]:
+    """Layers of each pipeline stage; none where the model isn't known."""
+    shape, work = request.shape, request.work
+    if shape is None:
+        return ()
+    own = (work.first_stage_layers, work.last_stage_layers) if isinstance(work, Batch) else ()
+    return shape.stages(request.layout.pipeline, *own)
+
+
 def _training(outlook: Outlook, batch: Batch) -> Outlook:
     layout, shape = outlook.request.layout, outlook.request.shape
     micro_batches = _micro_batches(batch, outlook.data)
@@ -125,6 +136,7 @@ def _training(outlook: Outlook, batch: Batch) -> Outlook:
         recompute=batch.recompute,
         lora=batch.lora,
         lora_experts=batch.lora_experts,
+        stages=outlook.stages,
     )
     rounds = micro_batches + layout.pipeline - 1
     return _with_verdict(
@@ -242,12 +254,11 @@ def _exchange(outlook: Outlook, work: Training, axis: str, ranks: int, token_byt
     leaving = token_bytes * (1 - 1 / islands)
     tokens = memory.tokens_kept(outlook.request.layout, work) * work.micro_batches
     step_bytes = leaving * tokens * max(outlook.stages, default=0)
-    fabric = getattr(node, "fabric_gb_s", None)
     return Exchange(
         axis=axis,
         ranks=ranks,
         islands=islands,
         token_bytes=leaving,
         step_bytes=step_bytes,
-        step_seconds=step_bytes / (fabric * 1e9) if fabric and islands > 1 else None,
+        step_seconds=step_bytes / (node.fabric_gb_s * 1e9) if node.fabric_gb_s and islands > 1 else None,
     )

@@ -428,6 +428,8 @@ def _batch(chosen: Mapping[str, Any]) -> Batch:
         lora_experts=values["lora_experts"],
     )
 
+        first_stage_layers=values.get("first_stage_layers", 0),
+        last_stage_layers=values.get("last_stage_layers", 0),
 
 def _serving(chosen: Mapping[str, Any]) -> Serving:
     """What the serve settings say about memory."""

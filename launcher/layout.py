@@ -83,10 +83,22 @@ class Shape:
         if bad:
             raise LayoutError(f"this model can't be cut so: {', '.join(bad)}")
 
-    def stages(self, pipeline: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage; where they don't divide evenly the earlier stages take one more."""
-        whole, rest = divmod(self.layers, pipeline)
-        return tuple(whole + (stage < rest) for stage in range(pipeline))
+    def stages(self, pipeline: int, first: int = 0, last: int = 0) -> tuple[int, ...]:
+        """Layers of each pipeline stage. Those of the first and the last may be given; the rest is shared evenly.
+
+        Where nothing is given and they don't divide, the earlier stages take one more.
+        """
+        if not first and not last:
+            whole, rest = divmod(self.layers, pipeline)
+            return tuple(whole + (stage < rest) for stage in range(pipeline))
+        between, left = pipeline - bool(first) - bool(last), self.layers - first - last
+        if pipeline < 2 or left < between or (left % between if between else left):
+            raise LayoutError(
+                f"--first-stage-layers {first}, --last-stage-layers {last}: {self.layers} layers leave {left} for "
+                f"{max(between, 0)} other stages of PP {pipeline}: not the same whole number, at least 1, for each"
+            )
+        middle = (left // between,) * between if between else ()
+        return ((first,) if first else ()) + middle + ((last,) if last else ())
 
 
 SHAPES = {

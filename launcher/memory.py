@@ -12,7 +12,6 @@ GIB = 2**30
 BYTES = {"bf16": 2, "fp32": 4}
 OUTSIDE = 2 * GIB  # CUDA's context, NCCL's buffers, and the gaps between what torch has taken from the driver
 TIGHT = 0.9  # of a GPU: beyond it the estimate's own error decides
-RECOMPUTE = ("none", "selective", "full")
 PAGE = 256  # tokens of the server's cache that come and go together
 PROMPT_STEP = 2048  # tokens that the server reads at once
 CACHE_SHARE = 0.85  # of what the weights leave
@@ -29,6 +28,7 @@ class Training:
     recompute: str = "none"
     lora: int = 0  # rank of the adapters that are trained alone; 0: everything is
     lora_experts: bool = False
+    stages: tuple[int, ...] = ()  # layers of each, where they aren't shared out evenly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ def padded_vocabulary(shape: Shape, layout: Layout) -> int:
     return -(-shape.vocabulary // layout.tensor) * layout.tensor
 
 
-def parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
+def parameters(shape: Shape, layout: Layout, stage: int, stages: tuple[int, ...] = ()) -> tuple[int, int]:
     """(dense, of experts): numbers that one rank of `stage` holds."""
-    layers, hidden = shape.stages(layout.pipeline)[stage], shape.hidden
+    layers, hidden = (stages or shape.stages(layout.pipeline))[stage], shape.hidden
     queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
     attention = hidden * (queries + 2 * keys + queries) // layout.tensor
     dense = layers * (attention + 2 * hidden + shape.experts * hidden)
@@ -83,7 +83,7 @@ def parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
 
 def adapters(shape: Shape, layout: Layout, work: Training, stage: int) -> tuple[int, int]:
     """The same of adapters: each matrix [out, in] has a pair of rank x in and out x rank, cut as it is."""
-    layers, hidden, tensor = shape.stages(layout.pipeline)[stage], shape.hidden, layout.tensor
+    layers, hidden, tensor = _layers(shape, layout, work, stage), shape.hidden, layout.tensor
     queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
     attention = 3 * hidden + (queries + 2 * keys) // tensor + queries // tensor + hidden
     width = shape.expert_width // layout.expert_tensor
@@ -98,7 +98,7 @@ def training(shape: Shape, layout: Layout, world: int, work: Training) -> tuple[
 
 def _training_stage(shape: Shape, layout: Layout, world: int, work: Training, stage: int) -> Usage:
     size = BYTES[work.precision]
-    held = trained = parameters(shape, layout, stage)
+    held = trained = parameters(shape, layout, stage, work.stages)
     if work.lora:
         trained = adapters(shape, layout, work, stage)
         held = (held[0] + trained[0], held[1] + trained[1])
@@ -116,8 +116,12 @@ def _training_stage(shape: Shape, layout: Layout, world: int, work: Training, st
     if stage == layout.pipeline - 1:
         logits = tokens_kept(layout, work) * size * (padded_vocabulary(shape, layout) + 2 * shape.hidden)
         # Their memory serves again when the last layer is computed once more.
-        parts["logits"] = logits if work.recompute == "none" else max(0, logits - working)
+        parts["logits"] = max(0, logits - working) if work.recompute == "full" else logits
     return Usage(stage=stage, parts=parts)
+
+
+def _layers(shape: Shape, layout: Layout, work: Training, stage: int) -> int:
+    return (work.stages or shape.stages(layout.pipeline))[stage]
 
 
 def tokens_kept(layout: Layout, work: Training) -> int:
@@ -133,7 +137,7 @@ def in_flight(layout: Layout, work: Training, stage: int) -> int:
 def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tuple[int, int]:
     """(kept for the backward pass, in use during it besides) of one stage."""
     a_number = tokens_kept(layout, work) * BYTES[work.precision]
-    layers = shape.stages(layout.pipeline)[stage] * in_flight(layout, work, stage)
+    layers = _layers(shape, layout, work, stage) * in_flight(layout, work, stage)
     hidden, width, chosen = shape.hidden, shape.expert_width, shape.experts_a_token
     queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
     attention = (
@@ -147,8 +151,6 @@ def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tu
     whole = attention + experts
     if work.recompute == "full":
         return a_number * layers * hidden, a_number * (whole + backward)
-    if work.recompute == "selective":
-        return a_number * layers * attention, a_number * (experts + backward)
     return a_number * layers * whole, a_number * backward
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher import fit, settings
+from launcher import fit
 from launcher import layout as layouts
 from launcher.errors import LayoutError
 from launcher.fit import Batch, Outlook, Request
-from launcher.memory import GIB, RECOMPUTE, Serving
+from launcher.memory import GIB, Serving
 
 SHOWN = 4
 ENOUGH = 3  # suggestions that need no further change beside them
@@ -31,6 +31,8 @@ OPTIONS = {  # of what can be changed, in the order that people think of it
     "global_batch": "--global-batch",
     "sequence": "--sequence-length",
     "recompute": "--recompute",
+    "first_stage_layers": "--first-stage-layers",
+    "last_stage_layers": "--last-stage-layers",
     "requests": "--max-batch",
     "tokens": "--max-tokens",
 }
@@ -150,7 +152,8 @@ def _distance(asked: Request, suggestion: Suggestion) -> float:
     moved = 0.0
     for name, value in suggestion.changes.items():
         old = before[name]
-        moved += abs(math.log2(value / old)) if isinstance(old, int) and isinstance(value, int) else 1.0
+        counted = isinstance(old, int) and isinstance(value, int) and old and value
+        moved += abs(math.log2(value / old)) if counted else 1.0
     return moved
 
 
@@ -189,13 +192,13 @@ def _of_layout(request: Request) -> dict[str, list[int]]:
 def _of_work(request: Request) -> dict[str, list[Any]]:
     work = request.work
     if isinstance(work, Batch):
-        stronger = RECOMPUTE[RECOMPUTE.index(work.recompute) + 1 :]
-        offered = next((s.choices for s in settings.SETTINGS["finetune"] if s.name == "recompute"), ())
         return {
             "micro_batch": _halves(work.micro_batch),
             "global_batch": _multiples(work.global_batch, work.micro_batch * _data(request)),
             "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
-            "recompute": [way for way in stronger if way in offered],
+            "recompute": ["full"],
+            "first_stage_layers": [0],
+            "last_stage_layers": [0],
         }
     if isinstance(work, Serving):
         longest = min(work.tokens, request.shape.positions) if request.shape else work.tokens

@@ -54,10 +54,10 @@ def _whole_model(outlook: Outlook) -> Facts:
 
 
 def _stages(stages: tuple[int, ...]) -> str:
+    """`8 a stage`, or how many in which."""
     if len(set(stages)) == 1:
         return f"{stages[0]} a stage"
-    most, least = stages[0], stages[-1]
-    return f"{most} in each of the first {stages.count(most)} stages, {least} in the other {stages.count(least)}"
+    return f"{', '.join(map(str, stages))} by stage"
 
 
 def _batch(outlook: Outlook) -> Facts:

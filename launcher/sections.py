@@ -58,6 +58,9 @@ class Node(Part):
     )
 
 
+    fabric_gb_s: float | None = Field(
+        default=None, gt=0, description="what one GPU can send to other nodes, GB/s; for estimates alone"
+    )
 class Binding(Part):
     """Which cores, memory and GPUs a rank keeps to."""
 
