@@ -188,3 +188,47 @@ def test_missing_inputs_are_all_named_with_what_makes_them(cluster):
     message = str(caught.value)
     assert "weights: /shared/models/Mixtral-8x7B-v0.1-megatron doesn't exist\n  `mixlaunch convert" in message
     assert "data: /shared/data/finetune.idx doesn't exist\n  `mixlaunch prepare" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "experts", "tensor"),
+    [("8x7B", False, 1), ("8x7B", True, 1), ("8x22B", False, 2), ("8x22B", True, 2)],
+)
+def test_adapters_fit_one_node(model, experts, tensor):
+    values = {"lora": 16} | ({"lora_experts": True} if experts else {})
+    plan = jobs.plan_finetune(profile.load("selene"), model=f"mistralai/Mixtral-{model}-v0.1", values=values)
+    assert (plan.nodes, plan.tasks_per_node) == (1, 8)
+    assert plan.config["layout"] == {"tensor": tensor, "pipeline": 1, "expert": 8, "expert_tensor": 1, "context": 1}
+    assert not plan.outlook.shortage
+    assert plan.config["lora"] == 16
+
+
+def test_a_layout_of_adapters_can_be_asked_for():
+    selene = profile.load("selene")
+    plan = jobs.plan_finetune(selene, axes=jobs.Axes(pipeline=2, expert=4), values={"lora": 8})
+    assert (plan.layout.pipeline, plan.layout.expert, plan.world) == (2, 4, 8)
+    assert jobs.plan_finetune(profile.load("local"), values={"lora": 8}).world == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_experts": True}, "--lora-experts: goes with --lora RANK alone"),
+        ({"lora_alpha": 32}, "--lora-alpha: goes with --lora RANK alone"),
+        ({"lora": -1}, "--lora: -1 must be at least 0"),
+        ({"lora": 8, "lora_dropout": 1.5}, "--lora-dropout: 1.5 must be between 0 and 1"),
+        ({"lora": 8, "lora_dropout": 1}, "must be below 1"),
+        ({"lora": 8, "lora_experts": True, "lora_dropout": 0.1}, "adapters of experts have none"),
+    ],
+)
+def test_what_makes_no_adapter_is_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        jobs.plan_finetune(profile.load("selene"), values=values)
+
+
+def test_the_base_of_adapters_is_named_as_a_model_is():
+    selene = profile.load("selene")
+    plan = jobs.plan_convert(selene, model="/runs/a", to="peft", values={"base": "mistralai/Mixtral-8x7B-v0.1"})
+    assert plan.config["base"] == jobs.plan_finetune(selene).config["model"]
+    assert plan.config["output"].endswith("/a-peft")
+    assert jobs.plan_serve(selene, model="/runs/a", values={"base": "/x/base"}).config["base"] == "/x/base"
