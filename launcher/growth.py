@@ -16,6 +16,7 @@ from launcher import mirror, ssh
 from launcher.ssh import Login, LostError
 
 POLL = 1  # seconds between two looks over there
+TRIES = 3  # of a stream that ends before it says anything
 PATIENCE = 15  # seconds that the last words of an ended job may take
 NAME = re.compile(r"events\.jsonl|logs/attempt_\d+/\w+\.log")
 # Frames: "PATH FROM BYTES" and so many bytes of that file; "- 0 0" after a look that found nothing more.
@@ -43,7 +44,7 @@ class Growth:
 
     def __init__(self, login: Login, run: Path) -> None:
         self._login, self._run = login, run
-        self._looks = 0
+        self._looks = self._failures = 0
         self._broken = self._stopped = False
         self._begin()
         atexit.register(self._stop)
@@ -54,7 +55,8 @@ class Growth:
             return
         ssh.end(self._process)
         ssh.forget(self._login)
-        if self._looks == self._looks_before:
+        self._failures += 1
+        if self._failures == TRIES:
             raise LostError(
                 f"login node {self._login.host}: no connection holds, or {self._run.name} is gone there"
             )
@@ -69,7 +71,7 @@ class Growth:
         self._stop()
 
     def _begin(self) -> None:
-        self._broken, self._looks_before = False, self._looks
+        self._broken = False
         self._process = ssh.stream(self._login, _script(self._run))
         threading.Thread(target=self._read, args=[self._process], daemon=True).start()
 
@@ -88,6 +90,7 @@ class Growth:
 
     def _frame(self, stream: IO[bytes]) -> None:
         name, start, size = stream.readline().decode().split()
+        self._failures = 0
         if name == "-":
             self._looks += 1
             return
