@@ -272,6 +272,10 @@ def _key(setting: Setting) -> str:
 
 def _setting(setting: Setting) -> click.Option:
     names = [setting.option, _key(setting)]
+    if setting.kind is bool and setting.default:
+        off = f"--no-{setting.option.removeprefix('--')}"
+        names = [f"{setting.option}/{off}", _key(setting)]
+        return SectionedOption(names, section="Settings", default=None, help=f"{setting.help}  [default: on]")
     if setting.kind is bool:
         return SectionedOption(names, section="Settings", is_flag=True, default=None, help=setting.help)
     default = "" if setting.default is None else f"  [default: {_plain(setting.default)}]"

@@ -71,6 +71,10 @@ def _flag(name: str, help: str) -> Setting:
     return Setting(name=name, default=False, help=help, kind=bool)
 
 
+def _on(name: str, help: str) -> Setting:
+    return Setting(name=name, default=True, help=help, kind=bool)
+
+
 def _choice(name: str, default: str | None, help: str, *choices: str) -> Setting:
     return Setting(name=name, default=default, help=help, kind=str, choices=choices)
 
@@ -148,6 +152,24 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _flag("async_save", "Write checkpoints while training goes on."),
         _int("log_interval", 1, "Steps between lines of the log."),
         _int("seed", 1234, "Seed of the data's order.", 0),
+        _choice("recompute", "none", "Activations to compute again, not keep.", "none", "selective", "full"),
+        _int("first_stage_layers", 0, "Layers of the first pipeline stage; 0 is as many as the others.", 0),
+        _int("last_stage_layers", 0, "Layers of the last one.", 0),
+        _on("overlap_grad_reduce", "Sum gradients while the backward pass still runs."),
+        _on("overlap_param_gather", "Gather parameters while the forward pass already runs."),
+        _float("capacity_factor", 0.0, "Tokens an expert takes, in even shares; the rest is dropped; 0 is all."),
+        _flag("pad_to_capacity", "Give every expert always as many tokens."),
+        _float("z_loss", 0.0, "Weight of the router's z-loss."),
+        _flag("router_fp32", "Route in fp32."),
+        _flag("freeze_router", "Leave the routers as they are."),
+        _int("max_skipped", 5, "Updates skipped in a row before the run gives up."),
+        _float("spike", 0.0, "Skip an update whose gradient norm is so many times the usual one; 0 is none."),
+        _int("replica_check_interval", 100, "Steps between comparisons of data-parallel replicas; 0 is none.", 0),
+        _int("setup_timeout", 1800, "Seconds that loading and the first step may take."),
+        _int("step_timeout", 600, "Seconds that a step may take."),
+        _int("save_timeout", 1800, "Seconds that a save may take."),
+        _flag("tensorboard", "Write TensorBoard's files into the run directory."),
+        _text("wandb_project", "", "Project of Weights & Biases to report to, with WANDB_API_KEY."),
         _choice(
             "packing",
             None,

@@ -49,6 +49,13 @@ def summed(values: list[float]) -> list[float]:
     return everyone.tolist()
 
 
+def largest(values: list[float]) -> list[float]:
+    """Each number's largest over all ranks."""
+    everyone = torch.tensor(values, dtype=torch.float64, device=mcore.device())
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+    return everyone.tolist()
+
+
 def _tried(action: Callable[[], T], failure: type[JobError]) -> tuple[T | None, JobError | None]:
     try:
         return action(), None

@@ -4,6 +4,8 @@
 """
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,10 @@ class Optimization:
 def build(config: FinetuneConfig, model: torch.nn.Module) -> Optimization:
     """Wrap `model` (its weights are used as they are now) and make its optimizer and schedule."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=mcore.HAVE_GPU
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather and config.overlap_grad_reduce,
     )
     chunk = DistributedDataParallel(model.config, settings, model)
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -46,6 +51,7 @@ def build(config: FinetuneConfig, model: torch.nn.Module) -> Optimization:
             bf16=config.precision == "bf16",
             params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=settings.overlap_param_gather,
         ),
         [chunk],
     )
@@ -99,8 +105,33 @@ def set_step(parts: Optimization, step: int) -> float:
     return parts.scheduler.get_lr({})
 
 
+def settle(parts: Optimization) -> None:
+    """Let every rank have all parameters of the last update, before anything but a training step reads them."""
+    for chunk in parts.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+class Spikes:
+    """Tells gradient norms that are `factor` times the usual one, the median of the last so many; 0 tells none."""
+
+    WINDOW = 64
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._norms: deque[float] = deque(maxlen=self.WINDOW)
+
+    def refuse(self, norm: float) -> bool:
+        """Whether an update of this norm is to be left out; when it isn't, it counts as usual from now on."""
+        usual = statistics.median(self._norms) if len(self._norms) >= self.WINDOW // 4 else math.inf
+        if self._factor and norm > self._factor * usual:
+            return True
+        self._norms.append(norm)
+        return False
+
+
 @torch.no_grad()
-def step(parts: Optimization) -> tuple[bool, float]:
+def step(parts: Optimization, spikes: Spikes | None = None) -> tuple[bool, float]:
     """Clip and update; (whether parameters changed, gradient norm over all ranks).
 
     The norm is the same number on every rank, so all of them skip an update or none does.
@@ -109,7 +140,7 @@ def step(parts: Optimization) -> tuple[bool, float]:
     if optimizer.prepare_grads():
         return False, math.inf
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
+    if not math.isfinite(norm) or (spikes and spikes.refuse(norm)):
         return False, norm
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad <= 0 or not (parameters := part.get_parameters()):

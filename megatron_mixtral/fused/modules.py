@@ -87,7 +87,8 @@ class MoE(MoELayer):
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         spread_out = self.ep_group.size() > 1 or self.experts.tensor_group.size() > 1
-        if spread_out or intermediate_tensors is not None or padding_mask is not None or self.moe_layer_recompute:
+        other_way = self.moe_layer_recompute or self.config.moe_expert_capacity_factor
+        if spread_out or intermediate_tensors is not None or padding_mask is not None or other_way:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         probs, chosen = self.route(hidden_states)
         plan = routing.plan(chosen, self.config.moe_router_topk)

@@ -1,0 +1,147 @@
+"""What happens before a run's first step: where it starts from, its data, its model with everything loaded.
+
+All of it is checked on the way, alike on all ranks; nothing is written but the event that says it's loaded.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mixtral import adapters, agreement, checkpoint, feed, loading, mcore, merging, model, optimize, tuning
+from megatron_mixtral.adapters import Lora
+from megatron_mixtral.config import FinetuneConfig, MixtralShape
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.events import EventLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands; with the weights and the optimizer, all that a resume needs."""
+
+    step: int = 0  # steps done
+    samples: int = 0  # samples consumed
+    skipped: int = 0  # updates skipped for a gradient that wasn't finite, or too large by far
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A run ready for its next step. `source` is where its values came from, `assets` what lay beside them."""
+
+    source: Path
+    resumes: bool
+    shape: MixtralShape
+    lora: Lora | None
+    assets: dict[str, bytes]
+    corpus: feed.Corpus
+    parts: optimize.Optimization
+    progress: Progress
+
+    def notes(self, config: FinetuneConfig) -> list[str]:
+        """What the user should hear before the first step."""
+        said = [model.ways(self.parts.chunks[0].module)] if mcore.HAVE_GPU else []
+        if self.lora:
+            said.append(adapters.share(self.shape, self.lora))
+        said += self.corpus.notes
+        if config.warmup_steps > (warmup := optimize.warmup(config)):
+            said.append(f"warm-up of {config.warmup_steps} steps is cut to {warmup}: the run has no more")
+        return said
+
+
+def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Started:
+    """Everything up to the first step, on every rank."""
+    source = _source(config, checkpoints)
+    resumes = source.parent == checkpoints
+    shape = MixtralShape.from_folder(source)
+    corpus = feed.read(config, shape, source)
+    begun = time.monotonic()
+    lora = Lora.asked(config)
+    built = _build(config, shape, lora)
+    built.base = _base(config, source, shape, lora, resumes=resumes)
+    progress = Progress()
+    if resumes:
+        if built.base:
+            loading.start(built, Path(built.base["path"]))
+        parts = optimize.build(config, built)
+        optimize.allocate_state(parts)
+        state = _load_training(parts, source)
+        progress = Progress(**state.common["progress"])
+        feed.same(config, corpus.identity, state.common["data"])
+        if state.rank:
+            mcore.restore_random_state(state.rank)
+    else:
+        loading.start(built, source)
+        parts = optimize.build(config, built)
+    _check_finite(built, source)
+    events.write("load", path=str(source), seconds=round(time.monotonic() - begun, 2))
+    return Started(
+        source=source,
+        resumes=resumes,
+        shape=shape,
+        lora=lora,
+        assets=checkpoint.read_assets(source),
+        corpus=corpus,
+        parts=parts,
+        progress=progress,
+    )
+
+
+def _source(config: FinetuneConfig, checkpoints: Path) -> Path:
+    """The weights to start from, decided by rank 0: this run's newest checkpoint, or the given model."""
+
+    def find() -> Path:
+        return checkpoint.newest(checkpoints) or checkpoint.resolve(Path(config.model).expanduser())
+
+    return agreement.on_first_rank(find)
+
+
+def _build(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None) -> Any:
+    built = model.build(
+        shape,
+        config.layout,
+        precision=config.precision,  # type: ignore[arg-type]
+        aux_loss=config.aux_loss,
+        max_sequence_length=config.sequence_length,
+        random_weights=False,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        lora=lora,
+        seed=config.seed,
+        **tuning.model_options(config, shape),
+    )
+    if config.freeze_router:
+        tuning.freeze_router(built)
+    return built
+
+
+def _base(
+    config: FinetuneConfig, source: Path, shape: MixtralShape, lora: Lora | None, *, resumes: bool
+) -> dict[str, Any]:
+    """Which weights the adapters belong to, checked by rank 0; empty where the whole model is trained."""
+    if not lora:
+        return {}
+
+    def find() -> dict[str, Any]:
+        if resumes:
+            return merging.base_of_run(source, lora, Path(config.model).expanduser(), shape)
+        return merging.describe_base(source, shape)
+
+    return agreement.on_first_rank(find)
+
+
+def _load_training(parts: optimize.Optimization, source: Path) -> checkpoint.State:
+    """The newest checkpoint; one that is damaged ends the run and says what there is to go on from."""
+    try:
+        return checkpoint.load_training(parts.chunks[0], parts.optimizer, source)
+    except CheckpointError as error:
+        older = [p.name for p in checkpoint.complete(source.parent) if p.name < source.name]
+        hint = f"; to go on from {older[-1]} instead, remove {source}" if older else ""
+        raise CheckpointError(f"{error}{hint}") from error
+
+
+def _check_finite(built: torch.nn.Module, source: Path) -> None:
+    """`InputError` naming a parameter that holds NaN or infinity, on whatever rank it is."""
+    wrong = next((name for name, value in built.named_parameters() if not value.isfinite().all()), None)
+    agreement.raise_alike(wrong and f"{source}: parameter {wrong} holds NaN or infinity")

@@ -1,0 +1,70 @@
+"""A run's options in megatron-core's words: the fields of its model configuration that follow from ours.
+
+What contradicts itself is an error that says so, before anything is loaded.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron_mixtral.config import FinetuneConfig, MixtralShape
+from megatron_mixtral.errors import InputError, LayoutError
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def check(config: FinetuneConfig) -> None:
+    """`InputError` for options that contradict each other or don't exist."""
+    if config.recompute not in RECOMPUTE:
+        raise InputError(f"recompute: {config.recompute!r} isn't one of {', '.join(RECOMPUTE)}")
+    if config.packing not in (None, "stream", "documents", "none"):
+        raise InputError(f"packing: {config.packing!r} isn't one of stream, documents, none")
+    if config.pad_to_capacity and not config.capacity_factor:
+        raise InputError("pad_to_capacity: experts have no capacity unless capacity_factor gives them one")
+
+
+def model_options(config: FinetuneConfig, shape: MixtralShape) -> dict[str, Any]:
+    """Fields of megatron-core's TransformerConfig."""
+    options: dict[str, Any] = {**RECOMPUTE[config.recompute]}
+    if config.capacity_factor:
+        options["moe_expert_capacity_factor"] = config.capacity_factor
+        options["moe_pad_expert_input_to_capacity"] = config.pad_to_capacity
+    if config.z_loss:
+        options["moe_z_loss_coeff"] = config.z_loss
+    if config.router_fp32:
+        options["moe_router_dtype"] = "fp32"
+    if config.first_stage_layers or config.last_stage_layers:
+        stages = stage_layers(config, shape.num_hidden_layers)
+        layers = [["decoder"] * count for count in stages]
+        options["pipeline_model_parallel_layout"] = [
+            ["embedding", *layers[0]],
+            *layers[1:-1],
+            [*layers[-1], "loss"],
+        ]
+    return options
+
+
+def stage_layers(config: FinetuneConfig, layers: int) -> list[int]:
+    """Layers of every pipeline stage where the first or the last has a number of its own."""
+    stages, first, last = config.layout.pipeline, config.first_stage_layers, config.last_stage_layers
+    if stages < 2:
+        raise LayoutError(
+            "first_stage_layers, last_stage_layers: there is one pipeline stage, which holds all layers"
+        )
+    between, rest = stages - bool(first) - bool(last), layers - first - last
+    equation = f"{layers} layers - first {first} - last {last} = {rest} for {between} stages of {stages}"
+    if rest < between or (rest % between if between else rest):
+        raise LayoutError(f"{equation}: not the same whole number, at least 1, for each")
+    middle = [rest // between] * between if between else []
+    return [*([first] if first else []), *middle, *([last] if last else [])]
+
+
+def freeze_router(model: torch.nn.Module) -> None:
+    """Leave the routers as they are: where tokens go then changes only with what comes in."""
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            parameter.requires_grad_(requires_grad=False)
