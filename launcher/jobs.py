@@ -164,10 +164,12 @@ def plan_download(
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """A repository of the hub into the shared models folder. It resumes where it stopped."""
-    if "/" not in model or places.is_path(model):
+    if model.count("/") != 1 or places.is_path(model):
         raise UsageError(f"REPO: {quoting.shown(model)} isn't a repository of the hub; such as {MODEL}")
+    for part in model.split("/"):
+        quoting.name(part, "REPO")
     target = places.path(output, "--output") if output is not None else places.hub_folder(profile, model)
-    config = {"repo": quoting.checked(model, "REPO"), "output": target, **settings.check("download", values)}
+    config = {"repo": model, "output": target, **settings.check("download", values)}
     if revision:
         config["revision"] = quoting.checked(revision, "--revision")
     return _single("download", profile, ask, config, outputs=(target,), resumable=True)

@@ -38,7 +38,7 @@ def path(value: str, option: str) -> str:
         raise UsageError(
             f"{option}: {quoting.shown(value)} holds {variable[0]}, which no shell will expand any more"
         )
-    return os.path.normpath(os.path.join(os.getcwd(), os.path.expanduser(value)))
+    return quoting.path(os.path.normpath(os.path.join(os.getcwd(), os.path.expanduser(value))), option)
 
 
 def hub_folder(profile: ClusterProfile, model: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from launcher import capabilities, catalog, documents, mirror, quoting, ssh
@@ -31,6 +31,10 @@ OWNED = frozenset(
         *("clusters", "export", "export-file", "nodelist", "nodefile", "uid", "gid"),
     )
 )
+CALLED = {  # names that an administrator gives, and features put together
+    "constraint": (re.compile(r"[\w\[(][\w\[\]().&|*,:=+-]*"), "a100&ib or [rack1|rack2]"),
+    "others": (re.compile(r"\w[\w.@:/+-]*(,\w[\w.@:/+-]*)*"), "nlp or gpu,debug"),
+}
 # Variables by which the script tells every rank its place.
 OF_RANKS = (
     *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
@@ -93,6 +97,14 @@ class ClusterProfile(Part):
             as_value_error(quoting.directive, value)
         return value
 
+    @field_validator("account", "partition", "qos", "reservation", "constraint")
+    @classmethod
+    def _called(cls, value: str | None, info: ValidationInfo) -> str | None:
+        pattern, example = CALLED["constraint" if info.field_name == "constraint" else "others"]
+        if value is not None and not pattern.fullmatch(value):
+            raise ValueError(f"{quoting.shown(value)} isn't one as Slurm has them, such as {example}")
+        return value
+
     @field_validator("time")
     @classmethod
     def _time(cls, value: str) -> str:
@@ -117,7 +129,7 @@ class ClusterProfile(Part):
     def _program(cls, value: str | None) -> str | None:
         if value is not None and (not value or value.startswith("-")):
             raise ValueError(f"{value!r} isn't a path")
-        return value
+        return as_value_error(quoting.path, value) if value else value
 
     @field_validator("extra")
     @classmethod

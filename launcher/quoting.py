@@ -12,6 +12,7 @@ from launcher.errors import UsageError
 
 LONGEST = 16_384  # bytes; a longer value is a mistake, and Slurm copies every directive into its state file
 LONGEST_DIRECTIVE = 1_024
+LONGEST_PATH = 4_095
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -39,6 +40,13 @@ def name(value: str, field: str) -> str:
             f"{field}: {shown(value)} isn't a name; use letters, digits, '.', '_' and '-', at most 64, "
             "a letter or digit first"
         )
+    return value
+
+
+def path(value: str, field: str) -> str:
+    """`value` if a file system can hold it; `UsageError` naming `field` where every call would fail with it."""
+    if len(value.encode()) > LONGEST_PATH or any(len(part.encode()) > 255 for part in value.split("/")):
+        raise UsageError(f"{field}: longer than a path can be, {LONGEST_PATH} bytes in all and 255 a name")
     return value
 
 

@@ -105,28 +105,34 @@ def _gpu_request(plan: JobPlan) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(plan: JobPlan, run_dir: str | None) -> Iterator[str]:
-    """HOST:CONTAINER[:ro] of the shared paths, the profile's mounts, and whatever of the job lies outside both."""
+    """HOST:CONTAINER[:ro] of the profile's mounts, the shared paths, and whatever of the job lies outside both."""
     paths = plan.profile.paths
-    covered: list[str] = []
+    covered: list[str] = []  # what the container sees where the host does, and may write
     for mount in plan.profile.container.mounts:
-        host, _, inside = mount.partition(":")
-        covered.append(host)
-        yield f"{host}:{inside or host}"
-    wanted = [
-        paths.models,
-        paths.data,
-        paths.runs,
-        *plan.outputs,
-        *(i.path for i in plan.inputs),
-        *filter(None, [run_dir]),
-    ]
-    for path in wanted:
+        host, inside, mode = [*mount.split(":"), "", ""][:3]
+        if inside in ("", host) and not mode:
+            covered.append(host)
+        yield f"{host}:{inside or host}{mode and ':'}{mode}"
+    wanted = [("paths.models", paths.models), ("paths.data", paths.data), ("paths.runs", paths.runs)]
+    wanted += [("--output", path) for path in plan.outputs]
+    wanted += [(_option(plan, given.path), given.path) for given in plan.inputs]
+    wanted += [("run directory", run_dir)] if run_dir else []
+    for field, path in wanted:
         if not any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in covered):
             covered.append(path)
-            yield _bind(path)
+            yield _bind(path, field)
 
 
-def _bind(path: str) -> str:
+def _option(plan: JobPlan, path: str) -> str:
+    """The option that an input came by, for an error about it."""
+    if path in plan.config.get("inputs", ()):
+        return "FILES"
+    return "--data" if path.startswith(f"{plan.config.get('data')}.") else "--model"
+
+
+def _bind(path: str, field: str) -> str:
     if any(c in path for c in ":,"):
-        raise UsageError(f"{quoting.shown(path)}: a path with ':' or ',' can't be mounted into a container")
+        raise UsageError(
+            f"{field}: {quoting.shown(path)}: a path with ':' or ',' can't be mounted into a container"
+        )
     return f"{path}:{path}"

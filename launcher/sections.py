@@ -46,7 +46,9 @@ class Node(Part):
 
     gpus: int = Field(default=0, ge=0, description="GPUs a node")
     gpu_type: str | None = Field(
-        default=None, pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$", description="as in gpu:a100:8, where one must say it"
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$",
+        description="as in gpu:a100:8, where one must say it",
     )
     cpus: int | None = Field(default=None, ge=1, description="cores a node; a rank gets its share")
     memory_gb: int | None = Field(
@@ -56,11 +58,11 @@ class Node(Part):
     nvlink_domain: int | None = Field(
         default=None, ge=1, description="GPUs that NVLink joins; the node's unless given"
     )
-
-
     fabric_gb_s: float | None = Field(
         default=None, gt=0, description="what one GPU can send to other nodes, GB/s; for estimates alone"
     )
+
+
 class Binding(Part):
     """Which cores, memory and GPUs a rank keeps to."""
 
@@ -102,12 +104,14 @@ class Container(Part):
             absolute = host.startswith("/") and inside.startswith("/")
             if len(rest) > 2 or rest[1:] not in ([], ["ro"]) or "," in mount or not absolute:
                 raise ValueError(f"{mount!r} isn't HOST[:CONTAINER[:ro]], absolute and without commas")
+            as_value_error(quoting.path, host)
+            as_value_error(quoting.path, inside)
         return mounts
 
     @field_validator("image")
     @classmethod
     def _name(cls, image: str | None) -> str | None:
-        return _no_option(image)
+        return as_value_error(quoting.path, image) if image and _no_option(image) else image
 
     @model_validator(mode="after")
     def _image(self) -> "Container":
@@ -129,7 +133,7 @@ class Paths(Part):
         expanded = os.path.expanduser(path)
         if not expanded.startswith("/"):
             raise ValueError(f"{path!r} isn't absolute")
-        return os.path.normpath(expanded)
+        return as_value_error(quoting.path, os.path.normpath(expanded))
 
 
 class Serve(Part):
