@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from launcher import adapters, fit, nearest, places, quoting, secrets_env, settings, vllm
+from launcher import adapters, asked, places, quoting, secrets_env, settings, vllm
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
-from launcher.fit import Batch, Outlook, Request
+from launcher.fit import Outlook, Request
 from launcher.layout import Layout, Placement, Shape
-from launcher.memory import Serving
 from launcher.profile import ClusterProfile, time_limit
 from launcher.settings import MODEL
 
@@ -220,7 +219,7 @@ def plan_convert(
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
     layout, kind = _files(axes, axes.over(PRESETS[preset] if preset else Layout()), to, values)
-    outlook = _outlook(Request(cluster=profile, layout=layout, shape=shape or layouts.known_shape(model)))
+    outlook = asked.outlook(Request(cluster=profile, layout=layout, shape=shape or layouts.known_shape(model)))
     if to == "megatron":
         source, hint = places.hub_folder(profile, model), places.hint("download", model)
     else:
@@ -291,11 +290,11 @@ def plan_finetune(
         layout=axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM),
         nodes=ask.nodes,
         shape=shape or layouts.known_shape(model),
-        work=_batch(chosen),
+        work=asked.batch(chosen),
     )
     if chosen.get("lora") and not profile.is_local:
         request = replace(request, layout=adapters.layout(request, axes.over))
-    layout, outlook = request.layout, _outlook(request)
+    layout, outlook = request.layout, asked.outlook(request)
     weights = places.weights(profile, model)
     prefix = places.path(data, "--data") if data is not None else places.data_prefix(profile)
     return JobPlan(
@@ -330,13 +329,13 @@ def plan_serve(
     by_vllm = chosen.get("engine") == vllm.ENGINE
     preset = Layout() if profile.is_local else SERVE_ON_SLURM
     layout = vllm.layout(profile, axes) if by_vllm else axes.over(preset)
-    outlook = _outlook(
+    outlook = asked.outlook(
         Request(
             cluster=profile,
             layout=layout,
             nodes=ask.nodes,
             shape=shape or layouts.known_shape(model),
-            work=_serving(chosen),
+            work=asked.serving(chosen),
         )
     )
     weights = vllm.weights(profile, model) if by_vllm else places.weights(profile, model)
@@ -344,7 +343,7 @@ def plan_serve(
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
     config["other_port"] = port is None  # a port that was asked for is that one or none
-    return JobPlan(
+    plan = JobPlan(
         **_common("serve", profile, ask),
         placement=outlook.placement,
         layout=layout,
@@ -407,33 +406,3 @@ def _with_base(profile: ClusterProfile, chosen: dict[str, Any]) -> dict[str, Any
 
 def _gpus(profile: ClusterProfile, placement: Placement) -> int:
     return placement.tasks_per_node if profile.node.gpus else 0
-
-
-def _outlook(request: Request) -> Outlook:
-    """What `request` comes to; the refusal of what can't be names the nearest layouts that can."""
-    try:
-        return fit.study(request)
-    except LayoutError as error:
-        raise nearest.explained(error, request) from None
-
-
-def _batch(chosen: Mapping[str, Any]) -> Batch:
-    """What the finetune settings say about memory and time."""
-    values = settings.complete("finetune", chosen)
-    return Batch(
-        sequence=values["sequence_length"],
-        micro_batch=values["micro_batch"],
-        global_batch=values["global_batch"],
-        precision=values["precision"],
-        recompute=values.get("recompute") or "none",
-        lora=values["lora"],
-        lora_experts=values["lora_experts"],
-    )
-
-        first_stage_layers=values.get("first_stage_layers", 0),
-        last_stage_layers=values.get("last_stage_layers", 0),
-
-def _serving(chosen: Mapping[str, Any]) -> Serving:
-    """What the serve settings say about memory."""
-    values = settings.complete("serve", chosen)
-    return Serving(requests=values["max_batch"], tokens=values["max_tokens"], precision=values["precision"])

@@ -1,0 +1,42 @@
+"""What settings ask of a GPU, in the words of `fit`, and the answer: an outlook, or what would fit instead (pure).
+
+Defaults are the settings' own, so that what isn't given counts as well.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from launcher import fit, nearest, settings
+from launcher.errors import LayoutError
+from launcher.fit import Batch, Outlook, Request
+from launcher.memory import Serving
+
+
+def outlook(request: Request) -> Outlook:
+    """What `request` comes to; the refusal of what can't be names the nearest layouts that can."""
+    try:
+        return fit.study(request)
+    except LayoutError as error:
+        raise nearest.explained(error, request) from None
+
+
+def batch(chosen: Mapping[str, Any]) -> Batch:
+    """Of finetune: what decides memory and time."""
+    values = settings.complete("finetune", chosen)
+    return Batch(
+        sequence=values["sequence_length"],
+        micro_batch=values["micro_batch"],
+        global_batch=values["global_batch"],
+        precision=values["precision"],
+        recompute=values.get("recompute") or "none",
+        lora=values["lora"],
+        lora_experts=values["lora_experts"],
+        first_stage_layers=values.get("first_stage_layers", 0),
+        last_stage_layers=values.get("last_stage_layers", 0),
+    )
+
+
+def serving(chosen: Mapping[str, Any]) -> Serving:
+    """Of serve: what it holds at once."""
+    values = settings.complete("serve", chosen)
+    return Serving(requests=values["max_batch"], tokens=values["max_tokens"], precision=values["precision"])
