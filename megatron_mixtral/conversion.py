@@ -35,6 +35,7 @@ class Conversion:
     kind: str
     identity: dict[str, Any]  # what makes it the same source later
     about: dict[str, Any] = field(default_factory=dict)  # what mixlaunch.json says of this kind alone
+    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest when the source was written
     without: tuple[str, ...] = ()  # files beside the source's weights that don't go along
 
     @property
@@ -92,7 +93,16 @@ def plan_torch_dist(config: ConvertConfig, shape: MixtralShape, names: Names, so
         complete=finish,
         kind="weights",
         identity=source.fingerprint(),
+        recorded=recorded(source, config.dtype),
     )
+
+
+def recorded(source: Any, dtype: str | None) -> dict[str, str]:
+    """The digests that a folder of our own making has of its tensors, where the copy should have the same."""
+    plain = type(source) in (hub.HubFolder, torch_dist.TorchDistFolder)
+    if dtype or not plain or not (source.folder / MARKER).is_file():
+        return {}
+    return weights_folder.read_marker(source.folder).get("digests") or {}
 
 
 def plan_legacy(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
@@ -181,6 +191,7 @@ def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
         complete=finish,
         kind="hub",
         identity=source.fingerprint(),
+        recorded=recorded(source, config.dtype),
     )
 
 

@@ -16,7 +16,7 @@ from megatron_mixtral import hub, legacy, merging, stop, weights_folder
 from megatron_mixtral.config import ConvertConfig
 from megatron_mixtral.conversion import Conversion, plan
 from megatron_mixtral.copying import ITEMSIZE, Copier, Unit, digests, write_all
-from megatron_mixtral.errors import JobError, Requeue
+from megatron_mixtral.errors import CheckpointError, JobError, Requeue
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.progress import Progress
 from megatron_mixtral.work import Crew, Published, Work, rough_name
@@ -123,7 +123,8 @@ def keep(
     *,
     verify: bool,
 ) -> None:
-    """Frame a copied unit, have it on the disk, compare if asked to, and record it."""
+    """Frame a copied unit, have it on the disk, compare it with all that is known of it, and record it."""
+    refuse_changed(conversion, unit, written)
     for place, data in conversion.framing(unit):
         write_all(descriptor, data, place)
     os.fsync(descriptor)
@@ -132,6 +133,14 @@ def keep(
         if wrong := sorted(name for name in written if found[name] != written[name]):
             raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")
     work.keep(unit.file, path, descriptor, {"digests": written})
+
+
+def refuse_changed(conversion: Conversion, unit: Unit, written: dict[str, str]) -> None:
+    """`CheckpointError` for a tensor that isn't what it was when a conversion wrote the source."""
+    for run in (run for target in unit.targets for run in target.runs):
+        if conversion.recorded.get(run.digest, written[run.digest]) != written[run.digest]:
+            file = conversion.source.file_of(run.rows)
+            raise CheckpointError(f"{file}: tensor {run.digest}: damaged: not what was once written here")
 
 
 def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path, events: EventLog) -> None:

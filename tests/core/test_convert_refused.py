@@ -8,6 +8,7 @@ import shutil
 import hub_folders
 import jobs
 import pytest
+import torch
 
 from megatron_mixtral import convert, work
 from megatron_mixtral.config import ConvertConfig
@@ -294,6 +295,24 @@ def test_an_archive_of_something_else_is_refused(megatron, tmp_path):
     with pytest.raises(CheckpointError, match=r"__0_0.distcp: tensor embedding\S+ at \d+: damaged: .*not a tensor"):
         run(megatron, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_a_changed_bit_in_a_folder_of_our_own_is_found_on_its_way_on(megatron, tmp_path, to):
+    """Nothing about its size or structure is wrong: its digest alone tells."""
+    needle = hub_folders.read(tmp_path / "hub")[TENSOR].view(torch.uint8).numpy().tobytes()[:32]
+    source, kind = megatron, "*.distcp"
+    if to == "megatron":
+        run(megatron, tmp_path / "first" / "back", to="hf")
+        source, kind = tmp_path / "first" / "back", "*.safetensors"
+    (path,) = [p for p in source.rglob(kind) if needle in p.read_bytes()]
+    data = bytearray(path.read_bytes())
+    data[data.index(needle) + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{path.name}: tensor {TENSOR}: damaged"):
+        run(source, tmp_path / "second" / "out", to=to)
+    assert not (tmp_path / "second" / "out").exists()
+    run(source, tmp_path / "second" / "other", to=to, dtype="float32")  # no digest to compare with
 
 
 class Trap:
