@@ -24,9 +24,10 @@ EXPORT = [*MIXLAUNCH, "export", "finetune", "--cluster", "selene", "--nodes", "4
 
 
 def seconds(argv: list[str], environment: dict[str, str]) -> float:
-    """From the start of a command to its end; it must end well."""
+    """From the start of a command to its end; it must end well. Slurm leaves its own files in the home."""
+    here = {"env": environment, "cwd": environment["HOME"], "stdin": subprocess.DEVNULL}
     begun = time.perf_counter()
-    done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(argv, **here, capture_output=True, text=True)
     took = time.perf_counter() - begun
     assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
     return took
