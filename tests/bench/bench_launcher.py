@@ -5,6 +5,7 @@ All are whole commands as typed, medians of several taken in turn. Exits with 1 
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,14 +24,14 @@ BARS = {"mixlaunch --help": 0.2, "mixlaunch export finetune": 0.5, "a submission
 EXPORT = [*MIXLAUNCH, "export", "finetune", "--cluster", "selene", "--nodes", "4"]
 
 
-def seconds(argv: list[str], environment: dict[str, str]) -> float:
-    """From the start of a command to its end; it must end well. Slurm leaves its own files in the home."""
+def seconds(argv: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """(from start to end, of a processor); the command must end well. Slurm leaves files in the home."""
     here = {"env": environment, "cwd": environment["HOME"], "stdin": subprocess.DEVNULL}
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(argv, **here, capture_output=True, text=True)
-    took = time.perf_counter() - begun
+    took, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
-    return took
+    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def cluster(folder: Path) -> Iterator[tuple[list[str], list[str], dict[str, str]
         sandbox.down(folder / "slurm")
 
 
-def measure(repeat: int) -> dict[str, list[float]]:
+def measure(repeat: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds of every command, in turn, so that a busy moment doesn't fall on one of them alone."""
     with tempfile.TemporaryDirectory(prefix="bench") as name, cluster(Path(name)) as (ours, plain, environment):
         commands = {
@@ -71,7 +72,7 @@ def measure(repeat: int) -> dict[str, list[float]]:
             "sbatch": plain,
             "mixlaunch finetune": ours,
         }
-        found: dict[str, list[float]] = {name: [] for name in commands}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for command in commands.values():
             seconds(command, environment)  # caches of files and of Python's bytecode fill
         for _ in range(repeat):
@@ -84,18 +85,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=9)
     found = measure(parser.parse_args().repeat)
-    middle = {name: statistics.median(times) for name, times in found.items()}
+    middle = {name: statistics.median(took for took, _ in times) for name, times in found.items()}
     middle["a submission above plain sbatch"] = middle["mixlaunch finetune"] - middle["sbatch"]
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of {len(found['sbatch'])}")
-    print(f"{'':34}{'seconds':>8}{'fastest':>9}{'slowest':>9}{'bar':>7}")
-    missed = []
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = "; this machine was busy with other things, which counts here" if load > 2 * cores else ""
+    print(f"{cores} cores, load {load:.1f}{busy}; medians of {len(found['sbatch'])}")
+    print(f"{'':34}{'seconds':>8}{'fastest':>9}{'slowest':>9}{'processor':>11}{'bar':>6}")
     for name, value in middle.items():
-        span = f"{min(found[name]):9.3f}{max(found[name]):9.3f}" if name in found else " " * 18
-        bar = BARS.get(name)
-        print(f"{name:34}{value:8.3f}{span}{f'{bar:7.1f}' if bar else ''}")
-        if bar and value > bar:
-            missed.append(name)
-    if missed:
+        times = [took for took, _ in found.get(name, [])]
+        used = [cpu for _, cpu in found.get(name, [])]
+        span = f"{min(times):9.3f}{max(times):9.3f}{statistics.median(used):11.3f}" if times else " " * 29
+        print(f"{name:34}{value:8.3f}{span}{f'{BARS[name]:6.1f}' if name in BARS else ''}")
+    if missed := [name for name, bar in BARS.items() if middle[name] > bar]:
         sys.exit(f"missed: {', '.join(missed)}")
 
 
