@@ -16,6 +16,7 @@ from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.serve.service import Service, Stop
 from megatron_mixtral.serve.wire import Event
 
+SEND_BUFFER = 64 * 1024  # left alone it grows to megabytes of the kernel's for each client that doesn't read
 LAST_WORDS_SECONDS = 0.3  # for the errors of cancelled clients to leave
 
 
@@ -44,6 +45,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listener.bind((host, port))
         listener.listen(1024)
     except OSError as error:

@@ -85,6 +85,9 @@ def test_a_conversation_by_keyboard_alone(visit, running):
     said = running.client().post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
     assert page.locator("article.assistant div").first.text_content() == said
     assert "8 tokens" in page.locator("article.assistant footer").first.inner_text()
+    page.keyboard.press("ArrowUp")
+    playwright.expect(page.locator("#question")).to_have_value("Hello")
+    page.locator("#question").fill("")
     ask(page, "And now?")
     until_answered(page)
     assert len(answers(page)) == 2
@@ -124,6 +127,8 @@ def test_what_the_server_refuses_is_shown_and_what_is_wrong_is_not_sent(visit):
     page = visit()
     ask(page, "word " * 400)
     playwright.expect(page.locator("article.problem div")).to_contain_text("context is 256")
+    playwright.expect(page.locator("#question")).to_have_value("word " * 399 + "word")  # to be made shorter
+    page.locator("#question").fill("")
     page.get_by_role("button", name="Settings").click()
     page.locator("#temperature").fill("9")
     page.locator("#question").focus()
