@@ -60,9 +60,12 @@ def _show(chain: "Chain") -> None:
 
 
 def _start(chain: "Chain", *, wait: bool) -> int:
-    from launcher import pipeline, screen
+    from launcher import outlooks, pipeline, screen
 
     asked = tuple(sys.argv[1:])
+    for step in chain.steps:
+        for remark in outlooks.remarks(step.plan):
+            click.echo(f"note: {step.name}: {remark}", err=True)
     for name, path in chain.there:
         screen.say(f"{name} is left out: {path} is there")
     if chain.steps[0].plan.profile.is_local:

@@ -193,7 +193,7 @@ def _of_work(request: Request) -> dict[str, list[Any]]:
     work = request.work
     if isinstance(work, Batch):
         return {
-            "micro_batch": _halves(work.micro_batch),
+            "micro_batch": sorted({*_halves(work.micro_batch), *_powers_below(work.micro_batch)}),
             "global_batch": _multiples(work.global_batch, work.micro_batch * _data(request)),
             "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
             "recompute": ["full"],
@@ -221,6 +221,10 @@ def _multiples(value: int, unit: int) -> list[int]:
         return []
     below = value - value % unit
     return [n for n in (below, below + unit) if n]
+
+
+def _powers_below(value: int) -> list[int]:
+    return [2**i for i in range((value - 1).bit_length())]
 
 
 def _divisors(whole: int) -> list[int]:

@@ -157,6 +157,7 @@ def test_what_cannot_be_is_refused_with_what_can(asked, said, near):
     [
         ({"global_batch": 4}, "--global-batch: 4 = micro batch 1 x DP 8 x 0.5", "--global-batch 8"),
         ({"global_batch": 12}, "use a multiple of 8", "--global-batch 16"),
+        ({"micro_batch": 1_000_000}, "use a multiple of 8000000", "--micro-batch 2"),
         ({"micro_batch": 64}, "use a multiple of 512", "--micro-batch 2"),
     ],
 )
