@@ -1,9 +1,11 @@
 """Talk to a server from the terminal: one question, a pipe, or a conversation that streams as it is said.
 
-In a conversation a line that ends in a backslash goes on in the next one; lines with a slash are commands.
+In a conversation a line that ends in a backslash goes on in the next one, and so does everything between two
+lines of three quotes; lines with a slash are commands.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,12 +16,15 @@ from typing import Any
 from launcher.errors import Fault, UsageError
 from launcher.servers import KEY, Server, explain
 
+HISTORY = 1000  # lines that the arrow keys bring back, also from earlier conversations
+QUOTES = '"""'
 HELP = """\
 /system TEXT   what the model is told before all else; without TEXT, nothing
 /retry         ask the last question again
 /save FILE     write the conversation as JSON
 /new           begin again
-/quit          or Ctrl-D; Ctrl-C stops an answer"""
+/quit          or Ctrl-D; Ctrl-C stops an answer
+A line that ends in \\ goes on in the next one; so does all between two lines of three quotes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +82,19 @@ class Conversation:
             raise UsageError(f"{path}: {error.strerror}") from error
 
     def _body(self) -> dict[str, Any]:
-        return {"messages": self.messages(), **self.settings.fields()}
+        return {**_model(self.server), "messages": self.messages(), **self.settings.fields()}
 
 
 def complete(server: Server, text: str, settings: Settings) -> Iterator[str]:
     """The pieces that continue `text`, for models that were never taught to chat."""
-    for piece in _stream(server, "/v1/completions", {"prompt": text, **settings.fields()}):
+    body = {**_model(server), "prompt": text, **settings.fields()}
+    for piece in _stream(server, "/v1/completions", body):
         yield piece["text"]
+
+
+def _model(server: Server) -> dict[str, str]:
+    """By name where it is known: our server has but one, others ask for it."""
+    return {"model": server.name} if server.name else {}
 
 
 def run(server: Server, *, prompt: str | None, system: str | None, settings: Settings, raw: bool = False) -> None:
@@ -105,8 +116,7 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
 
 
 def _converse(conversation: Conversation) -> None:
-    with suppress(ImportError):
-        import readline  # noqa: F401 - line editing and history for input()
+    _line_editing()
     print(f"{conversation.server.name or 'model'} at {conversation.server.url}; /help lists the commands")
     while True:
         try:
@@ -122,11 +132,35 @@ def _converse(conversation: Conversation) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
+def _line_editing() -> None:
+    """Arrow keys within a line and back through what was asked, kept for its owner alone."""
+    try:
+        import atexit
+        import readline
+    except ImportError:
+        return
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    path = state / "mixlaunch" / "chat_history"
+
+    def keep() -> None:
+        with suppress(OSError):
+            readline.write_history_file(path)
+
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        readline.set_history_length(HISTORY)
+        atexit.register(keep)
+        readline.read_history_file(path)
+
+
 def _read() -> str:
-    """One question: a line, or several joined by backslashes at their ends; empty ones are passed over."""
+    """One question: a line, or several joined by backslashes or quotes; empty ones are passed over."""
     while True:
         lines = [input("> ")]
-        while lines[-1].endswith("\\"):
+        if lines[0].strip() == QUOTES:
+            lines = list(iter(lambda: input(". "), QUOTES))
+        while lines and lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
             lines.append(input(". "))
         if question := "\n".join(lines).strip():

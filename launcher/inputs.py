@@ -33,6 +33,15 @@ def shape(profile: ClusterProfile, model: str) -> Shape | None:
     return None
 
 
+def servable(profile: ClusterProfile, model: str) -> str:
+    """`model`, or the folder that it was downloaded into where it hasn't been converted: either can be served."""
+    if profile.login_node or "/" not in model or places.is_path(model):
+        return model
+    downloaded = places.hub_folder(profile, model)
+    converted = Path(places.weights(profile, model)).exists()
+    return downloaded if Path(downloaded).is_dir() and not converted else model
+
+
 def _texts_here(folders: Iterable[str]) -> Iterator[str]:
     """Every `config.json` that may tell the shape, the likeliest first."""
     for folder in map(Path, folders):

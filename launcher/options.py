@@ -145,6 +145,8 @@ def understood(job: str, typed: dict[str, Any]) -> "tuple[ClusterProfile, dict[s
         "ask": jobs.Ask(secrets=given.pop("env"), **asked),
         "values": {s.name: given.pop(_key(s)) for s in SETTINGS[job] if _key(s) in given},
     }
+    if job == "serve":
+        given["model"] = inputs.servable(cluster, given.get("model", MODEL))
     if job in PARALLEL:
         options["axes"] = jobs.Axes(**{axis: given.pop(short) for axis, short, _ in AXES if short in given})
         options["shape"] = inputs.shape(cluster, given.get("model", MODEL))

@@ -38,6 +38,13 @@ def server(running, root):
     return servers.find(None, [root])
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    """History goes here."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state" / "mixlaunch"
+
+
 def typed(monkeypatch, *lines):
     """What `input()` gets, then the end of the file."""
     rest = iter(lines)
@@ -119,6 +126,15 @@ def test_a_conversation_remembers_retries_and_saves(server, tmp_path, capsys, mo
     assert "/nonsense isn't a command" in output.err
     assert "/save needs" in output.err
     assert output.out.count(talk[-1]["content"]) == 2  # greedy says the same again
+
+
+def test_all_between_quotes_is_one_question(server, tmp_path, capsys, monkeypatch, state):
+    saved = tmp_path / "talk.json"
+    typed(monkeypatch, '"""', "One", "", "/retry", '"""', f"/save {saved}", "/new", f"/save {saved}2", "/quit")
+    chat.run(server, prompt=None, system=None, settings=SHORT)
+    assert json.loads(saved.read_text())[0] == {"role": "user", "content": "One\n\n/retry"}
+    assert json.loads((tmp_path / "talk.json2").read_text()) == []
+    assert (state / "chat_history").stat().st_mode & 0o777 == 0o600
 
 
 def test_an_answer_that_is_left_is_remembered_and_cancelled(server, running):
