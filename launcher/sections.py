@@ -135,6 +135,13 @@ class Paths(Part):
             raise ValueError(f"{path!r} isn't absolute")
         return as_value_error(quoting.path, os.path.normpath(expanded))
 
+    @field_validator("runs")
+    @classmethod
+    def _for_output(cls, path: str) -> str:
+        if "\\" in path:
+            raise ValueError(f"{path!r} holds a backslash, and Slurm takes those out of the path of a job's output")
+        return path
+
 
 class Serve(Part):
     """Where `serve` listens; no host is 127.0.0.1 on this machine, and on a cluster every interface, with a key."""
@@ -173,11 +180,18 @@ class Login(Part):
         if self.host is None:
             return None
         here = socket.gethostname()
-        names = {here, here.split(".")[0]}
-        name = self.host.rpartition("@")[2]
-        if name in names or any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in self.inside):
+        names = (here, here.split(".")[0])
+        inside = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.inside)
+        if inside or _is_same_machine(self.host.rpartition("@")[2], here):
             return None
         return ssh.Login(self.host, tuple(sorted(f"{option}={value}" for option, value in self.options.items())))
+
+
+def _is_same_machine(one: str, other: str) -> bool:
+    """Whether two host names mean one machine; a name without a domain is at home in any."""
+    if "." in one and "." in other:
+        return one == other
+    return one.split(".")[0] == other.split(".")[0]
 
 
 def as_value_error(check: Callable[[str, str], str], value: str) -> str:
