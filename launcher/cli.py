@@ -176,14 +176,14 @@ def export() -> None:
     """
 
 
-def _export(plan: "JobPlan", *, folder: Path | None) -> None:
+def _export(plan: "JobPlan", *, bundle_dir: Path | None) -> None:
     from launcher import lint, render
 
-    if folder is not None:
+    if bundle_dir is not None:
         from launcher import bundle, screen
 
-        written = bundle.write(plan, folder, asked=sys.argv[1:])
-        screen.done(f"{', '.join(path.name for path in written)} in {folder}")
+        written = bundle.write(plan, bundle_dir, asked=sys.argv[1:])
+        screen.done(f"{', '.join(path.name for path in written)} in {bundle_dir}")
         return
     script = render.render(plan)
     lint.check(script, plan.profile.slurm_version)
@@ -192,7 +192,7 @@ def _export(plan: "JobPlan", *, folder: Path | None) -> None:
 
 
 BUNDLE = SectionedOption(
-    ["--bundle", "folder"],
+    ["--bundle", "bundle_dir"],
     section="Job",
     type=click.Path(path_type=Path),
     metavar="DIR",

@@ -401,7 +401,7 @@ def _processes(profile: ClusterProfile, given: int | None) -> int:
 
 def _with_base(profile: ClusterProfile, chosen: dict[str, Any]) -> dict[str, Any]:
     """The base of adapters may be named as any model is."""
-    return chosen | {"base": places.weights(profile, chosen["base"])} if "base" in chosen else chosen
+    return chosen | {"base": places.weights(profile, chosen["base"], "--base")} if "base" in chosen else chosen
 
 
 def _gpus(profile: ClusterProfile, placement: Placement) -> int:

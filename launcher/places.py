@@ -48,20 +48,20 @@ def hub_folder(profile: ClusterProfile, model: str) -> str:
     return os.path.join(profile.paths.models, _basename(model))
 
 
-def weights(profile: ClusterProfile, model: str) -> str:
+def weights(profile: ClusterProfile, model: str, option: str = "--model") -> str:
     """`model` in Megatron's layout: a path as it is, a repository's conversion, or a run by its name."""
     if is_path(model):
-        return path(model, "--model")
+        return path(model, option)
     if "/" in model:
-        return os.path.join(profile.paths.models, f"{_basename(model)}-megatron")
-    return os.path.join(profile.paths.runs, quoting.name(model, "--model"))
+        return os.path.join(profile.paths.models, f"{_basename(model, option)}-megatron")
+    return os.path.join(profile.paths.runs, quoting.name(model, option))
 
 
-def _basename(model: str) -> str:
+def _basename(model: str, option: str = "--model") -> str:
     owner, _, base = model.rpartition("/")
     if owner:
-        quoting.name(owner, "--model")
-    return quoting.name(base, "--model")
+        quoting.name(owner, option)
+    return quoting.name(base, option)
 
 
 def converted(profile: ClusterProfile, model: str, kind: str) -> str:

@@ -6,47 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hostile import CANARY, CARRIED
 from running import wait_until
 
 from launcher import bundle, catalog, jobs, profile, render, runs, sandbox, slurm
 from launcher.sandbox_config import Shape
-
-CANARY = "canary"
-HOSTILE = [
-    "plain",
-    "two words",
-    "  blanks around  ",
-    "it's",
-    'a "quoted" word',
-    "'",
-    '"',
-    "\\",
-    "back\\slash",
-    "mixed \\\" \\' ends\\\\",
-    "semi; touch canary",
-    "and && touch canary",
-    "pipe | touch canary",
-    "$(touch canary)",
-    "`touch canary`",
-    "> canary",
-    "& touch canary &",
-    "#hash",
-    "word #hash",
-    "%j %x %% 100%",
-    "*",
-    "?[a-z]{1,2}",
-    "~",
-    "!history",
-    "-leading",
-    "--nodes=9",
-    "=equals=",
-    "comma,colon:at@",
-    "END_OF_CONFIG",
-    "END_OF_RANK",
-    "#SBATCH --nodes=9",
-    "ünïcödé ✓ 漢字 🐙",
-    "x" * 1000,
-]
 
 
 @pytest.fixture
@@ -73,9 +37,9 @@ def sbatch(site, tmp_path):
 
 
 def test_hostile_values_arrive_intact_in_the_running_job(cluster, stub, finish, tmp_path):
-    environment = {f"V{index}": value for index, value in enumerate(HOSTILE)}
+    environment = {f"V{index}": value for index, value in enumerate(CARRIED)}
     changed = {"python": stub('env -0 >"$MIXLAUNCH_RUN/env"'), "environment": environment}
-    files = tuple(str(tmp_path / value.replace("/", "_")) for value in HOSTILE)
+    files = tuple(str(tmp_path / value.replace("/", "_")) for value in CARRIED)
     plan = jobs.plan_prepare(
         cluster.model_copy(update=changed), files=files, values={"text_key": "$(touch canary)"}
     )
@@ -89,7 +53,7 @@ def test_hostile_values_arrive_intact_in_the_running_job(cluster, stub, finish, 
     assert not list(tmp_path.rglob(CANARY))
 
 
-@pytest.mark.parametrize("value", [v for v in HOSTILE if v.strip() == v], ids=lambda v: ascii(v)[:30])
+@pytest.mark.parametrize("value", [v for v in CARRIED if v.strip() == v], ids=lambda v: ascii(v)[:30])
 def test_hostile_words_of_a_directive_arrive_intact(cluster, sbatch, site, value):
     plan = jobs.plan_prepare(cluster.model_copy(update={"comment": value}), files=("/a",))
     job = sbatch(render.render(plan), "--hold").split()[3]
