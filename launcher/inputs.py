@@ -89,8 +89,8 @@ def missing(plan: "JobPlan") -> list["Input"]:
     """Inputs of `plan` that aren't there, where the job will run."""
     if login := plan.profile.login_node:
         asked = [given for given in plan.inputs if uploads.source(plan.profile, given.path) is None]
-        tests = (f"[ -e {shlex.quote(given.path)} ]; echo $?" for given in asked)
-        answers = ssh.run(login, "\n".join(tests)).out.split()
+        tests = [f"[ -e {shlex.quote(given.path)} ]; echo $?" for given in asked]
+        answers = ssh.run(login, "\n".join(tests)).out.split() if tests else []
         return [given for given, answer in zip(asked, answers, strict=True) if answer != "0"]
     return [given for given in plan.inputs if not Path(given.path).exists()]
 

@@ -189,6 +189,8 @@ class Login(Part):
 
 def _is_same_machine(one: str, other: str) -> bool:
     """Whether two host names mean one machine; a name without a domain is at home in any."""
+    if one == "localhost":
+        return False  # a forwarded port
     if "." in one and "." in other:
         return one == other
     return one.split(".")[0] == other.split(".")[0]

@@ -405,6 +405,18 @@ def test_text_of_the_laptop_is_brought_to_the_job(laptop, stub, finish):
         assert f"{option}: './out' starts from a folder of this machine" in said
 
 
+def test_a_pipeline_is_submitted_from_a_laptop(laptop, stub, finish):
+    """Each job after those whose output it needs, with text of the laptop's."""
+    laptop.change(python=stub("cat $MIXLAUNCH_RUN/config.yaml"))
+    (laptop.home / "text.jsonl").write_text('{"text": "one"}\n')
+    said = laptop.types("pipeline", "text.jsonl", "--model", "me/Model", "--pp", "1", "--ep", "2")
+    found = {run.job: run for run in laptop.there()}
+    assert len(laptop.there()) == 5
+    assert all(run.job_id in said for run in laptop.there())
+    assert f"{laptop.far}/data/uploads/" in str(found["prepare"].record["config"]["inputs"])
+    assert finish(found["finetune"]).state == "COMPLETED"
+
+
 def test_slurm_is_found_where_only_a_login_shell_finds_it(laptop):
     minimal(laptop, os.path.dirname(slurm.which("sbatch")))
     laptop.trains()

@@ -51,6 +51,8 @@ def test_a_login_node_may_know_itself_by_its_short_name(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "login1")
     assert Login(host="login1.example.org").node is None
     assert Login(host="login2.example.org").node is not None
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    assert Login(host="localhost").node is not None
 
 
 def test_an_override_leaves_ssh_out(tmp_path):
