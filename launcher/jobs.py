@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from launcher import adapters, asked, places, quoting, secrets_env, settings, vllm
+from launcher import adapters, asked, megatron_files, places, quoting, secrets_env, settings, vllm
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
 from launcher.fit import Outlook, Request
@@ -218,7 +218,8 @@ def plan_convert(
         raise UsageError(f"--to: {to!r} isn't one of megatron, hf, peft")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
-    layout, kind = _files(axes, axes.over(PRESETS[preset] if preset else Layout()), to, values)
+    layout = axes.over(PRESETS[preset] if preset else Layout())
+    layout, kind = megatron_files.kind(layout, axes.expert_tensor, to, values)
     outlook = asked.outlook(Request(cluster=profile, layout=layout, shape=shape or layouts.known_shape(model)))
     if to == "megatron":
         source, hint = places.hub_folder(profile, model), places.hint("download", model)
@@ -238,38 +239,25 @@ def plan_convert(
     )
 
 
-def _files(axes: Axes, layout: Layout, to: str, values: Mapping[str, Any]) -> tuple[Layout, str]:
-    """The layout to write and what its files are called in a folder's name; `UsageError` where options don't go."""
-    if values.get("format") != "legacy":
-        if lost := [name for name in ("names", "make_vocab_size_divisible_by") if name in values]:
-            raise UsageError(f"--{lost[0].replace('_', '-')}: goes with --layout legacy alone")
-        return layout, to
-    if to != "megatron":
-        raise UsageError("--layout: legacy goes with --to megatron alone")
-    if axes.expert_tensor is None:  # upstream's own default
-        layout = replace(layout, expert_tensor=layout.tensor)
-    sizes = {"TP": layout.tensor, "PP": layout.pipeline, "EP": layout.expert}
-    if layout.expert_tensor != layout.tensor:
-        sizes["ETP"] = layout.expert_tensor
-    return layout, "legacy-" + "".join(f"{axis}{size}" for axis, size in sizes.items())
-
-
 def plan_verify(
     profile: ClusterProfile,
     *,
-    folder: str,
+    folder: str | None = None,
+    model: str | None = None,
     processes: int | None = None,
     ask: Ask = Ask(),
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """Whether a converted folder is as it was written."""
-    target = places.path(folder, "DIR")
+    if folder is not None and model is not None:
+        raise UsageError("DIR and --model: give one of them")
+    target = places.path(folder, "DIR") if folder is not None else places.weights(profile, model or MODEL)
     return JobPlan(
         **_common("verify", profile, ask),
         placement=Placement(nodes=ask.nodes or 1, tasks_per_node=_processes(profile, processes)),
         resumable=True,
         config={"folder": target, **settings.check("verify", values)},
-        inputs=(Input(path=target, what="converted weights"),),
+        inputs=(Input(path=target, what="converted weights", hint=places.hint("convert --model", model or MODEL)),),
     )
 
 

@@ -210,7 +210,11 @@ def _convert() -> list[click.Parameter]:
 
 
 def _verify() -> list[click.Parameter]:
-    return [click.Argument(["folder"], metavar="DIR"), _processes()]
+    return [
+        click.Argument(["folder"], metavar="[DIR]", required=False),
+        _what("--model", "In place of DIR: the conversion of a repository, or a run.", MODEL),
+        _processes(),
+    ]
 
 
 def _processes() -> click.Option:

@@ -188,6 +188,8 @@ def extra(reader: Reader, command: str) -> None:
 HOW = {
     f"mixlaunch download {REPO} --cluster selene": lambda r, c: r.types(c),
     "mixlaunch convert --cluster selene --preset train": leave("convert"),
+    "mixlaunch convert verify --cluster selene": leave("verify"),
+    "mixlaunch convert --cluster selene --layout legacy --ep 2 --pp 2 --check-logits": leave("convert"),
     f"mixlaunch convert --cluster selene --to hf --model {REPO}": leave("convert"),
     "mixlaunch prepare chats.jsonl --cluster selene": leave("prepare"),
     "mixlaunch finetune --cluster selene --nodes 4": lambda r, c: (r.types(c), r.waits("finetune", "RUNNING")),

@@ -99,6 +99,14 @@ def test_legacy_files_are_named_by_their_layout_and_cut_experts_as_upstream_does
         jobs.plan_convert(cluster, values={"names": "te"})
 
 
+def test_what_is_verified_is_a_folder_or_what_convert_made(cluster):
+    assert jobs.plan_verify(cluster, folder="/x").config == {"folder": "/x"}
+    assert jobs.plan_verify(cluster).config["folder"] == jobs.plan_convert(cluster).config["output"]
+    assert jobs.plan_verify(cluster, model="me/Mine").config["folder"] == "/shared/models/Mine-megatron"
+    with pytest.raises(UsageError, match="DIR and --model: give one of them"):
+        jobs.plan_verify(cluster, folder="/x", model="me/Mine")
+
+
 def test_any_number_of_nodes_shares_a_conversion_and_its_proof(cluster):
     for plan in (jobs.plan_convert, lambda *args, **rest: jobs.plan_verify(*args, folder="/x", **rest)):
         made = plan(cluster, processes=3, ask=jobs.Ask(nodes=5))
