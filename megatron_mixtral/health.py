@@ -120,11 +120,14 @@ class Node:
         """Whether each of `ranks` got the right sum. A process of its own: one that hangs can be ended."""
         argv = [sys.executable, "-P", "-m", "megatron_mixtral.health"]
         argv += ["--folder", str(self.folder), "--group", json.dumps([name, ranks])]
-        try:
-            done = subprocess.run(argv, timeout=REDUCE, check=False).returncode == 0
-        except subprocess.TimeoutExpired:
-            done = False
-        store.set(f"{name}/{self.rank}", str(int(done)))
+        others = [f"{name}/{rank}" for rank in ranks if rank != self.rank]
+        with subprocess.Popen(argv) as process:
+            deadline = time.monotonic() + REDUCE
+            while process.poll() is None:
+                if time.monotonic() > deadline or any(_failed(store, other) for other in others):
+                    process.kill()  # without the other one it can only wait
+                time.sleep(0.05)
+        store.set(f"{name}/{self.rank}", str(int(process.returncode == 0)))
         return {rank: store.get(f"{name}/{rank}") == b"1" for rank in ranks}
 
     def _leave(self, store: dist.TCPStore, members: list[int]) -> None:
@@ -222,6 +225,10 @@ def _store(rank: int, world: int, *, client: bool = False) -> dist.TCPStore:
         timeout=datetime.timedelta(seconds=2 * GATHER + REDUCE),
         wait_for_workers=False,
     )
+
+
+def _failed(store: dist.TCPStore, key: str) -> bool:
+    return bool(store.check([key])) and store.get(key) == b"0"
 
 
 def _first(found: list[str]) -> str:
