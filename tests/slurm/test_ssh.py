@@ -304,6 +304,13 @@ def nobody(laptop):
     laptop.change(login={"host": "127.0.0.1", "options": {**laptop.server.options, "Port": "1"}})
 
 
+def mute(laptop):
+    """Somebody takes the call and never says a word."""
+    laptop.silence = socket.create_server(("127.0.0.1", 0))
+    options = {**laptop.server.options, "Port": str(laptop.silence.getsockname()[1]), "ConnectTimeout": "2"}
+    laptop.change(login={"host": "127.0.0.1", "options": options})
+
+
 def no_such_host(laptop):
     laptop.change(login={"host": "nowhere.invalid"})
 
@@ -349,6 +356,7 @@ def minimal(laptop, more: str) -> None:
         (changed_host, r"(?s)login node 127.0.0.1: .*verification failed.*isn't the one"),
         (unknown_host, r"(?s)login node 127.0.0.1: .*isn't known here: connect once"),
         (nobody, r"login node 127.0.0.1: .*port 1: Connection refused"),
+        (mute, r"login node 127.0.0.1: .*timed out.*\n.*does this machine's network reach it"),
         (no_such_host, r"login node nowhere.invalid: .*Could not resolve"),
         (no_ssh, r"ssh: not found on this machine's PATH"),
         (no_rsync, r"rsync: not found on this machine's PATH"),
