@@ -107,6 +107,7 @@ def requests(
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     stop_token=-1 if body.ignore_eos else model.tokenizer.eos,
+                    json=isinstance(body, ChatBody) and body.as_json,
                 )
             )
     return made

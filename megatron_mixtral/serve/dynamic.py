@@ -6,6 +6,7 @@ of prompts (all logits only in the steps that need them) and cancelling.
 
 import faulthandler
 import signal
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,7 +166,14 @@ class _NoTokenizer:
 
 
 def build(
-    model: GPTModel, *, requests: int, step_tokens: int, context_tokens: int, page: int, cache_bytes: int
+    model: GPTModel,
+    *,
+    requests: int,
+    step_tokens: int,
+    context_tokens: int,
+    page: int,
+    cache_bytes: int,
+    vocabulary: Callable[[], Sequence[bytes | None]] = list,
 ) -> Engine:
     """The engine around `model`: at most `requests` at once, `step_tokens` a step, `context_tokens` each.
 
@@ -182,7 +190,7 @@ def build(
         block_size_tokens=page,
         buffer_size_gb=cache_bytes / GIB,
     )
-    controller = Controller(wrapper, _NoTokenizer(), sampler=Sampler(), **controller_options)
+    controller = Controller(wrapper, _NoTokenizer(), sampler=Sampler(vocabulary), **controller_options)
     engine = Engine(controller, context, **engine_options)
     if mcore.HAVE_GPU:
         _speed_up(controller, model)

@@ -3,6 +3,7 @@
 It ends with 0 on SIGTERM or the early warning, after a drain; with 1, and word to every client, when a rank dies.
 """
 
+import functools
 import logging
 import os
 import queue
@@ -116,6 +117,7 @@ def check_numbers(config: ServeConfig) -> None:
 def load(setup: Setup, log: EventLog) -> Any:
     """This rank's replica of the model."""
     from megatron_mixtral import loading, mcore, model
+    from megatron_mixtral.serve import grammar
     from megatron_mixtral.serve.replica import Replica, Sizes
 
     config, started = setup.config, time.monotonic()
@@ -124,7 +126,8 @@ def load(setup: Setup, log: EventLog) -> Any:
     progress = Progress(loading.size(part), label="loading", events=log)
     loading.load(part, setup.folder, base=config.base, progress=progress.add)
     progress.finish()
-    replica = Replica(part, Sizes(requests=config.max_batch, context_tokens=config.max_tokens))
+    sizes = Sizes(requests=config.max_batch, context_tokens=config.max_tokens)
+    replica = Replica(part, sizes, functools.cache(lambda: grammar.token_bytes(tokenizer.load(setup.folder))))
     log.write("load", path=str(setup.folder), seconds=round(time.monotonic() - started, 3))
     return replica
 

@@ -3,6 +3,7 @@
 All ranks of a replica make the same calls in the same order; each then knows the same tokens.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,9 @@ class Sizes:
 class Replica:
     """The engine of this rank's replica."""
 
-    def __init__(self, model: GPTModel, sizes: Sizes) -> None:
+    def __init__(
+        self, model: GPTModel, sizes: Sizes, vocabulary: Callable[[], Sequence[bytes | None]] = list
+    ) -> None:
         self._model = model
         self._engine = dynamic.build(
             model,
@@ -40,6 +43,7 @@ class Replica:
             context_tokens=sizes.context_tokens,
             page=sizes.page,
             cache_bytes=_cache_bytes(model, sizes),
+            vocabulary=vocabulary,
         )
         self._controller = self._engine.controller
 

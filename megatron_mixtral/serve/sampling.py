@@ -6,13 +6,16 @@ keeps in a batch nor the number of ranks changes its tokens.  Shapes: n = reques
 
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megatron_mixtral.serve.grammar import Writer
 from megatron_mixtral.serve.wire import Request, Top
 
+REDRAWS = 64
 COLDEST = 1e-4  # below it a temperature is greedy: dividing by it would overflow
 
 
@@ -24,6 +27,7 @@ class Draws:
     random: random.Random
     counts: Counter[int] = field(default_factory=Counter)
     scored: int = 0  # prompt tokens whose log probability was given out
+    writer: Writer | None = None  # of an answer whose form is fixed
 
     @property
     def shifts_logits(self) -> bool:
@@ -41,13 +45,18 @@ class Choice:
 
 
 class Sampler:
-    """Draws tokens for the requests it was told of; greedy where the temperature is 0 or top_k is 1."""
+    """Draws tokens for the requests it was told of; greedy where the temperature is 0 or top_k is 1.
 
-    def __init__(self) -> None:
+    `vocabulary` gives each token's bytes, for answers whose form is fixed.
+    """
+
+    def __init__(self, vocabulary: Callable[[], Sequence[bytes | None]] = list) -> None:
         self._draws: dict[int, Draws] = {}
+        self._vocabulary = vocabulary
 
     def add(self, request: Request) -> None:
-        self._draws[request.id] = Draws(request, random.Random(request.seed))
+        writer = Writer(self._vocabulary(), request.stop_token) if request.json else None
+        self._draws[request.id] = Draws(request, random.Random(request.seed), writer=writer)
 
     def drop(self, request: int) -> None:
         self._draws.pop(request, None)
@@ -91,6 +100,27 @@ class Sampler:
         return shifted
 
     def _draw(self, logits_nv: Tensor, draws: list[Draws]) -> list[int]:
+        tokens = self._draw_freely(logits_nv, draws)
+        for i, one in enumerate(draws):
+            if one.writer:
+                tokens[i] = self._fitting(logits_nv[i], one, one.writer, tokens[i])
+        return tokens
+
+    def _fitting(self, logits_v: Tensor, one: Draws, writer: Writer, token: int) -> int:
+        """`token`, or what is drawn in its place until one fits; after many that don't, the likeliest that does."""
+        left_v = logits_v.clone()
+        for _ in range(REDRAWS):
+            if writer.fits(token):
+                break
+            left_v[token] = torch.finfo(left_v.dtype).min
+            token = self._draw_freely(left_v.unsqueeze(0), [one])[0]
+        else:
+            order = torch.argsort(left_v, descending=True, stable=True).tolist()
+            token = next(token for token in order if writer.fits(token))
+        writer.take(token)
+        return token
+
+    def _draw_freely(self, logits_nv: Tensor, draws: list[Draws]) -> list[int]:
         tokens = logits_nv.argmax(dim=-1).tolist()
         rows = [i for i, s in enumerate(draws) if s.request.temperature >= COLDEST and s.request.top_k != 1]
         if not rows:

@@ -111,7 +111,7 @@ class Message(BaseModel):
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
 
 
 class ChatBody(Sampled):
@@ -126,4 +126,10 @@ class ChatBody(Sampled):
     def _consistent(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
+        if self.as_json and self.ignore_eos:
+            raise ValueError("a JSON object ends where it is closed: response_format doesn't go with ignore_eos")
         return self
+
+    @property
+    def as_json(self) -> bool:
+        return self.response_format is not None and self.response_format.type == "json_object"

@@ -27,6 +27,7 @@ class Request:
     logprobs: int | None = None  # how many alternatives beside each token's own; None gives neither
     prompt_logprobs: bool = False
     stop_token: int = -1  # ends the text, is part of the answer's ids; -1 for none
+    json: bool = False  # the text is a JSON object
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

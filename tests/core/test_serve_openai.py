@@ -2,12 +2,14 @@
 
 import asyncio
 import itertools
+import json
 
 import openai
 import pytest
 import serving
 
 from megatron_mixtral import tokenizer
+from megatron_mixtral.serve import grammar
 
 TEXT = "The quick brown fox"
 
@@ -213,6 +215,31 @@ def test_bias_and_penalties_reach_the_sampler(client, words):
     assert penalised.choices[0].text.count("Hello") <= 1
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_json_object_is_one_or_the_beginning_of_one(client, words, temperature):
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "A JSON object, please"}],
+        "response_format": {"type": "json_object"},
+        "temperature": temperature,
+        "seed": 5,
+        "n": 3,
+    }
+    cut = client.chat.completions.create(**body, max_tokens=24)
+    for choice in cut.choices:
+        state = grammar.State()
+        for byte in choice.message.content.encode():
+            state = grammar.step(state, byte)
+        assert state.complete == (choice.finish_reason == "stop")
+    # This model says anything; one that leans to quotes and brackets comes to an end.
+    leaning = {str(words.encode(f"a{mark}")[-1]): weight for mark, weight in (('"', 70), ("}", 60))}
+    whole = client.chat.completions.create(**body, max_tokens=40, logit_bias=leaning, logprobs=True)
+    for choice in whole.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(json.loads(choice.message.content), dict)
+        assert choice.logprobs.content[-1].token == "</s>"
+
+
 def test_seeds_repeat_and_differ(client):
     def texts(seed):
         reply = client.completions.create(model="tiny", prompt=TEXT, max_tokens=8, seed=seed, n=2)
@@ -267,8 +294,6 @@ def test_models(client):
     ],
 )
 def test_mistakes_are_named(running, body, param, says):
-    import json
-
     headers = {"Content-Type": "application/json"}  # httpx's own encoder refuses what json.dumps lets through
     reply = running.client().post("/v1/completions", content=json.dumps(body), headers=headers)
     assert reply.status_code == 400, reply.text
@@ -299,7 +324,7 @@ def test_what_is_no_json_object_is_told_so(running, content, kind):
         ({"messages": [{"role": "user", "content": ""}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": []}, "tools"),
         (
-            {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}},
+            {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
             "response_format",
         ),
         ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 3}, None),
