@@ -454,6 +454,15 @@ EXCEPTION = Cause(
         r"^(?:\[rank\d+\]:\s*)?(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b(?::|$)",
     ),
 )
+# Where no rank left a code of its own: srun's word on a node. After a failure it says the same of the slow ones.
+NODE_LOST = Cause(
+    name="node_lost",
+    title="everything on a node was killed at once",
+    meaning="Its ranks had no time to leave a word: the node went down, or something killed the job there.",
+    advice=(RETRY, MARK, "`sinfo -R` and the node's own log may say what happened"),
+    host=(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: Killed",),
+    bad_node=True,
+)
 CANCELLED = Cause(
     name="cancelled",
     title="it was cancelled",

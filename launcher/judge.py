@@ -72,7 +72,9 @@ def _found(evidence: Evidence) -> Finding:
     ended = evidence.first is None or evidence.first.code in ENDED_BY_OTHERS
     if host and not (own and not ended and host.cause.name in NOT_FIRST):
         return host
-    return rank or _of_code(evidence, _echoes(evidence)) or _of_nothing(evidence)
+    if own or not ended:
+        return rank or _of_code(evidence, _echoes(evidence)) or _of_nothing(evidence)
+    return _of_lost_node(evidence) or rank or _of_code(evidence, _echoes(evidence)) or _of_nothing(evidence)
 
 
 # --- the host ----------------------------------------------------------------------------------------------------
@@ -98,6 +100,16 @@ def _host_finding(evidence: Evidence, cause: Cause, matches: "list[tuple[Line, r
         nodes=tuple(dict.fromkeys(nodes)),
         lines=tuple(lines.values())[:SHOWN],
     )
+
+
+def _of_lost_node(evidence: Evidence) -> Finding | None:
+    """A node whose ranks were all killed, while those of others were told to end."""
+    first = evidence.first
+    if first and first.code == 137:
+        return None
+    matches = [(line, match) for line in evidence.host if (match := causes.NODE_LOST.match_host(line.text))]
+    others = [found for found in matches if not first or found[1]["node"] != first.node]
+    return _host_finding(evidence, causes.NODE_LOST, others[:1]) if others else None
 
 
 def _expanded(text: str | None) -> list[str]:

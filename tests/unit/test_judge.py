@@ -65,6 +65,9 @@ RECORDED = {
     "node_failure_requeued": Expected(
         cause="cancelled", state="CANCELLED", attempt=1, code=143, says="CANCELLED AT"
     ),
+    "node_lost": Expected(
+        cause="node_lost", rank=2, nodes=("sandbox1",), bad=("sandbox1",), code=143, says="tasks 2-3: Killed"
+    ),
     "preempted": Expected(cause="preempted", code=143, says="PreemptTime="),
     "no_pyxis": Expected(cause="image", code=255, says="unrecognized option '--container-image"),
     "no_apptainer": Expected(cause="image", code=2, says="apptainer: No such file or directory"),
@@ -298,7 +301,15 @@ def test_long_logs_are_read_from_their_end(attempt, tmp_path):
     assert found.lines[0].number == 5001
 
 
-ALL = (*causes.HOST, *causes.RANK, *causes.EXITS, causes.EXCEPTION, causes.CANCELLED, causes.NO_OUTPUT)
+ALL = (
+    *causes.HOST,
+    *causes.RANK,
+    *causes.EXITS,
+    causes.EXCEPTION,
+    causes.NODE_LOST,
+    causes.CANCELLED,
+    causes.NO_OUTPUT,
+)
 
 
 @pytest.mark.parametrize("cause", ALL, ids=lambda cause: cause.name)
