@@ -72,9 +72,10 @@ class ExpertLoad:
         for module in (m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)):
             module.register_forward_hook(self._count)
 
-    @torch.no_grad()
     def _count(self, router: Any, _: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
-        if router.training and torch.is_grad_enabled():  # a pass that is recomputed is counted once
+        if not router.training or not torch.is_grad_enabled():
+            return  # validation, or a pass that will be computed again and counted then
+        with torch.no_grad():
             self._counts[router.layer_number - 1] += routed[1].reshape(-1, self._counts.shape[1]).sum(0)
 
     def take(self) -> list[float]:

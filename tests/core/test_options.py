@@ -1,0 +1,199 @@
+"""Every option of training does what it says, measured by what a run tells of itself."""
+
+import math
+
+import pytest
+from ranks import ranks
+from test_packing import finetuned, of_kind
+from test_train import world  # noqa: F401 (a fixture)
+
+PLAIN = {
+    "steps": 3,
+    "sequence_length": 32,
+    "micro_batch": 2,
+    "global_batch": 8,
+    "precision": "fp32",
+    "lr": 0.01,
+    "warmup_steps": 0,
+    "eval_steps": 0,
+    "save_interval": 1000,
+}
+
+
+def losses(told):
+    return of_kind(told, "step", "loss")
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):  # noqa: F811
+    """What runs of one process tell, by what was changed in them."""
+    folder = tmp_path_factory.mktemp("alone")
+    variants = {
+        "plain": {},
+        "full": {"recompute": "full"},
+        "selective": {"recompute": "selective"},
+        "capacity": {"capacity_factor": 0.5},
+        "padded": {"capacity_factor": 0.5, "pad_to_capacity": True},
+        "roomy": {"capacity_factor": 4.0},
+        "z_loss": {"z_loss": 0.1},
+        "router_fp32": {"router_fp32": True},
+        "frozen": {"freeze_router": True},
+        "board": {"tensorboard": True},
+        "spike": {"spike": 0.5, "steps": 30, "max_skipped": 100},
+        "late": {"warmup_steps": 7},
+    }
+    raw = {**PLAIN, "model": str(world), "data": str(world / "data")}
+    return ranks(1, finetuned, raw, variants, str(folder))[0], folder
+
+
+@pytest.mark.parametrize("name", ["full", "selective", "router_fp32", "roomy"])
+def test_what_only_costs_or_saves_memory_changes_no_loss(alone, name):
+    told, _ = alone
+    assert losses(told[name]) == pytest.approx(losses(told["plain"]), abs=1e-5)
+    assert of_kind(told[name], "step", "expert_load") == of_kind(told["plain"], "step", "expert_load")
+
+
+def test_a_capacity_drops_tokens_and_tells_how_many(alone):
+    told, _ = alone
+    assert all(share > 0.2 for share in of_kind(told["capacity"], "step", "tokens_dropped"))
+    assert losses(told["capacity"]) != losses(told["plain"])
+    assert losses(told["padded"]) == pytest.approx(losses(told["capacity"]), abs=1e-4)
+    assert of_kind(told["plain"], "step", "tokens_dropped") == [0.0] * 3
+    assert of_kind(told["roomy"], "step", "tokens_dropped") == [0.0] * 3
+
+
+def test_the_z_loss_pulls_on_the_router(alone):
+    told, _ = alone
+    assert of_kind(told["z_loss"], "step", "grad_norm")[0] != pytest.approx(
+        of_kind(told["plain"], "step", "grad_norm")[0], rel=1e-4
+    )
+    assert losses(told["z_loss"])[0] == losses(told["plain"])[0]
+
+
+def router_of(folder):
+    from test_train import tensors_of
+
+    (name,) = (n for n in tensors_of(folder) if n == "decoder.layers.mlp.router.weight")
+    return tensors_of(folder)[name]
+
+
+def test_a_frozen_router_stays_as_it_was(alone, world):  # noqa: F811
+    _, folder = alone
+    before = router_of(world / "release")
+    last = "checkpoints/iter_0000003"
+    assert (router_of(folder / "frozen" / last) == before).all()
+    assert (router_of(folder / "plain" / last) != before).any()
+
+
+def test_tensorboard_has_the_numbers_of_the_events(alone):
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    told, folder = alone
+    read = board.EventAccumulator(str(folder / "board" / "tensorboard")).Reload()
+    assert [s.step for s in read.Scalars("loss")] == [1, 2, 3]
+    assert [s.value for s in read.Scalars("loss")] == pytest.approx(losses(told["board"]), rel=1e-6)
+    assert "expert_load" in read.Tags()["scalars"]
+
+
+def test_updates_that_are_spikes_are_skipped_and_counted(alone):
+    """At a factor of a half nearly every norm is one, once there are enough to have a usual one."""
+    told, _ = alone
+    skipped = of_kind(told["spike"], "step", "skipped")
+    assert skipped[15] == 0
+    assert 3 <= skipped[-1] <= 14
+
+
+def test_a_warm_up_longer_than_the_run_is_cut(alone):
+    told, _ = alone
+    assert of_kind(told["late"], "step", "lr")[:2] == pytest.approx([0.005, 0.01])
+
+
+def test_a_step_tells_all_its_numbers(alone):
+    told, _ = alone
+    step = next(e for e in told["plain"] if e["event"] == "step")
+    names = "loss aux_loss lr grad_norm tokens_per_s tflops_per_gpu memory_gib expert_load data_wait tokens_dropped"
+    for name in names.split():
+        assert math.isfinite(step[name]), name
+    assert 1 <= step["expert_load"] <= step["expert_load_worst"] <= 4
+    # 64 = 2 layers x (attention 2 x 32 x 8 x 6 + 2 experts x 3 x 32 x 48 + router 32 x 4 + scores) + 64 x 32
+    per_token = 6 * (2 * (2 * 32 * 8 * 6 + 2 * 3 * 32 * 48 + 32 * 4) + 64 * 32 + 2 * 4 * 8 * 32)
+    assert step["tflops_per_gpu"] == pytest.approx(per_token * 256 / step["seconds"] / 1e12, abs=1e-4)
+
+
+def test_the_ways_of_overlapping_change_nothing(world, tmp_path):  # noqa: F811
+    """Two replicas whose experts are apart, with gradients and parameters under way or waited for."""
+    variants = {
+        "overlapped": {"eval_steps": 2, "eval_interval": 1, "validation": 0.2},
+        "waited": {
+            "overlap_grad_reduce": False,
+            "overlap_param_gather": False,
+            "eval_steps": 2,
+            "eval_interval": 1,
+        },
+    }
+    variants["waited"]["validation"] = 0.2
+    raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "layout": {"expert": 2}}
+    told = ranks(2, finetuned_together, raw, variants, str(tmp_path))[0]
+    assert losses(told["overlapped"]) == losses(told["waited"])
+    assert of_kind(told["overlapped"], "eval", "loss") == of_kind(told["waited"], "eval", "loss")
+
+
+def test_stages_of_uneven_length_change_nothing(world, tmp_path):  # noqa: F811
+    raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "layout": {"pipeline": 2}}
+    variants = {"even": {}, "uneven": {"first_stage_layers": 1}, "wrong": {"first_stage_layers": 2}}
+    told = ranks(2, finetuned_together, raw, variants, str(tmp_path))[0]
+    assert losses(told["uneven"]) == losses(told["even"])
+    assert (
+        told["wrong"]
+        == "2 layers - first 2 - last 0 = 0 for 1 stages of 2: not the same whole number, at least 1, for each"
+    )
+
+
+def finetuned_together(raw, variants, folder):
+    """As `finetuned`, by ranks that stay together; of a run that is refused, why."""
+    from megatron_mixtral import mcore
+    from megatron_mixtral.errors import JobError
+
+    mcore.shutdown = lambda: None
+    told = {}
+    for name, change in variants.items():
+        try:
+            told |= finetuned(raw, {name: change}, folder)
+        except JobError as error:
+            told[name] = str(error)
+    return told
+
+
+def spoil_one_replica(raw, folder):
+    """Two replicas of everything; one number of the second one changes by the smallest bit there is."""
+    from pathlib import Path
+
+    import torch
+
+    from megatron_mixtral import config, mcore, train
+    from megatron_mixtral.errors import JobError
+
+    step = train.Trainer._step
+
+    def step_and_spoil(self):
+        outcome = step(self)
+        if self.rank == 1 and outcome.step == 2:
+            weight = dict(self.parts.chunks[0].module.named_parameters())["decoder.layers.0.mlp.router.weight"]
+            with torch.no_grad():
+                weight.view(torch.int32)[0, 0] ^= 1
+        return outcome
+
+    train.Trainer._step = step_and_spoil
+    mcore.shutdown = lambda: None
+    try:
+        train.run(config.parse(config.FinetuneConfig, raw, where="config"), Path(folder))
+    except JobError as error:
+        return error.exit_code, str(error)
+    return 0, ""
+
+
+def test_replicas_that_differ_by_one_bit_are_found(world, tmp_path):  # noqa: F811
+    more = {"replica_check_interval": 1, "overlap_param_gather": False}
+    raw = {**PLAIN, "model": str(world), "data": str(world / "data"), **more}
+    for code, words in ranks(2, spoil_one_replica, raw, str(tmp_path)):
+        assert code == 1
+        assert "step 2: parameter decoder.layers.0.mlp.router.weight differs between ranks 0 and 1" in words
