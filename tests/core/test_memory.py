@@ -5,12 +5,14 @@ ranks shows that a step holds no more than they do.
 """
 
 import dataclasses
+import itertools
 
 import pytest
 from ranks import ranks
 
+from launcher import errors as launcher_errors
+from launcher import fit, memory, profile
 from launcher import layout as launcher_layout
-from launcher import memory
 
 SHAPES = launcher_layout.SHAPES
 SMALL = launcher_layout.Shape(
@@ -23,6 +25,7 @@ SMALL = launcher_layout.Shape(
     head_size=24,  # not hidden / heads
     vocabulary=131,  # odd: tensor parallelism pads it
 )
+WORK = fit.Batch(sequence=64, micro_batch=1, global_batch=64)
 LAYOUTS = [  # model, layout, world
     ("8x7B", {"pipeline": 4, "expert": 8}, 32),
     ("8x7B", {"pipeline": 2, "expert": 4}, 32),
@@ -214,3 +217,40 @@ def test_two_ranks_hold_after_a_step_what_was_told(expert):
     told = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     for real in ranks(2, bytes_after_a_step, expert):
         assert told <= real < 1.02 * told
+
+
+def test_stages_are_cut_here_as_there():
+    """Whatever the launcher lets through the job takes, layer by layer, and the reverse."""
+    from megatron_mixtral import tuning
+    from megatron_mixtral.config import FinetuneConfig, Layout
+    from megatron_mixtral.errors import LayoutError
+
+    def there(layers, pipeline, first, last):
+        layout = Layout(pipeline=pipeline)
+        config = FinetuneConfig(model="", data="", layout=layout, first_stage_layers=first, last_stage_layers=last)
+        try:
+            own = first or last
+            return tuple(tuning.stage_layers(config, layers) if own else layout.stages(layers))
+        except LayoutError:
+            return None
+
+    def here(layers, pipeline, first, last):
+        try:
+            return dataclasses.replace(SMALL, layers=layers).stages(pipeline, first, last)
+        except launcher_errors.LayoutError:
+            return None
+
+    cases = itertools.product((4, 7, 12), (1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2, 5))
+    told = {case: (here(*case), there(*case)) for case in cases}
+    assert {case: pair for case, pair in told.items() if pair[0] != pair[1]} == {}
+
+
+def test_context_parallelism_is_refused_as_the_job_refuses_it(allocated):
+    from megatron_mixtral.errors import LayoutError
+
+    with pytest.raises(LayoutError, match="context parallel 2"):
+        allocated(SMALL, {"context": 2}, 2, 0)
+    cut = launcher_layout.Layout(context=2)
+    ask = fit.Request(cluster=profile.load("selene"), layout=cut, shape=SMALL, work=WORK)
+    with pytest.raises(launcher_errors.LayoutError, match="--cp: 2"):
+        fit.study(ask)

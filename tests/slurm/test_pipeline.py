@@ -14,7 +14,7 @@ import yaml
 from hub import serving
 from running import story, wait_until
 
-from launcher import jobs, pipeline, runs, slurm
+from launcher import jobs, overview, pipeline, report, runs, slurm
 from launcher.errors import Interrupted, SubmitError, UsageError
 from megatron_mixtral.config import TinyConfig
 from megatron_mixtral.tiny import make
@@ -65,6 +65,9 @@ def test_each_step_waits_for_those_that_make_its_inputs(chain, site):
     told = slurm.call("scontrol", "--oneliner", "show", "job", ids["export"], environment=site.environment)
     assert f"Dependency=afterok:{ids['finetune']}" in told
     assert "dependency" not in (started[4].path / "job.sbatch").read_text()  # it can be submitted again by hand
+    wait_until(lambda: runs.state_of(started[4]).reason == "Dependency", 30, started[0])
+    [known] = report.Reporter()([started[4]])
+    assert overview.note(known) == f"step 5 of 5, after {started[3].name}"
     ended(started)
     assert set(states(started).values()) == {"COMPLETED"}, story(started[3])
     assert len(list((started[3].path / "logs").glob("attempt_*"))) == 2
