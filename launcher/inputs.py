@@ -129,10 +129,8 @@ def require(plan: "JobPlan") -> None:
 
 def require_file_system(plan: "JobPlan") -> None:
     """`UsageError` unless this machine has the cluster's shared folders: a laptop's disk isn't Lustre."""
-    if plan.profile.is_local:
+    if plan.profile.is_local or plan.profile.login_node:
         return
-    if login := plan.profile.login_node:
-        raise UsageError(f"{plan.job}: this would fetch to this machine; give --as-job, or run it on {login.host}")
     for path in plan.outputs:
         if not Path(path).parent.exists():
             raise UsageError(

@@ -413,6 +413,17 @@ def test_text_of_the_laptop_is_brought_to_the_job(laptop, stub, finish):
         assert f"{option}: './out' starts from a folder of this machine" in said
 
 
+def test_a_download_runs_on_the_login_node(laptop, stub):
+    laptop.environment |= {"HF_TOKEN": "s3cr3t"}
+    laptop.change(python=stub('echo "$4 ${#HF_TOKEN}"; cat "${@: -1}"; exit 3'))
+    said = laptop.types("download", "me/Model", code=3)
+    assert said.startswith("download 6\nrepo: me/Model\n")
+    assert f"output: {laptop.far}/models/Model" in said
+    assert not laptop.there()
+    laptop.change(container={"runtime": "apptainer", "image": "/x.sif"})
+    assert "in a container; give --as-job" in laptop.types("download", "me/Model", code=2)
+
+
 def test_a_pipeline_is_submitted_from_a_laptop(laptop, stub, finish):
     """Each job after those whose output it needs, with text of the laptop's."""
     laptop.change(python=stub("cat $MIXLAUNCH_RUN/config.yaml"))
