@@ -158,7 +158,7 @@ class ClusterProfile(Part):
         if twice := set(self.secrets) & set(self.environment):
             name = min(twice)
             raise _mistake_at(f"{name} is a secret, and environment.{name} would show it", "environment", name)
-        if self.binding.numa and len(self.binding.numa) != self.node.gpus:
+        if 0 < len(self.binding.numa) < self.node.gpus:  # more is fine: nodes of which a part is used
             message = f"{len(self.binding.numa)} NUMA nodes for {self.node.gpus} GPUs (node.gpus); give one a GPU"
             raise _mistake_at(f"binding.numa: {message}", "binding", "numa")
         self._check_local()

@@ -55,8 +55,8 @@ def _binding(plan: JobPlan) -> dict[str, str]:
 
 def _numa(plan: JobPlan) -> tuple[int, ...]:
     """The NUMA node of each rank of a node, where the job has all its GPUs: of some nobody knows which they are."""
-    whole = plan.gpus_per_node == plan.profile.node.gpus
-    return plan.profile.binding.numa if plan.gpus_per_node and whole else ()
+    whole = plan.gpus_per_node == len(plan.profile.binding.numa)
+    return plan.profile.binding.numa if whole else ()
 
 
 def _directives(plan: JobPlan, run_dir: str | None) -> Iterator[tuple[str, str | None]]:

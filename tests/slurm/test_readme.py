@@ -184,6 +184,13 @@ def extra(reader: Reader, command: str) -> None:
     assert "serve" in metadata("mixlaunch").get_all("Provides-Extra"), command
 
 
+def stands_on(reader: Reader, command: str) -> None:
+    """On selene's login node Slurm's commands need no telling; what is written is a profile that passes."""
+    conf = yaml.safe_load((reader.home / ".config" / "mixlaunch" / "clusters" / "selene.yaml").read_text())
+    reader.types(command, SLURM_CONF=conf["slurm_conf"])
+    reader.types("mixlaunch clusters check ours")
+
+
 # Commands that aren't done when they return, or want more than a shell around them.
 HOW = {
     f"mixlaunch download {REPO} --cluster selene": lambda r, c: r.types(c),
@@ -198,6 +205,7 @@ HOW = {
     "mixlaunch logs -f finetune": lambda r, c: r.follows(c, "32 ranks"),
     "mixlaunch resume finetune": lambda r, c: (r.types(c), r.types("mixlaunch cancel finetune")),
     "mixlaunch finetune --cluster selene --nodes 3": lambda r, c: r.types(c, code=2),
+    "mixlaunch clusters new ours": stands_on,
     "pip install .": fresh,
     "pip install '.[serve]'": extra,
 }

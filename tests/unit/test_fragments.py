@@ -95,6 +95,8 @@ def test_binding_is_srun_s_and_numactl_s(write_profile):
     # Two of eight GPUs: which ones isn't known here.
     assert "numactl" not in render.render(jobs.plan_serve(profile.read(path)))
     assert "numactl" not in render.render(jobs.plan_prepare(profile.read(path), files=("/x",)))
+    half = profile.read(path, ["node.gpus=4"])
+    assert "numactl" not in render.render(jobs.plan_finetune(half))
 
 
 def test_the_profile_s_gpu_binding_stands_over_ours(write_profile):
