@@ -225,6 +225,39 @@ def test_a_failed_run_is_explained_and_tried_again(laptop, stub, finish):
     assert re.search(rf"{run.job_id} .*COMPLETED", laptop.types("status"))
 
 
+def configure(laptop: Laptop, text: str) -> None:
+    """Give the laptop's user a configuration of ssh, which by itself looks in the real home only."""
+    (laptop.home / "config").write_text(text)
+    (laptop.bin / "ssh").unlink()
+    (laptop.bin / "ssh").write_text(f'#!/bin/bash\nexec {shutil.which("ssh")} -F {laptop.home}/config "$@"\n')
+    (laptop.bin / "ssh").chmod(0o755)
+
+
+def test_the_users_own_configuration_is_used_where_it_helps(laptop):
+    """An alias, and a shared connection of his own; but not what would turn our commands into something else."""
+    path = f"/tmp/mixlaunch-test-{os.getpid()}"
+    settings = {
+        **laptop.server.options,
+        "HostName": "127.0.0.1",
+        "ControlMaster": "auto",
+        "ControlPath": path,
+        "ControlPersist": "60",
+        "RemoteCommand": "echo no",
+        "RequestTTY": "force",
+        "LocalForward": f"127.0.0.1:{laptop.server.port} localhost:22",  # taken, as his other window has it
+        "ExitOnForwardFailure": "yes",
+    }
+    configure(laptop, "Host mine\n" + "".join(f"  {name} {value}\n" for name, value in settings.items()))
+    laptop.change(login={"host": "mine"})
+    try:
+        laptop.trains()
+        assert re.search(r"^finetune-\S+ ", laptop.types("status"), re.M)
+        assert laptop.server.connections == 1
+        assert Path(path).is_socket()
+    finally:
+        subprocess.run([str(laptop.bin / "ssh"), "-O", "exit", "mine"], capture_output=True)
+
+
 def test_a_log_is_followed_over_a_connection_that_breaks(laptop, stub):
     laptop.change(python=stub("for n in 1 2 3 4 5 6 7 8; do echo line $n; sleep 0.5; done"))
     laptop.trains()
@@ -621,10 +654,7 @@ def test_a_server_is_asked_through_a_tunnel(laptop, stub, host):
 def test_a_node_that_only_the_login_node_sees_is_reached_through_it(laptop, monkeypatch):
     """As the user's own configuration names it; the way to the login node is the connection that is open."""
     options = "\n".join(f"  {name} {value}" for name, value in laptop.server.options.items())
-    (laptop.home / "config").write_text(f"Host node1\n  HostName 127.0.0.1\n{options}\n")
-    (laptop.bin / "ssh").unlink()
-    (laptop.bin / "ssh").write_text(f'#!/bin/bash\nexec {shutil.which("ssh")} -F {laptop.home}/config "$@"\n')
-    (laptop.bin / "ssh").chmod(0o755)
+    configure(laptop, f"Host node1\n  HostName 127.0.0.1\n{options}\n")
     monkeypatch.setenv("PATH", str(laptop.bin), prepend=":")
     node = tunnel.behind(laptop.server.login, "node1")
     with socket.socket() as probe:
