@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launcher.states import State
 
 TAIL = 100_000  # bytes of a log that are looked at
+TERMINATED = 143
 COUNTED = 50_000_000
 PLACED = re.compile(r"^mixlaunch: \d+ ranks on (?P<nodes>[^,]\S*), rendezvous", re.M)
 ATTEMPT = re.compile(r"^mixlaunch: attempt (\d+) logs to ")
@@ -89,7 +90,8 @@ def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) ->
 def _first(run_dir: Path, attempt: int) -> Leaver | None:
     try:
         code, rank, node = (logs.path(run_dir, attempt).parent / "first_exit").read_text().split()
-        return Leaver(code=int(code), rank=int(rank), node=node)
+        # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.
+        return Leaver(code=TERMINATED if int(code) < 0 else int(code), rank=int(rank), node=node)
     except (OSError, ValueError):
         return None
 

@@ -261,6 +261,12 @@ def test_a_rank_that_failed_before_the_time_limit_is_the_cause(attempt):
     assert attempt({1: LOST}, first="143 1 gpu07", host=limit).cause.name == "time_limit"
 
 
+def test_a_code_that_bash_lost_is_that_of_its_signal(attempt):
+    killed = "srun: error: gpu08: tasks 2-3: Killed\n"
+    found = attempt({}, first="-1 0 gpu07", host=killed)
+    assert (found.cause.name, found.nodes, found.code) == ("node_lost", ("gpu08",), 143)
+
+
 def test_what_was_survived_isnt_the_cause(attempt):
     steps = "".join(f"step {n}\n" for n in range(300))
     found = attempt({1: f"OSError: [Errno 28] No space left on device\n{steps}"}, first="139 1 gpu07")
