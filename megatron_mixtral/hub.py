@@ -19,6 +19,7 @@ from megatron_mixtral.weights import Rows
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -160,7 +161,10 @@ def _header_entries(path: Path, size: int) -> tuple[list[tuple[str, Any]], int]:
     """Name and description of each tensor in the order of the data, and where the data begins."""
     try:
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            begin = stream.read(8)
+            if begin == LFS_POINTER[:8]:
+                raise InputError(f"{path}: a pointer of Git LFS, not the file; `git lfs pull` fetches it")
+            length = int.from_bytes(begin, "little")
             if size < 8 or length > size - 8:
                 raise InputError(f"{path}: truncated or no safetensors: {size} bytes, header of {length}")
             header = json.loads(stream.read(length))

@@ -55,7 +55,12 @@ def timed(*commands: list[str], env: dict[str, str] | None = None) -> tuple[floa
     """Seconds until all commands, started together, have ended well; the peak GiB of each."""
     begun = time.perf_counter()
     started = [
-        subprocess.Popen(command, env={**os.environ, **(env or {}), "RANK": str(rank)}, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            command,
+            env={**os.environ, **(env or {}), "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for rank, command in enumerate(commands)
     ]
     peaks = []

@@ -31,6 +31,7 @@ from megatron_mixtral.weights import hub_shapes
 
 TINY = MIXTRAL_8X7B | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "vocab_size": 999}
 SHARED_MEMORY = Path("/dev/shm")
+PATIENCE = 300.0  # seconds
 
 
 def make(folder: Path, config: dict) -> int:
@@ -108,7 +109,7 @@ def differing(built, shape: MixtralShape, digests: dict[str, str]) -> list[str]:
             planes.setdefault((shard.key, index), []).append((offset[axes], shard.data[own]))
     found = {}
     for link in links(shape):
-        rows, digest = link.megatron, found.setdefault(link.hub.name, blake3())
+        rows, digest = link.megatron, found.setdefault(link.hub.name, blake3(max_threads=blake3.AUTO))
         for first, plane in sorted(planes[rows.name, rows.index], key=lambda part: part[0]):
             part = plane[max(0, rows.start - first) : max(0, rows.stop - first)]
             digest.update(part.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
@@ -125,7 +126,8 @@ def main() -> None:
     parser.add_argument("--load", nargs=2, type=Path, metavar=("HUB", "CONVERTED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        return load(*options.load)
+        load(*options.load)
+        return
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 30e9
     where = options.folder or (SHARED_MEMORY if roomy else Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(dir=where) as name:
@@ -134,15 +136,33 @@ def main() -> None:
         print(f"{size / 1e9:.2f} GB made in {time.perf_counter() - begun:.1f} s")
         seconds, _ = converted(folder / "hub", folder / "megatron", "megatron", 2)
         print(f"converted by 2 processes in {seconds:.1f} s", flush=True)
-        for path in options.megatron_path or [None]:
-            paths = [str(path.absolute())] if path else []
-            paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-            paths.append(str(Path(__file__).resolve().parents[2]))
-            command = [sys.executable, __file__, "--load", str(folder / "hub"), str(folder / "megatron")]
-            # Compiling megatron-core's small helpers would take longer than all the rest.
-            more = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"}
-            subprocess.run(command, check=True, env={**os.environ, **more})
-    return None
+        paths = options.megatron_path or [None]
+        sys.exit(max(loaded_by(paths, folder / "hub", folder / "megatron")))
+
+
+def loaded_by(paths: list[Path | None], source: Path, folder: Path) -> list[int]:
+    """Exit codes of the processes that load it, one for each megatron-core, all at once; prints what they say."""
+    root = str(Path(__file__).resolve().parents[2])
+    started = []
+    for path in paths:
+        first = [str(path.absolute())] if path else []
+        search = [*first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), root]
+        # Compiling megatron-core's small helpers would take longer than all the rest.
+        more = {"PYTHONPATH": os.pathsep.join(search), "TORCHDYNAMO_DISABLE": "1"}
+        command = [sys.executable, __file__, "--load", str(source), str(folder)]
+        started.append(
+            subprocess.Popen(command, env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    codes = []
+    for process in started:
+        try:
+            said, _ = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        print(said.decode(errors="replace"), flush=True)
+        codes.append(abs(process.returncode))
+    return codes
 
 
 if __name__ == "__main__":

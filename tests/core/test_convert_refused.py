@@ -70,6 +70,10 @@ def garbage(hub):
     (hub / FIRST).write_bytes(b"\x10\0\0\0\0\0\0\0" + b"not a header at all")
 
 
+def pointer_of_git_lfs(hub):
+    (hub / FIRST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4892809584\n")
+
+
 def huge_header(hub):
     (hub / FIRST).write_bytes(b"\xff" * 64)
 
@@ -158,6 +162,7 @@ def other_model(hub):
         (cut_within_header, rf"{FIRST}: truncated"),
         (empty, rf"{FIRST}: truncated"),
         (garbage, rf"{FIRST}: damaged header"),
+        (pointer_of_git_lfs, rf"{FIRST}: a pointer of Git LFS.*git lfs pull"),
         (huge_header, rf"{FIRST}: truncated or no safetensors"),
         (longer, rf"{FIRST}: 7 bytes behind the last tensor"),
         (overlap, rf"{FIRST}: tensor \S+ begins at"),
