@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import sshd
 import yaml
 from click.testing import CliRunner
 
@@ -167,6 +169,28 @@ def test_exit_codes_and_json(right, tmp_path):
     silent = mixlaunch("clusters", "check", right, "-o", f"slurm_conf={nobody}")
     assert silent.exit_code == 1
     assert "scontrol" in silent.output
+
+
+def test_a_cluster_behind_a_login_node_is_checked_there(right, rich, tmp_path, monkeypatch):
+    """Slurm, paths and image are looked at over there: here is neither a Slurm nor sbatch."""
+    if not shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin"):
+        pytest.skip("no sshd")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    (tmp_path / "far").mkdir()
+    values = yaml.safe_load(right.read_text())
+    with sshd.running(tmp_path / "sshd", {"HOME": str(tmp_path / "far"), "PATH": os.environ["PATH"]}) as server:
+        values["login"] = {"host": "127.0.0.1", "options": server.options}
+        right.write_text(yaml.safe_dump(values))
+        ssh_alone = tmp_path / "bin"
+        ssh_alone.mkdir()
+        (ssh_alone / "ssh").symlink_to(shutil.which("ssh"))
+        with monkeypatch.context() as laptop:
+            laptop.setenv("PATH", str(ssh_alone))
+            findings = found(right)
+            wrong = found(right, "partition=gpus")
+        assert {f.what: f.why for f in findings.values() if f.verdict == "failed"} == {}
+        assert findings["sbatch --test-only"].verdict == findings["image"].verdict == "ok"
+        assert wrong["partition"].verdict == "failed"
 
 
 def test_the_style_that_the_cluster_takes_is_found(rich, monkeypatch, tmp_path):

@@ -60,7 +60,11 @@ def seconds(*words: str) -> float:
 
 
 def test_help_is_quick():
-    assert seconds("--help") < 0.3
+    assert seconds("--help") < 0.2
+
+
+def test_export_is_quick():
+    assert seconds("export", "finetune", "--cluster", "selene") < 0.5
 
 
 def test_help_imports_nothing_heavy():

@@ -3,12 +3,13 @@
 import os
 import shlex
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher import quoting
+from launcher import quoting, secrets_env
 from launcher.errors import UsageError
 
 CARRIED = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=40)
@@ -64,3 +65,28 @@ def test_names_are_plain(bad):
 def test_a_heredoc_cannot_be_ended_from_inside():
     with pytest.raises(UsageError, match="END"):
         quoting.heredoc("a: 1\nEND\nrm -rf", "END")
+
+
+SECRET = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=60)
+
+
+@settings(max_examples=20, deadline=None)
+@given(values=st.lists(SECRET, min_size=1, max_size=20))
+def test_bash_reads_back_every_secret(values, tmp_path_factory):
+    """Secrets may hold what no script can: newlines and control characters, too."""
+    run = tmp_path_factory.mktemp("run")
+    names = [f"SECRET_{index}" for index in range(len(values))]
+    plan = SimpleNamespace(job="prepare", secrets=tuple(names))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(names, values, strict=True):
+            patch.setenv(name, value)
+        secrets_env.write(plan, run)
+    assert (run / "secrets.env").stat().st_mode & 0o777 == 0o600
+    told = f'set -a; . "$1"; printf "%s\\0" {" ".join(f"${{{name}}}".join(chr(34) * 2) for name in names)}'
+    done = subprocess.run(
+        ["bash", "-c", told, "bash", str(run / "secrets.env")],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    assert done.stdout.decode().split("\0")[:-1] == values
