@@ -14,6 +14,7 @@ from launcher.cli_clusters import clusters
 from launcher.cli_nodes import nodes
 from launcher.cli_pipeline import pipeline_command
 from launcher.cli_plan import plan_command
+from launcher.cli_plot import plot
 from launcher.cli_runs import RUN_COMMANDS, roots_of
 from launcher.cli_sandbox import sandbox
 from launcher.errors import MixlaunchError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "The chain": ("download", "prepare", "convert", "finetune", "serve", "chat", "pipeline"),
     "Before you submit": ("plan", "export", "rehearse", "clusters", "sandbox"),
-    "Your runs": ("status", "logs", "explain", "resume", "retry", "cancel", "nodes"),
+    "Your runs": ("status", "logs", "plot", "explain", "resume", "retry", "cancel", "nodes"),
     "To see it all": ("demo", "completion"),
 }
 
@@ -258,7 +259,7 @@ def demo(text: Path | None, folder: Path) -> None:
 
 # --- commands of other modules -----------------------------------------------------------------------------------
 
-for _command in (pipeline_command, plan_command, *RUN_COMMANDS, nodes, clusters, sandbox):
+for _command in (pipeline_command, plan_command, *RUN_COMMANDS, plot, nodes, clusters, sandbox):
     cli.add_command(_command)
 
 

@@ -31,10 +31,10 @@ def draw(run_dir: Path, target: Path) -> Path:
     for number, panel in enumerate((above, below)):
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, loc="upper right")
-        for begun in _attempts(told):
-            label = "gone on from here" if not number and begun == _attempts(told)[0] else None
+        for order, begun in enumerate(_attempts(told)):
+            label = None if number or order else "where an attempt went on"
             panel.axvline(begun, color="#999999", linestyle=":", linewidth=1, label=label)
+        panel.legend(frameon=False, loc="upper right")
     figure.suptitle(run_dir.resolve().name)
     below.set_xlabel("step")
     figure.savefig(target, dpi=120)
@@ -54,7 +54,7 @@ def _attempts(told: list[dict[str, Any]]) -> list[int]:
 def _loss(panel: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
     x, y = _series(steps, "loss")
     panel.plot(x, y, color=GREY, linewidth=1, label="training loss")
-    panel.plot(x, smooth(y), color=BLUE, linewidth=2, label="its mean of late")
+    panel.plot(x, smooth(y), color=BLUE, linewidth=2, label="recent mean")
     if evals:
         panel.plot(*_series(evals, "loss"), "o-", color=ORANGE, markersize=4, label="validation loss")
     panel.set_ylabel("loss, nats a token")
