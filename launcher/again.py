@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from launcher.jobs import JobPlan
     from launcher.runs import Run
 
-COUNTS = ("faults", "came_back")  # what the script counts to know when to give up; another try starts them anew
+# What the script counts to know when to give up, and how it looks when it begins to count.
+COUNTS = {"faults": "- 0\n", "came_back": ""}
 
 
 def resume(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
@@ -57,7 +58,7 @@ def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
     from launcher import submit
 
     script = changed.path / states.SCRIPT
-    old, counts = script.read_text(), _taken(changed.path)
+    old, counts = script.read_text(), _reset(changed.path)
     try:
         job_id = submit.submit(_plan(changed, limit), text, changed.path)
     except Interrupted as interrupted:
@@ -77,11 +78,11 @@ def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
     runs.with_job(changed, job_id)
 
 
-def _taken(path: Path) -> dict[Path, str]:
-    """The script's counts, which are removed."""
+def _reset(path: Path) -> dict[Path, str]:
+    """The script's counts as they were; they begin anew."""
     counts = {path / name: (path / name).read_text() for name in COUNTS if (path / name).exists()}
     for count in counts:
-        count.unlink()
+        count.write_text(COUNTS[count.name])
     return counts
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import causes, evidence, hostlist, judge, logs, overview, runs, screen, slurm, waiting
+from launcher import causes, evidence, hostlist, judge, logs, mirror, overview, runs, screen, slurm, waiting
 from launcher.errors import Fault, UsageError
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _finding_dict(found: "Finding | None") -> dict[str, Any]:
         "lost_a_peer": list(found.echoes),
         "silent": list(found.silent),
         "notes": list(found.notes),
-        "lines": [{"log": str(line.log), "line": line.number, "text": line.text} for line in found.lines],
+        "lines": [{"log": mirror.shown(line.log), "line": line.number, "text": line.text} for line in found.lines],
     }
 
 
@@ -311,7 +311,7 @@ def _show_finding(found: "Finding") -> None:
         if line.log != log:
             log = line.log
             screen.say("")
-            screen.say(f"  {log}", "dim")
+            screen.say(f"  {mirror.shown(log)}", "dim")
         number = f"{line.number:>6}" if line.number else " " * 6
         screen.say(f"  {number}  {line.text[:240]}", "")
 

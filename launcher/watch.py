@@ -5,6 +5,7 @@ On a terminal one line moves; elsewhere a line comes now and then, for people an
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -119,27 +120,27 @@ def _print_log(run: "Run") -> None:
         print(line, flush=True)
 
 
-def log_lines(run: "Run", *, source: int | str, attempt: int | None, follow: bool) -> Iterator[str]:
-    """A log's lines; with `follow` as they come. Those of all ranks are headed by their rank."""
+def log_lines(
+    run: "Run", *, source: int | str, attempt: int | None, follow: bool, pattern: "re.Pattern[str] | None" = None
+) -> Iterator[str]:
+    """A log's lines that hold `pattern`, with `follow` as they come; those of all ranks headed by their rank."""
     if source == ALL:
-        yield from _all_lines(run, attempt, follow)
+        width = len(str(run.record["nodes"] * run.record["tasks_per_node"] - 1))
+        pairs = ((f"[{rank:>{width}}] ", line) for rank, line in _all_lines(run, attempt, follow))
     elif follow:
-        yield from logs.follow(run.path, source=source, attempt=attempt, active=active(run))
+        pairs = (("", line) for line in logs.follow(run.path, source=source, attempt=attempt, active=active(run)))
     else:
-        yield from logs.lines(logs.find(run.path, attempt=attempt, source=source))
+        pairs = (("", line) for line in logs.lines(logs.find(run.path, attempt=attempt, source=source)))
+    return (head + line for head, line in pairs if pattern is None or pattern.search(line))
 
 
-def _all_lines(run: "Run", attempt: int | None, follow: bool) -> Iterator[str]:
-    width = len(str(run.record["nodes"] * run.record["tasks_per_node"] - 1))
+def _all_lines(run: "Run", attempt: int | None, follow: bool) -> Iterator[tuple[int | str, str]]:
     if follow:
-        pairs = logs.follow_all(run.path, attempt=attempt, active=active(run))
-    else:
-        logs.find(run.path, attempt=attempt, source=logs.BATCH)
-        number = logs.attempts(run.path)[-1] if attempt is None else attempt
-        everyone = logs.ranks(run.path, number)
-        pairs = ((rank, line) for rank in everyone for line in logs.lines(logs.path(run.path, number, rank)))
-    for rank, line in pairs:
-        yield f"[{rank:>{width}}] {line}"
+        return logs.follow_all(run.path, attempt=attempt, active=active(run))
+    logs.find(run.path, attempt=attempt, source=logs.BATCH)
+    number = logs.attempts(run.path)[-1] if attempt is None else attempt
+    everyone = logs.ranks(run.path, number)
+    return ((rank, line) for rank in everyone for line in logs.lines(logs.path(run.path, number, rank)))
 
 
 def events(run: "Run") -> Iterator[dict[str, Any]]:

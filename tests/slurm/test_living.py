@@ -147,7 +147,7 @@ FAIL = {  # what one rank of four does, and what `explain` makes of it
 }
 
 
-def test_why_runs_failed(once, stub, finish):
+def test_why_runs_failed(once, stub, finish, site):
     """Several at once, two ranks a node: real ends, each with the rank and the node that began it."""
     started = {cause: runs.start(once(stub(does))) for cause, does in FAIL.items()}
     started["no_python"] = runs.start(once("/nowhere/python"))
@@ -161,6 +161,9 @@ def test_why_runs_failed(once, stub, finish):
         assert told["bad_nodes"] == {}
         assert told["lines"]
         assert told["advice"]
+        if cause == "killed":  # once Slurm has forgotten the job, its logs tell
+            forgotten = states.of_slurm({run.path: "1"}, site.environment)[run.path]
+            assert (forgotten.state, forgotten.exit_code, forgotten.source) == ("FAILED", 137, "logs")
         if cause in FAIL:
             second = logs.path(run.path, 0, logs.BATCH).read_text().split("rank 2 on ")[1].split()[0]
             assert (told["rank"], told["nodes"]) == (2, [second])
@@ -246,7 +249,7 @@ def test_garbage_from_sbatch_isnt_taken_for_the_job_before(failed, sbatch, site,
     assert jobs_of(site, failed) == tried.job_ids
     assert len(tried.job_ids) == 2
     assert finish(tried).exit_code == 7
-    assert not (failed.path / "faults").exists()
+    assert (failed.path / "faults").read_text() == "- 0\n"  # it may fail three times again
 
 
 def test_a_job_that_nobody_heard_of_is_adopted(failed, sbatch, site, monkeypatch):

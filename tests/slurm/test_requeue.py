@@ -4,7 +4,7 @@ import sys
 
 from running import rank_logs, wait_until
 
-from launcher import logs, processes, runs, slurm
+from launcher import explain, logs, processes, runs, slurm
 
 # In Python: the script starts ranks with USR2 ignored, and a shell can't listen to what it found ignored.
 LISTEN = """
@@ -99,6 +99,8 @@ def test_a_preempted_job_saves_in_its_grace_time_and_comes_back(plan, stub, fini
     assert finish(run, 120).state == "COMPLETED"
     assert rank_logs(run) == ["ready\nSIGTERM\n"] * 8
     assert len(logs.attempts(run.path)) == 2
+    [told] = explain.explain(run).earlier
+    assert told.cause.name == "preempted"
 
 
 def test_every_process_of_a_failed_job_is_gone(plan, stub, finish):

@@ -5,8 +5,10 @@ import threading
 import time
 
 import pytest
+from click.testing import CliRunner
 
 from launcher import logs
+from launcher.cli import cli
 from launcher.errors import UsageError
 
 
@@ -80,3 +82,66 @@ def test_the_newest_event_of_each_kind(tmp_path):
 
 def test_no_events_are_no_error(tmp_path):
     assert logs.newest(tmp_path) == {}
+
+
+def test_all_ranks_are_followed_at_once_those_that_come_later_too(tmp_path):
+    going = threading.Event()
+    going.set()
+
+    def job():
+        for attempt, rank, text in ((0, 0, "a\n"), (0, 1, "b\n"), (1, 1, "c\n"), (1, 0, "d")):
+            time.sleep(0.1)
+            write(tmp_path, attempt, rank, text)
+        going.clear()
+
+    writer = threading.Thread(target=job)
+    writer.start()
+    assert sorted(logs.follow_all(tmp_path, active=going.is_set)) == [(0, "a"), (0, "d"), (1, "b"), (1, "c")]
+    writer.join()
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch):
+    """`mixlaunch logs` about a run of three ranks and two attempts."""
+    record = {"schema": 1, "created": "2026-01-01", "jobs": ["1"], "nodes": 1, "tasks_per_node": 12}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    for attempt in (0, 1):
+        for rank in (0, 1, 10):
+            write(tmp_path, attempt, rank, f"rank {rank}\nattempt {attempt}\n")
+        write(tmp_path, attempt, "batch", "mixlaunch: done; exit 0\n")
+
+    def run(*argv):
+        return CliRunner().invoke(cli, ["logs", str(tmp_path), *argv])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argv", "printed"),
+    [
+        ((), "rank 0\nattempt 1\n"),
+        (("--rank", "10", "--attempt", "0"), "rank 10\nattempt 0\n"),
+        (("--batch",), "mixlaunch: done; exit 0\n"),
+        (("--rank", "all", "--grep", "^rank .$"), "[ 0] rank 0\n[ 1] rank 1\n"),
+        (("--grep", "ATTEMPT"), ""),
+        (("--grep", "(?i)ATTEMPT"), "attempt 1\n"),
+    ],
+)
+def test_what_is_asked_for_is_printed(typed, argv, printed):
+    done = typed(*argv)
+    assert (done.exit_code, done.output) == (0, printed)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--grep", "a(b"), "'a(b' isn't a regular expression: missing )"),
+        (("--rank", "first"), "'first' is neither a rank's number nor `all`"),
+        (("--rank", "-1"), "'-1' is neither"),
+        (("--rank", "7"), "no log of 7; there are: 0, 1, 10, batch"),
+        (("--rank", "all", "--attempt", "9"), "no attempt 9; there are: 0, 1"),
+    ],
+)
+def test_a_mistake_ends_with_2_and_is_named(typed, argv, said):
+    done = typed(*argv)
+    assert (done.exit_code, said in done.output) == (2, True), done.output
