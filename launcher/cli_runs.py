@@ -130,9 +130,8 @@ def show_logs(
 
     run = runs.find(name, roots_of(cluster))
     source = "batch" if batch else rank
-    for line in watch.log_lines(run, source=source, attempt=attempt, follow=follow):
-        if pattern is None or pattern.search(line):
-            click.echo(line)
+    for line in watch.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
+        click.echo(line)
 
 
 @of_cluster
