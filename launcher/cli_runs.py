@@ -163,9 +163,7 @@ def explain_run(
 @of_cluster
 @click.command()
 @click.argument("names", metavar="[RUN]...", nargs=-1)
-@click.option(
-    "--stuck", is_flag=True, help="Every run that waits for a job that failed, and so can't start."
-)
+@click.option("--stuck", is_flag=True, help="Every run that waits for a job that failed, and so can't start.")
 def cancel(names: tuple[str, ...], stuck: bool, cluster: str | None) -> None:
     """End runs: names, prefixes or job ids."""
     from launcher import pipeline, runs, screen

@@ -51,12 +51,17 @@ def sandbox_down() -> None:
 
 
 @sandbox.command("status")
-def sandbox_status() -> None:
+@click.option("--json", "as_json", is_flag=True, help="For programs: folder, state, dead daemons, nodes, jobs.")
+def sandbox_status(as_json: bool) -> None:
     """Say whether it is up and what its nodes do; exits with 1 when it isn't."""
     from launcher import sandbox as private
     from launcher import screen
 
     found = private.status()
+    if as_json:
+        told = {"folder": str(found.folder), "state": found.state, "dead": list(found.dead)}
+        screen.as_json(told | {"nodes": found.nodes, "jobs": found.jobs})
+        sys.exit(0 if found.state == "up" else 1)
     screen.say(f"sandbox is {found.state}: {found.folder}")
     screen.facts([("dead", ", ".join(found.dead)), *found.nodes.items()])
     sys.exit(0 if found.state == "up" else 1)
