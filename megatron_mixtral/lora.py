@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mixtral import layers, mcore
-from megatron_mixtral.adapters import Lora
+from megatron_mixtral.adapters import SIDES, Lora
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -80,6 +80,10 @@ class Pair(torch.nn.Module):
         self.lora_A = torch.nn.Parameter(lora_a.to(**place).contiguous())
         self.lora_B = torch.nn.Parameter(torch.zeros(*lora_a.shape[:-2], out, rank, **place))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Both, to be used: by this call megatron-core knows that the ranks' new values are wanted now."""
+        return self.lora_A, self.lora_B
+
 
 class AttentionAdapters(torch.nn.Module):
     """Of the query, key, value and output projections of one layer, cut as those are by tensor parallelism."""
@@ -112,20 +116,21 @@ class AttentionAdapters(torch.nn.Module):
 
     def qkv(self, x: Tensor) -> Tensor:
         """[S of this rank, B, H] -> [S, B, queries, key and value of each group in turn]."""
-        three = (self.q_proj, self.k_proj, self.v_proj)
-        low = F.linear(self._dropped(x), torch.cat([pair.lora_A for pair in three])) * self.scale
+        a, b = zip(*(pair() for pair in (self.q_proj, self.k_proj, self.v_proj)), strict=True)
+        low = F.linear(self._dropped(x), torch.cat(a)) * self.scale
         if self.parts > 1:
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
-        parts = zip(low.chunk(3, dim=-1), three, strict=True)
-        out = [F.linear(part, pair.lora_B).unflatten(-1, (self.groups, -1)) for part, pair in parts]
+        parts = zip(low.chunk(3, dim=-1), b, strict=True)
+        out = [F.linear(part, lora_b).unflatten(-1, (self.groups, -1)) for part, lora_b in parts]
         return torch.cat(out, dim=-1).flatten(-2)
 
     def proj(self, x: Tensor) -> Tensor:
         """[S, B, heads of this rank] -> [S of this rank, B, H]."""
-        low = F.linear(self._dropped(x), self.o_proj.lora_A) * self.scale
+        lora_a, lora_b = self.o_proj()
+        low = F.linear(self._dropped(x), lora_a) * self.scale
         if self.parts > 1:
             low = reduce_scatter_to_sequence_parallel_region(low)
-        return F.linear(low, self.o_proj.lora_B)
+        return F.linear(low, lora_b)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.dropout or not self.training:
@@ -187,7 +192,8 @@ class Experts(layers.Experts):
         return out + self._added("down_proj", inner, tokens_per_expert), None
 
     def _added(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        a, b = (self._whole(f"{name}.{side}", p) for side, p in self.adapters[name].named_parameters())
+        pair = zip(SIDES, self.adapters[name](), strict=True)
+        a, b = (self._whole(f"{name}.{side}", parameter) for side, parameter in pair)
         grouped = layers.grouped_mm_serves(a, b)
         low = layers.products(x, a, tokens_per_expert, grouped=grouped) * self.scale
         return layers.products(low, b, tokens_per_expert, grouped=grouped)
