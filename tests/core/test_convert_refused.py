@@ -184,8 +184,9 @@ def other_model(hub):
 )
 def test_a_bad_hub_folder_is_refused_by_file_and_tensor(hub, out, damage, words):
     damage(hub)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as raised:
         run(hub, out)
+    assert raised.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -291,8 +292,9 @@ def fewer_layers(folder):
 )
 def test_a_bad_weights_folder_is_refused_by_file_and_tensor(megatron, out, damage, words):
     damage(megatron)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words) as raised:
         run(megatron, out, to="hf")
+    assert raised.value.exit_code == 2
 
 
 def test_an_archive_of_something_else_is_refused(megatron, tmp_path):

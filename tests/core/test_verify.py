@@ -1,5 +1,9 @@
 """`verify` finds one changed bit in any tensor of a converted folder, of either kind."""
 
+import os
+import subprocess
+import sys
+
 import hub_folders
 import jobs
 import pytest
@@ -36,6 +40,24 @@ def test_one_changed_bit_is_found_wherever_it_is(converted, name, pattern):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"tensor {tensor}: not what was converted"):
         verify.run(VerifyConfig(folder=str(converted / name)), converted)
+
+
+def test_the_command_proves_it_and_names_what_has_changed(converted, monkeypatch):
+    def typed(*words):
+        argv = [sys.executable, "-m", "launcher", *words, "--cluster", "local"]
+        home = {"HOME": str(converted), "XDG_STATE_HOME": str(converted / "state")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MIXLAUNCH_", "XDG_"))}
+        done = subprocess.run(argv, env=environment | home, cwd=converted, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = typed("convert", "verify", "megatron", "-j", "2")
+    assert (code, "tensors as they were converted" in said) == (0, True), said
+    (path,) = (converted / "megatron").rglob("__0_0.distcp")
+    data = bytearray(path.read_bytes())
+    data[-1024] ^= 1  # among the last tensor's numbers
+    path.write_bytes(data)
+    code, said = typed("convert", "verify", "megatron")
+    assert (code, "tensor lm_head.weight: not what was converted" in said) == (2, True), said
 
 
 def test_two_processes_share_the_work(converted):
