@@ -143,7 +143,8 @@ def rsync(login: Login, *arguments: str) -> None:
     program = _program("rsync")
     # -s: paths go through rsync's own protocol, not through the far shell.
     argv = [program, "--protect-args", "--timeout=60", "--compress", *arguments]
-    environment = {**os.environ, "RSYNC_RSH": " ".join(map(_rsync_word, words(login)))}
+    shell = " ".join(map(_rsync_word, words(login)))
+    environment = {**os.environ, "RSYNC_RSH": shell, "LC_ALL": "C.UTF-8"}  # its complaints are read below
     done = subprocess.run(
         argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
@@ -152,7 +153,7 @@ def rsync(login: Login, *arguments: str) -> None:
     said = _last_line(done.stderr, r"^rsync: |is your shell clean")
     if re.search(r"(change_dir|link_stat) .* No such file", done.stderr):
         raise MissingError(f"login node {login.host}: rsync: {said}")
-    if re.search(r"rsync: (command )?not found", done.stderr):
+    if done.returncode == NOT_FOUND or re.search(r"rsync: (command )?not found", done.stderr):
         raise Fault(f"login node {login.host}: it has no rsync on its PATH; mixlaunch copies files with it")
     if "is your shell clean" in done.stderr:
         said += f"; what does `ssh {login.host} true` print? It must print nothing"

@@ -6,6 +6,7 @@ connection is lost, the next one reads it there, or claims the submission before
 
 import contextlib
 import json
+import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ SBATCH = """
 cd {run} || exit
 {find}
 command -v sbatch >/dev/null || exit {no_sbatch}
-mkdir submission/{number} || exit {given_up}
+mkdir submission/{claim} || exit {given_up}
 for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); do
   case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
 done
@@ -39,28 +40,28 @@ rm -f faults
 trap '' HUP PIPE
 limit=
 ! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
-$limit sbatch {options} {script} >submission/{number}/out 2>submission/{number}/err
-echo $? >submission/{number}/code.new
-mv submission/{number}/code.new submission/{number}/code
-cat submission/{number}/out
-cat submission/{number}/err >&2
-exit "$(cat submission/{number}/code)"
+$limit sbatch {options} {script} >submission/{claim}/out 2>submission/{claim}/err
+echo $? >submission/{claim}/code.new
+mv submission/{claim}/code.new submission/{claim}/code
+cat submission/{claim}/out
+cat submission/{claim}/err >&2
+exit "$(cat submission/{claim}/code)"
 """
 SETTLE = """
 cd {run} || exit
-if mkdir submission/{number} 2>/dev/null; then
+if mkdir submission/{claim} 2>/dev/null; then
   echo {never}
   exit
 fi
 waited=0
-while [ ! -e submission/{number}/code ] && [ $waited -lt {seconds} ]; do
+while [ ! -e submission/{claim}/code ] && [ $waited -lt {seconds} ]; do
   sleep 1
   waited=$((waited + 1))
 done
-[ -e submission/{number}/code ] || {{ echo {unknown}; exit; }}
-cat submission/{number}/out
-cat submission/{number}/err >&2
-exit "$(cat submission/{number}/code)"
+[ -e submission/{claim}/code ] || {{ echo {unknown}; exit; }}
+cat submission/{claim}/out
+cat submission/{claim}/err >&2
+exit "$(cat submission/{claim}/code)"
 """
 
 
@@ -74,11 +75,15 @@ def submit_far(
     (run / states.SCRIPT).write_text(text)
     there = mirror.original(run)
     number = len(json.loads((run / "run.json").read_text())["jobs"])
-    if number == 0:
-        _make(login, there)
     try:
-        _upload(login, run, there)
-        answer = _sbatch(login, text, there, number, environment, options)
+        if number == 0:
+            _make(login, there)
+        _upload(login, run, there, first=number == 0)
+    except Fault as fault:
+        raise SubmitError(f"{fault}\nNothing was submitted.") from fault
+    claim = f"{number}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
+    try:
+        answer = _sbatch(login, text, there, claim, environment, options)
         return submit.job_of(answer.code, answer.out, answer.err, there / states.SCRIPT, environment)
     except (Interrupted, UncertainError):
         raise
@@ -90,21 +95,30 @@ def submit_far(
 
 def noted(login: Login, there: Path, number: int) -> str | None:
     """The id in what sbatch said of a run's submission, if anything is kept of it."""
-    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/{number}/out")
+    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/{number}-*/out")
     match = submit.SUBMITTED.search(done.out)
     return match[1] if match else None
 
 
 def _make(login: Login, there: Path) -> None:
-    done = ssh.run(login, MAKE.format(parent=shlex.quote(str(there.parent)), run=shlex.quote(str(there))))
+    try:
+        done = ssh.run(login, MAKE.format(parent=shlex.quote(str(there.parent)), run=shlex.quote(str(there))))
+    except LostError:
+        _remove(login, there)  # it may have been made; nobody else's has its name
+        raise
     if done.code:
         raise SubmitError(f"run directory {login.host}:{there}: {done.said}")
 
 
-def _upload(login: Login, run: Path, there: Path) -> None:
+def _upload(login: Login, run: Path, there: Path, *, first: bool) -> None:
     """Modes travel with new files: secrets stay their owner's. Once they are there, none is left here."""
     files = [str(run / name) for name in UPLOADS if (run / name).exists()]
-    ssh.rsync(login, "-t", *files, ssh.far(login, f"{there}/"))
+    try:
+        ssh.rsync(login, "-t", *files, ssh.far(login, f"{there}/"))
+    except BaseException:
+        if first:
+            _remove(login, there)
+        raise
     (run / "secrets.env").unlink(missing_ok=True)
 
 
@@ -116,7 +130,7 @@ def _remove(login: Login, there: Path) -> None:
 
 
 def _sbatch(
-    login: Login, text: str, there: Path, number: int, environment: Mapping[str, str], options: Sequence[str]
+    login: Login, text: str, there: Path, claim: str, environment: Mapping[str, str], options: Sequence[str]
 ) -> Done:
     """What sbatch said, over a second connection if the first is lost."""
     exports = (f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name != ssh.LOGIN)
@@ -125,7 +139,7 @@ def _sbatch(
         find=ssh.FIND.format(program="sbatch"),
         no_sbatch=NO_SBATCH,
         given_up=GIVEN_UP,
-        number=number,
+        claim=claim,
         decided=" ".join(sorted(submit.decided_by(text))),
         exports="\n".join(exports),
         timeout=SBATCH_TIMEOUT,
@@ -135,9 +149,9 @@ def _sbatch(
     try:
         answer = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
     except LostError as lost:
-        return _settled(login, there, number, str(lost), environment)
+        return _settled(login, there, claim, str(lost), environment)
     except KeyboardInterrupt:
-        answer = _settled(login, there, number, "interrupted", environment)
+        answer = _settled(login, there, claim, "interrupted", environment)
         job_id = submit.job_of(answer.code, answer.out, answer.err, there / states.SCRIPT, environment)
         raise submit.interrupted(job_id) from None
     if answer.code == NO_SBATCH:
@@ -145,10 +159,10 @@ def _sbatch(
     return answer
 
 
-def _settled(login: Login, there: Path, number: int, why: str, environment: Mapping[str, str]) -> Done:
+def _settled(login: Login, there: Path, claim: str, why: str, environment: Mapping[str, str]) -> Done:
     """What became of a submission whose answer was lost: from its notes, from Slurm; it can't begin any more."""
     body = SETTLE.format(
-        run=shlex.quote(str(there)), number=number, never=NEVER, unknown=UNKNOWN, seconds=SBATCH_TIMEOUT + 5
+        run=shlex.quote(str(there)), claim=claim, never=NEVER, unknown=UNKNOWN, seconds=SBATCH_TIMEOUT + 5
     )
     try:
         done = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)

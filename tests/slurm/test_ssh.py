@@ -217,6 +217,9 @@ def test_a_failed_run_is_explained_and_tried_again(laptop, stub, finish):
     [run] = laptop.there()
     assert finish(run).exit_code == 2
     assert "no space left" in laptop.types("explain", "finetune")
+    replace(laptop, "sbatch", "echo no, not now >&2; exit 1")
+    assert "Nothing was submitted" in laptop.types("retry", "finetune", code=1)
+    (laptop.far / "bin" / "sbatch").unlink()
     assert "as job" in laptop.types("retry", "finetune")
     [run] = laptop.there()
     assert len(run.job_ids) == 2
@@ -507,7 +510,7 @@ def test_a_connection_lost_before_the_submission_began_means_that_it_never_does(
     replace(
         laptop,
         "mkdir",
-        f'[ "$*" != submission/0 ] || [ -e {once} ] || {{ touch {once}; {CUT}; sleep 1; }}; "$REAL" "$@"',
+        f'[[ "$*" != submission/0-* ]] || [ -e {once} ] || {{ touch {once}; {CUT}; sleep 1; }}; "$REAL" "$@"',
     )
     said = laptop.trains(code=1)
     assert re.search(r"(?s)connection was lost.*Nothing was submitted", said)
