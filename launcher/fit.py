@@ -184,7 +184,8 @@ def _serving(outlook: Outlook, work: Serving) -> Outlook:
     room = memory.cache_room(shape, layout, work, gpu) if shape and gpu else None
     cached = work.cache_tokens if room is None else min(work.cache_tokens, max(room, 0))
     usage = memory.serving(shape, layout, work, cached) if shape else ()
-    return _with_verdict(replace(outlook, usage=usage, cache_room=room))
+    exchanges = tuple(_exchanges(outlook, work))
+    return _with_verdict(replace(outlook, usage=usage, cache_room=room, exchanges=exchanges))
 
 
 def gpu_bytes(request: Request) -> float | None:
@@ -232,26 +233,31 @@ def itemized(usage: Usage) -> str:
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in usage.parts.items() if size)
 
 
-def _exchanges(outlook: Outlook, work: Training) -> Iterator[Exchange]:
-    """What experts and tensor parallelism move, per layer and token, forward and backward."""
+def _exchanges(outlook: Outlook, work: Training | Serving) -> Iterator[Exchange]:
+    """What experts and tensor parallelism move, per layer and token: forward, and in training backward too."""
     layout, shape = outlook.request.layout, outlook.request.shape
     width = shape.hidden * memory.BYTES[work.precision] if shape else 0
-    again = 1.5 if work.recompute == "full" else 1.0
+    trains, again = isinstance(work, Training), 1.0
+    if isinstance(work, Training) and work.recompute == "full":
+        again = 1.5
     if layout.expert * layout.expert_tensor > 1:
         # Each copy of a token goes to its expert and comes back, once forward and once backward.
         chosen = shape.experts_a_token if shape else 0
-        yield _exchange(outlook, work, "EP", layout.expert * layout.expert_tensor, 4 * again * chosen * width)
+        copies = (4 if trains else 2) * again * chosen
+        yield _exchange(outlook, work, "EP", layout.expert * layout.expert_tensor, copies * width)
     if layout.tensor > 1:
         # The attention's input is gathered and its output scattered; the backward pass gathers the input once more.
-        yield _exchange(outlook, work, "TP", layout.tensor, 5 * again * width * layout.tensor)
+        yield _exchange(outlook, work, "TP", layout.tensor, (5 if trains else 2) * again * width * layout.tensor)
 
 
-def _exchange(outlook: Outlook, work: Training, axis: str, ranks: int, token_bytes: float) -> Exchange:
+def _exchange(outlook: Outlook, work: Training | Serving, axis: str, ranks: int, token_bytes: float) -> Exchange:
     """`token_bytes` per layer and kept token; what stays in the domain costs next to nothing."""
     node = outlook.request.cluster.node
     nvlink = node.nvlink_domain or node.gpus or ranks
     islands = outlook.placement.islands(ranks, nvlink)
     leaving = token_bytes * (1 - 1 / islands)
+    if not isinstance(work, Training):
+        return Exchange(axis=axis, ranks=ranks, islands=islands, token_bytes=leaving)
     tokens = memory.tokens_kept(outlook.request.layout, work) * work.micro_batches
     step_bytes = leaving * tokens * max(outlook.stages, default=0)
     return Exchange(

@@ -119,6 +119,14 @@ def test_experts_over_two_nodes_cost_fabric():
     assert outlooks.exchange_text(experts).endswith("32 GiB a GPU and step, about 1.4 s")
 
 
+def test_a_server_over_two_nodes_is_warned_of_too():
+    ask = request(gpus=4, expert=8)
+    [experts] = fit.study(dataclasses.replace(ask, work=Serving(requests=64, tokens=4096))).exchanges
+    assert (experts.axis, experts.islands) == ("EP", 2)
+    assert experts.token_bytes == 2 * 2 * 4096 * 2 / 2  # there is no backward pass
+    assert outlooks.exchange_text(experts).endswith("16 KiB a token and layer over the fabric")
+
+
 def test_a_server_that_cannot_hold_one_request_is_refused():
     work = Serving(requests=64, tokens=4096)
     ask = dataclasses.replace(request(), work=work, layout=Layout())
