@@ -97,6 +97,9 @@ def _facts(plan: JobPlan) -> Iterator[str]:
 
 def _course(plan: JobPlan) -> Iterator[str]:
     """What the script does when something happens."""
+    if plan.resumable and not plan.retried:
+        yield "A fault ends it; after a preemption Slurm queues it again."
+        return
     if not plan.resumable:
         yield "It runs once: a fault ends it, and it isn't queued again."
         return

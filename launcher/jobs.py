@@ -136,6 +136,11 @@ class JobPlan:
         return max(1, node.cpus // node.gpus * (self.gpus_per_node // self.tasks_per_node))
 
     @property
+    def retried(self) -> bool:
+        """Whether it starts again after a fault. A server doesn't: its clients were told already."""
+        return self.resumable and self.job != "serve"
+
+    @property
     def memory(self) -> str | None:
         """What `--mem` asks for: everything on exclusive nodes, else the job's share of the profile's memory."""
         node = self.profile.node

@@ -165,11 +165,17 @@ def plan_facts(plan: "JobPlan") -> list[tuple[str, str]]:
         ("ranks", spread),
         ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
         ("limit", "" if profile.is_local else plan.time),
-        ("retried", "after a fault or a preemption" if plan.resumable else "never"),
+        ("retried", _retried(plan)),
         *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
         *(("output", path) for path in plan.outputs),
         ("secrets", ", ".join(map(_with_value, secrets_env.carried(plan)))),
     ]
+
+
+def _retried(plan: "JobPlan") -> str:
+    if plan.retried:
+        return "after a fault or a preemption"
+    return "after a preemption" if plan.resumable and not plan.profile.is_local else "never"
 
 
 def _with_state(path: str) -> str:

@@ -134,26 +134,4 @@ finish() {
   exit "$code"
 }
 [ "$code" -ne 0 ] || finish "done"
-[ "$code" -ne 2 ] || finish "a mistake in what was asked for, so not retried"
-again() {
-  [ -z "$ended" ] || finish "$1, but the job was told to end"
-  echo "mixlaunch: $1; starting again"
-  exec bash "$0"
-}
-[ "$code" -ne 85 ] || again "everything is saved"
-
-# A fault is worth another try while the run gets further, or has failed fewer than three times at one place.
-newest_checkpoint() {
-  local marker newest=none
-  for marker in "$MIXLAUNCH_RUN"/checkpoints/iter_*/mixlaunch.json; do
-    [ ! -e "$marker" ] || newest=$(basename "$(dirname "$marker")")
-  done
-  echo "$newest"
-}
-at=$(newest_checkpoint) last="" faults=0
-[ ! -r "$MIXLAUNCH_RUN/faults" ] || read -r last faults <"$MIXLAUNCH_RUN/faults"
-[ "$at" = "$last" ] || faults=0
-faults=$((faults + 1))
-echo "$at $faults" >"$MIXLAUNCH_RUN/faults"
-[ "$faults" -lt 3 ] || finish "3 faults without a newer checkpoint than $at"
-again "fault $faults with $at as the newest checkpoint"
+finish "failed, and this job isn't retried"
