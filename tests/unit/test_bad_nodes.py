@@ -32,6 +32,7 @@ def run(*argv):
 def test_an_entry_holds_until_it_expires(cluster):
     bad_nodes.add(cluster, {"gpu07": "fell off the bus"}, DAY)
     bad_nodes.add(cluster, {"gpu08": "slow"}, datetime.timedelta(seconds=-1))
+    assert [entry.node for entry in bad_nodes.read(cluster)] == ["gpu07"]
     bad_nodes.add(cluster, {"gpu09": "for good"}, None)
     assert [(e.node, e.reason, e.until is None) for e in bad_nodes.read(cluster)] == [
         ("gpu07", "fell off the bus", False),

@@ -122,6 +122,7 @@ def test_attempts_are_judged_apart(recorded):
     found = judged(run, 0)
     assert (found.cause.name, found.bad_nodes) == ("node_failure", ("sandbox3",))
     assert all("12:46:35" in line.text or "Node failure" in line.text for line in found.lines)
+    assert all("12:46:48" in line.text for line in judged(run, 1, "CANCELLED").lines)
 
 
 def test_an_attempt_that_did_its_work_has_no_cause(recorded):
