@@ -39,11 +39,16 @@ class Finding:
 
 def check(profile: ClusterProfile) -> Iterator[Finding]:
     """Every finding about `profile`, in the order in which one would ask; `Fault` if Slurm can't be asked."""
-    if not profile.is_local:
+    there = not profile.is_local
+    if there and profile.slurm_conf:
+        seen = _readable(profile, {"slurm_conf": profile.slurm_conf})
+        there = all(finding.verdict == "ok" for finding in seen)  # else nobody answers, after a long wait
+        yield from seen
+    if there:
         yield from _of_slurm(profile, site.ask(profile.slurm_environment))
     yield from _paths(profile)
     yield from _script(profile)
-    if not profile.is_local:
+    if there:
         yield _test_only(profile)
 
 
@@ -241,11 +246,7 @@ def _paths(profile: ClusterProfile) -> Iterator[Finding]:
             yield _failed(what, f"{base} isn't a folder that you can write in")
         else:
             yield _ok(what, path if base == path else f"{path} (will be made below {base})")
-    files = dict(_files(profile))
-    if files:
-        said = slurm.call("sh", "-c", PROBE, "sh", *files.values(), environment=environment)
-        for (what, path), seen in zip(files.items(), said.splitlines(), strict=True):
-            yield _ok(what, path) if seen == "r" else _failed(what, f"{path} isn't here or can't be read")
+    yield from _readable(profile, dict(_files(profile)))
     if profile.in_container:
         yield _runtime(profile)
     yield from _elsewhere(profile)
@@ -264,6 +265,15 @@ def _runtime(profile: ClusterProfile) -> Finding:
         return _unknown(name, "isn't on PATH here; compute nodes may have it")
 
 
+def _readable(profile: ClusterProfile, files: dict[str, str]) -> list[Finding]:
+    """A finding for each file: whether it is there and can be read."""
+    said = slurm.call("sh", "-c", PROBE, "sh", *files.values(), environment=profile.slurm_environment)
+    return [
+        _ok(what, path) if seen == "r" else _failed(what, f"{path} isn't here or can't be read")
+        for (what, path), seen in zip(files.items(), said.splitlines(), strict=True)
+    ]
+
+
 def _files(profile: ClusterProfile) -> Iterator[tuple[str, str]]:
     container = profile.container
     if container.image and container.image.startswith("/"):
@@ -272,8 +282,6 @@ def _files(profile: ClusterProfile) -> Iterator[tuple[str, str]]:
         yield f"mount {mount}", mount.partition(":")[0]
     if not profile.in_container and profile.python.startswith("/"):
         yield "python", profile.python
-    if profile.slurm_conf:
-        yield "slurm_conf", profile.slurm_conf
 
 
 def _elsewhere(profile: ClusterProfile) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from launcher.sandbox_config import Shape
 RICH = Shape(
     nodes=2,
     gpus=4,
+    gpu_type="a100",
     cpus=32,
     memory_gb=256,
     partitions=(("cpu", 1), ("gpu", 1)),
@@ -130,10 +131,12 @@ WRONG = [
     ("reservation=theirs", "reservation", "there is no 'theirs'; there are: ours"),
     ("constraint=h100", "constraint", "no node of gpu has 'h100'; did you mean 'a100'?"),
     ("node.gpus=8", "GPUs a node", "nodes of gpu have 4 at most; node.gpus is 8"),
+    ("node.gpu_type=h100", "GPU type", "gpu has no h100; did you mean 'a100'?"),
     ("node.cpus=64", "cores a node", "nodes of gpu have 32 at most; node.cpus is 64"),
     ("node.memory_gb=512", "memory a node", "nodes of gpu have 256 GB at most"),
     ("time=1-00:00:00", "time limit", "1-00:00:00 is more than gpu gives: 8:00:00"),
     ("slurm_version=25.05", "Slurm version", "slurm_version 25.05 is newer"),
+    ("slurm_conf=/no/slurm.conf", "slurm_conf", "/no/slurm.conf isn't here"),
     ("container.image=/no/image.sif", "image", "/no/image.sif isn't here"),
     ("container.mounts=[/no/data]", "mount /no/data", "/no/data isn't here"),
     ("container.runtime=pyxis", "pyxis", "srun has no --container-image"),
@@ -194,17 +197,20 @@ def test_a_cluster_behind_a_login_node_is_checked_there(right, rich, tmp_path, m
 
 
 def test_the_style_that_the_cluster_takes_is_found(rich, monkeypatch, tmp_path):
-    """A site may refuse --gpus-per-node; here an sbatch of our own does, and passes on the rest."""
+    """A site may want GPUs asked for in one way only; here an sbatch of our own does, and passes on the rest."""
     real = slurm.which("sbatch")
     picky = tmp_path / "bin" / "sbatch"
     picky.parent.mkdir()
-    refusal = 'case "$*" in *--gpus-per-node*) echo "sbatch: error: use --gres" >&2; exit 1;; esac'
+    refusal = 'case "$*" in *--gpus-per-* | *gpu:1*) echo "use --gres=gpu:a100:N" >&2; exit 1;; esac'
     picky.write_text(f'#!/bin/bash\n{refusal}\nexec {real} "$@"\n')
     picky.chmod(0o755)
     environment = {**os.environ, **rich.environment, "PATH": f"{picky.parent}:{os.environ['PATH']}"}
     asked = [sys.executable, "-m", "launcher", "clusters", "new", "--output", str(tmp_path / "picky.yaml")]
     done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert profile.read(tmp_path / "picky.yaml").gpu_request == "gres"
-    assert "sbatch refused gpus-per-node" in (tmp_path / "picky.yaml").read_text()
+    made = profile.read(tmp_path / "picky.yaml")
+    assert (made.gpu_request, made.node.gpu_type) == ("gres", "a100")
+    assert (
+        "sbatch refused --gpus-per-node=1: sbatch: use --gres=gpu:a100:N" in (tmp_path / "picky.yaml").read_text()
+    )
     assert "# constraint: a100  # features of these nodes: a100, ib" in (tmp_path / "picky.yaml").read_text()
