@@ -17,7 +17,7 @@ from launcher.ssh import Done, Login, LostError
 
 SBATCH_TIMEOUT = 60  # seconds
 GRACE = 30  # more, for the way there and back
-NO_SBATCH, GIVEN_UP = 76, 75  # exit codes of ours
+GIVEN_UP, NO_SBATCH, UNDER_WAY = 75, 76, 77  # exit codes of ours
 NEVER, UNKNOWN = "never", "unknown"
 UPLOADS = ("run.json", "config.yaml", "job.sbatch", "secrets.env")
 
@@ -31,6 +31,9 @@ SBATCH = """
 cd {run} || exit
 {find}
 command -v sbatch >/dev/null || exit {no_sbatch}
+for earlier in submission/*; do
+  [ ! -d "$earlier" ] || [ -e "$earlier/code" ] || exit {under_way}
+done
 mkdir submission/{claim} || exit {given_up}
 for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); do
   case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
@@ -50,6 +53,7 @@ exit "$(cat submission/{claim}/code)"
 SETTLE = """
 cd {run} || exit
 if mkdir submission/{claim} 2>/dev/null; then
+  echo {given_up} >submission/{claim}/code
   echo {never}
   exit
 fi
@@ -74,21 +78,22 @@ def submit_far(
     """
     (run / states.SCRIPT).write_text(text)
     there = mirror.original(run)
-    number = len(json.loads((run / "run.json").read_text())["jobs"])
+    record = json.loads((run / "run.json").read_text())
+    first = not record["jobs"] and not record["resubmissions"]
     try:
-        if number == 0:
+        if first:
             _make(login, there)
-        _upload(login, run, there, first=number == 0)
+        _upload(login, run, there, first=first)
     except Fault as fault:
         raise SubmitError(f"{fault}\nNothing was submitted.") from fault
-    claim = f"{number}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
+    claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
     try:
         answer = _sbatch(login, text, there, claim, environment, options)
         return submit.job_of(answer.code, answer.out, answer.err, there / states.SCRIPT, environment)
     except (Interrupted, UncertainError):
         raise
     except BaseException:
-        if number == 0:
+        if first:
             _remove(login, there)
         raise
 
@@ -139,6 +144,7 @@ def _sbatch(
         find=ssh.FIND.format(program="sbatch"),
         no_sbatch=NO_SBATCH,
         given_up=GIVEN_UP,
+        under_way=UNDER_WAY,
         claim=claim,
         decided=" ".join(sorted(submit.decided_by(text))),
         exports="\n".join(exports),
@@ -156,13 +162,23 @@ def _sbatch(
         raise submit.interrupted(job_id) from None
     if answer.code == NO_SBATCH:
         raise SubmitError(f"sbatch: not found on the PATH of {login.host}, nor on that of a login shell there")
+    if answer.code == UNDER_WAY:
+        raise SubmitError(
+            f"an earlier sbatch for {login.host}:{there} hasn't ended; nothing was submitted. "
+            "`mixlaunch status` finds its job; if that sbatch is surely gone, remove its folder in submission/"
+        )
     return answer
 
 
 def _settled(login: Login, there: Path, claim: str, why: str, environment: Mapping[str, str]) -> Done:
     """What became of a submission whose answer was lost: from its notes, from Slurm; it can't begin any more."""
     body = SETTLE.format(
-        run=shlex.quote(str(there)), claim=claim, never=NEVER, unknown=UNKNOWN, seconds=SBATCH_TIMEOUT + 5
+        run=shlex.quote(str(there)),
+        claim=claim,
+        given_up=GIVEN_UP,
+        never=NEVER,
+        unknown=UNKNOWN,
+        seconds=SBATCH_TIMEOUT + 5,
     )
     try:
         done = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)

@@ -525,12 +525,14 @@ def jobs_below(site, folder: Path) -> list[str]:
 
 def test_a_login_node_that_goes_away_leaves_a_run_whose_job_is_found_later(laptop, site, finish):
     server = laptop.server
-    replace(laptop, "sbatch", f'kill $(cat {server.folder}/pid); {CUT}; exec "$REAL" "$@"')
+    replace(laptop, "sbatch", f'kill $(cat {server.folder}/pid); {CUT}; sleep 2; exec "$REAL" "$@"')
     said = laptop.trains(code=1)
     assert re.search(r"(?s)Whether there is a job isn't known.*`mixlaunch status finetune-\S+` finds it", said)
-    wait_until(lambda: jobs_below(site, laptop.far))
     assert re.search(r"(?s)SUBMITTING.*warning: .*Connection refused", laptop.types("status"))
     with server.again():
+        impatient = laptop.types("retry", "finetune", code=1)
+        assert re.search(r"hasn't ended; nothing was submitted|RUNNING|PENDING|COMPLET", impatient)
+        wait_until(lambda: jobs_below(site, laptop.far))
         [job] = jobs_below(site, laptop.far)
         assert re.search(rf"^finetune-\S+ .* {job} ", laptop.types("status"), re.M)
     [run] = laptop.there()
