@@ -4,6 +4,7 @@ Until then they lie in NAME.partial, each finished file with a record of it, so 
 on where it was. No process talks to another: who writes what is arithmetic, and the records say what is done.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -151,7 +152,7 @@ class Work:
             except FileNotFoundError:
                 raise Published from None
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
                 if os.fstat(descriptor).st_ino == rough.stat().st_ino:
                     os.ftruncate(descriptor, 0)
                     return descriptor
@@ -217,6 +218,18 @@ class Work:
             if patience.is_out():
                 raise JobError(f"{self.output}: rank 0 hasn't completed it within {STALL:.0f} s")
             time.sleep(POLL)
+
+
+def _lock(descriptor: int) -> None:
+    """Hold the file until it's closed; `BlockingIOError` when another process does.
+
+    Some mounts of a parallel file system have no locks: there two conversions into one folder at once go unnoticed.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
 
 
 class Patience:

@@ -17,8 +17,11 @@ from pathlib import Path
 
 from megatron_mixtral import hub
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import Target
-from megatron_mixtral.weights import hub_shapes
+from megatron_mixtral.copying import Run, Target
+from megatron_mixtral.events import EventLog
+from megatron_mixtral.progress import Progress
+from megatron_mixtral.verify import digest
+from megatron_mixtral.weights import Rows, hub_shapes
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
@@ -114,10 +117,23 @@ def measure(folder: Path, layers: int, repeat: int) -> None:
             shutil.rmtree(folder / "out")
             os.sync()
     copy = median(found["cp -r"])[0]
+    convert(folder / "megatron", folder / "back", "hf", 2)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert len(set(pool.map(digests, (folder / "hub", folder / "back")))) == 1, (
+            "the round trip changed something"
+        )
     for name, results in found.items():
         seconds, peaks = median(results)
         memory = "  ".join(f"{peak - base:.3f}" for peak in peaks) if name != "cp -r" else ""
         print(f"{name:34}{seconds:8.1f}{seconds / copy:7.2f}   {memory}")
+    print("There and back, every tensor has the bits it had.")
+
+
+def digests(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Each tensor's name and digest, read from the files as they are."""
+    source, progress = hub.HubFolder(folder), Progress(0, label="", events=EventLog(None))
+    runs = {name: Run(Rows(name, (), 0, stored.shape[0]), name) for name, stored in source.tensors.items()}
+    return tuple((name, digest(source, [runs[name]], progress)) for name in sorted(runs))
 
 
 def median(results: list[tuple[float, list[float]]]) -> tuple[float, list[float]]:

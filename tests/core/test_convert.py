@@ -228,6 +228,22 @@ def test_digests_go_by_the_hubs_names_whatever_the_way(tmp_path):
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
 
 
+def test_the_marker_tells_shape_source_and_revision(tmp_path):
+    hub_folders.write(tmp_path / "hub")
+    note = tmp_path / "hub" / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text("fc7ac94680e38d7348cfa806e51218e6273104b0\netag\n1700000000\n")
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    told = marker(tmp_path / "megatron")
+    assert told["source"] == {"path": str(tmp_path / "hub"), "revision": "fc7ac94680e38d7348cfa806e51218e6273104b0"}
+    assert MixtralShape(**told["shape"]) == MixtralShape.from_folder(tmp_path / "hub")
+    assert told["dtype"] == "bfloat16"
+    snapshot = tmp_path / "models--m" / "snapshots" / "0123abcd"  # huggingface_hub's cache
+    hub_folders.write(snapshot)
+    run(snapshot, tmp_path / "other", tmp_path)
+    assert marker(tmp_path / "other")["source"]["revision"] == "0123abcd"
+
+
 @pytest.mark.parametrize(
     ("stored", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
 )
@@ -239,6 +255,9 @@ def test_another_type_is_rounded_as_torch_rounds(tmp_path, stored, asked):
         hub_folders.read(tmp_path / "back"), {n: t.to(getattr(torch, asked)) for n, t in given.items()}
     )
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == asked
+    run(tmp_path / "megatron", tmp_path / "again", tmp_path, to="hf", dtype=stored)
+    again = {n: t.to(getattr(torch, asked)).to(getattr(torch, stored)) for n, t in given.items()}
+    hub_folders.assert_same(hub_folders.read(tmp_path / "again"), again)
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):

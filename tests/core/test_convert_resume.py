@@ -1,5 +1,6 @@
 """`convert` killed (SIGKILL) at random points, then run again: the same bytes, and no work done twice."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -142,6 +143,15 @@ def test_the_same_conversion_twice_at_once_is_refused(source, tmp_path, monkeypa
     run(source / "hub", output, tmp_path)
     assert "another process is writing it" in str(seen["error"])
     assert contents(output).keys() == contents(source / "megatron").keys()
+
+
+def test_a_file_system_without_locks_will_do(source, tmp_path, monkeypatch):
+    def unlocked(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(work.fcntl, "flock", unlocked)
+    run(source / "hub", tmp_path / "out", tmp_path)
+    assert contents(tmp_path / "out") == contents(source / "megatron")
 
 
 def test_a_process_waits_as_long_as_another_one_writes(source, tmp_path, monkeypatch):
