@@ -40,6 +40,8 @@ def retry(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -
 
 def _again(run: "Run", how: str, *, time: str | None, exclude: Sequence[str]) -> "Run":
     with _alone(run):
+        if not os.access(run.path / runs.RECORD, os.W_OK):
+            raise UsageError(f"{run.name}: its run directory isn't yours to write; only its owner goes on with it")
         run = runs.read(run.path)
         _require_ended(run, how)
         limit = _limit(run, time)
@@ -172,7 +174,10 @@ def _plan(run: "Run", limit: str) -> "JobPlan":
 @contextlib.contextmanager
 def _alone(run: "Run") -> Iterator[None]:
     """One command at a time goes on with a run."""
-    descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise Fault(f"{run.path}: {error.strerror}") from error
     try:
         with mirror.submitting(run.path):
             try:

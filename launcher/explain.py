@@ -313,7 +313,12 @@ def _show_finding(found: "Finding") -> None:
             screen.say("")
             screen.say(f"  {mirror.shown(log)}", "dim")
         number = f"{line.number:>6}" if line.number else " " * 6
-        screen.say(f"  {number}  {line.text[:240]}", "")
+        screen.say(f"  {number}  {_harmless(line.text[:240])}")
+
+
+def _harmless(text: str) -> str:
+    """A log's line as a terminal may see it."""
+    return "".join(character if character.isprintable() else " " for character in text.expandtabs(4))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from launcher.states import MARK, SCRIPT, find_job
 SBATCH_TIMEOUT = 60  # seconds
 GRACE = 15
 SUBMITTED = re.compile(r"^Submitted batch job (\d+)", re.MULTILINE)
+TOO_FEW = re.compile(r"Invalid node name|node configuration is not available|More nodes requested", re.I)
 UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
 
 
@@ -88,7 +89,18 @@ class DetachedExecutor(local.LocalExecutor):
 
 
 def submit(plan: JobPlan, text: str, run_dir: Path) -> str:
-    """Submit `text` as `run_dir`'s job and return its id. `run_dir` exists and is empty of jobs."""
+    """Submit `text` as `run_dir`'s next job and return its id."""
+    try:
+        return _submit(plan, text, run_dir)
+    except SubmitError as error:
+        left_out = re.search(r"^#SBATCH --exclude=(.*)$", text, re.MULTILINE)
+        if type(error) is not SubmitError or left_out is None or not TOO_FEW.search(str(error)):
+            raise
+        hint = f"It was to run without {left_out[1]}; `mixlaunch nodes` shows the list of bad ones."
+        raise SubmitError(f"{error}\n{hint}") from error
+
+
+def _submit(plan: JobPlan, text: str, run_dir: Path) -> str:
     if login := mirror.login_of(run_dir):
         from launcher.submit_far import submit_far
 

@@ -174,6 +174,7 @@ def test_a_node_is_only_blamed_with_reason(once, stub, finish, mixlaunch):
     finish(run)
     assert "nothing in it speaks against a node" in mixlaunch("explain", run.name, "--mark-bad", code=2)
     assert mixlaunch("nodes", "--json") == "[]\n"
+    assert "sandbox7: no node of" in mixlaunch("nodes", "add", "sandbox7", "--reason", "x", code=2)
     tried = mixlaunch("retry", run.name, "--exclude-failed")
     [node] = explain.explain(run, attempt=0).finding.nodes
     assert f"without  {node}\n" in tried
@@ -388,3 +389,8 @@ def test_the_list_is_left_out_of_every_submission(once, stub, cluster, site):
     run = runs.start(once(stub("sleep 20")))
     state = wait_until(lambda: (state := runs.state_of(run)).nodes and state, 30, run)
     assert state.nodes == "sandbox[0-1]"
+    bad_nodes.add(cluster, {"sandbox7": "sold"}, None)
+    with pytest.raises(
+        SubmitError, match=r"(?s)Invalid node name.*without \"sandbox\[2-3,7\]\"; `mixlaunch nodes`"
+    ):
+        runs.start(once(stub("exit 0")))
