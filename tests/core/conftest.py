@@ -22,3 +22,12 @@ def served_model(tmp_path_factory):
     hub = serving.make_model(folder / "hub")
     jobs.run("convert", {"source": str(hub), "output": str(folder / "megatron")}, folder / "convert")
     return hub, folder / "megatron"
+
+
+@pytest.fixture(scope="session")
+def plain_server(served_model, tmp_path_factory):
+    """One server for all who only ask: starting one takes longer than most of their tests."""
+    import serving
+
+    with serving.server(tmp_path_factory.mktemp("plain"), served_model[1], queue=64) as server:
+        yield server

@@ -46,9 +46,25 @@ def started(running):
     return running.metric("requests_running") > 0
 
 
-def test_without_the_key_only_health_answers(served_model, tmp_path):
-    with serving.server(tmp_path, served_model[1], env={"MIXLAUNCH_API_KEY": KEY}) as running:
-        client = running.client()
+@pytest.fixture
+def guarded(served_model, tmp_path):
+    """A server with a key, whose port somebody else has already."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        serving.server(
+            *(tmp_path, served_model[1]),
+            env={"MIXLAUNCH_API_KEY": KEY},
+            port=other.getsockname()[1],
+            other_port=True,
+        ) as running,
+    ):
+        yield other.getsockname()[1], running
+
+
+def test_without_the_key_only_health_answers(guarded, tmp_path):
+    taken, running = guarded
+    check_port(taken, running)
+    with running.client() as client:
         assert client.get("/health").status_code == 200
         routes = json.loads(client.get("/openapi.json", headers=bearer(KEY)).text)["paths"]
         asked = [(m, p) for p, methods in routes.items() for m in methods if p != "/health"]
@@ -73,6 +89,16 @@ def test_without_the_key_only_health_answers(served_model, tmp_path):
         assert running.stop() == [0]
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or KEY not in path.read_text(), path
+
+
+def check_port(taken, running):
+    """The next free one is taken instead, and everybody is told."""
+    assert taken < running.state["port"] <= taken + 100
+    assert running.state["taken"] == taken
+    assert running.client().get("/health").status_code == 200
+    assert f"port {taken} is taken; this server takes {running.state['port']}" in running.job.output()
+    loaded = running.job.events("progress")[-1]
+    assert loaded["done"] == loaded["total"] > 1e6
 
 
 def bearer(key):
@@ -111,19 +137,6 @@ def test_a_taken_port_is_said_at_once(served_model, tmp_path):
         with Job("serve", {"model": str(served_model[1]), "port": port, "max_tokens": 256}, tmp_path) as job:
             assert job.wait(20) == [2]
             assert str(port) in job.output()
-
-
-def test_a_taken_port_is_the_next_one_where_that_will_do(served_model, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with serving.server(tmp_path, served_model[1], port=port, other_port=True) as running:
-            state = json.loads((tmp_path / "server.json").read_text())
-            assert port < state["port"] <= port + 100
-            assert (state["taken"], state["url"]) == (port, running.url)
-            assert running.client().get("/health").status_code == 200
-            assert f"port {port} is taken; this server takes {state['port']}" in running.job.output()
-            loaded = running.job.events("progress")[-1]
-            assert loaded["done"] == loaded["total"] > 1e6
 
 
 def test_a_drain_lets_answers_end_and_takes_nothing_new(served_model, tmp_path):

@@ -1,7 +1,6 @@
 """`PUT /api` as Megatron's `text_generation_cli.py` calls it: every setting honoured, every mistake a 400."""
 
 import pytest
-import serving
 
 from megatron_mixtral import tokenizer
 
@@ -9,8 +8,8 @@ PROMPTS = ["The quick brown fox", "Once"]
 
 
 @pytest.fixture(scope="module")
-def client(served_model, tmp_path_factory):
-    with serving.server(tmp_path_factory.mktemp("api"), served_model[1]) as server, server.client() as made:
+def client(plain_server):
+    with plain_server.client() as made:
         yield made
 
 

@@ -6,7 +6,6 @@ import json
 
 import openai
 import pytest
-import serving
 
 from megatron_mixtral import tokenizer
 from megatron_mixtral.serve import grammar
@@ -15,9 +14,8 @@ TEXT = "The quick brown fox"
 
 
 @pytest.fixture(scope="module")
-def running(served_model, tmp_path_factory):
-    with serving.server(tmp_path_factory.mktemp("openai"), served_model[1], queue=64) as server:
-        yield server
+def running(plain_server):
+    return plain_server
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def running(served_model, tmp_path_factory):
-    with serving.server(tmp_path_factory.mktemp("page"), served_model[1]) as server:
-        yield server
+def running(plain_server):
+    return plain_server
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,8 @@ def test_a_system_prompt_and_a_stop_string_are_sent(visit):
 
 def test_what_the_server_refuses_is_shown_and_what_is_wrong_is_not_sent(visit):
     page = visit()
-    ask(page, "word " * 400)
+    page.locator("#question").fill("word " * 400)
+    page.keyboard.press("Enter")
     playwright.expect(page.locator("article.problem div")).to_contain_text("context is 256")
     playwright.expect(page.locator("#question")).to_have_value("word " * 399 + "word")  # to be made shorter
     page.locator("#question").fill("")

@@ -16,9 +16,9 @@ def check(found, *, growth):
     assert found.threads[-1] <= max(found.threads[:3]), found.threads
 
 
-def test_15_seconds_at_80_percent_leave_nothing_behind(served_model, tmp_path):
+def test_12_seconds_at_80_percent_leave_nothing_behind(served_model, tmp_path):
     with serving.server(tmp_path, served_model[1]) as running:
-        check(soaking.soak(running, seconds=15, probe_seconds=4), growth=20)
+        check(soaking.soak(running, seconds=12, probe_seconds=3), growth=20)
         quiet(running)
 
 
