@@ -201,6 +201,9 @@ def test_pp2_over_two_nodes_serves_what_transformers_says(chain, trained, export
     check_curl(told, run)
     said = chain.types("chat", "-p", "Hello", "--temperature", "0", "--max-tokens", "8", cluster="one")
     assert said == check_page(url, {"temperature": "0", "max_tokens": "8"}, "Hello") + "\n"
+    [told] = json.loads(chain.types("status", run.name, "--json", cluster="one"))
+    assert (told["server"]["answers"], told["server"]["queued"]) == (True, 0)
+    assert told["server"]["requests"] >= 3
     ranks = running_ranks(run)
     assert len(ranks) == 2
     chain.types("cancel", run.name, cluster="one")

@@ -50,6 +50,20 @@ def test_more_memory_than_was_asked_for(start, stub, finish, cluster):
     assert (found.cause.name, found.nodes) == ("memory_limit", (f"sandbox{first}",))
 
 
+def test_bad_nodes_without_end(plan, stub, finish, cluster):
+    """Whoever came back three times comes back no more."""
+    sick = (
+        f'case "$*" in *.health*) [ "$SLURMD_NODENAME" != sandbox1 ] || exit 1; exec {sys.executable} "$@";; esac'
+    )
+    run = runs.start(plan(stub(sick), health_check=True, extra={"hold": True}))
+    (run.path / "came_back").write_text("sandbox3\n" * 3)
+    slurm.call("scontrol", "release", run.job_id, environment=run.environment)
+    assert finish(run, 90).state == "FAILED"
+    found = explain.explain(run).finding
+    assert (found.cause.name, found.nodes) == ("health_check", ("sandbox1",))
+    assert "it came back from bad nodes three times before" in logs.path(run.path, 0, logs.BATCH).read_text()
+
+
 def test_the_time_limit(start, stub, finish):
     run = start(stub("sleep 300"), limit="1", signal_lead=10)
     assert finish(run, 150).state == "TIMEOUT"
