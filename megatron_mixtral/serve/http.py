@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import queue
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -16,8 +17,17 @@ from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.serve.service import Service, Stop
 from megatron_mixtral.serve.wire import Event
 
+MOST_FILES = 65536
 SEND_BUFFER = 64 * 1024  # left alone it grows to megabytes of the kernel's for each client that doesn't read
 LAST_WORDS_SECONDS = 0.3  # for the errors of cancelled clients to leave
+
+
+def allow_many_connections() -> None:
+    """As many open files as this process may have: each client is one, and shells give about a thousand."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class PortTaken(InputError):

@@ -72,6 +72,7 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     if setup.rank == 0:
         from megatron_mixtral.serve import http
 
+        http.allow_many_connections()
         listener = http.bind(config.host, config.port, others=OTHER_PORTS if config.other_port else 0)
         if (port := listener.getsockname()[1]) != config.port and config.port:
             print(f"port {config.port} is taken; this server takes {port}", flush=True)
