@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import causes, evidence, hostlist, judge, logs, mirror, overview, runs, screen, slurm, waiting
+from launcher.cause import RESUME
 from launcher.errors import Fault, UsageError
 
 if TYPE_CHECKING:
@@ -217,9 +218,7 @@ def _addressed(run: "Run", advice: Iterable[str], *, again: bool = True) -> Iter
         if run.is_local and re.search(r"--mark-bad|--exclude-failed|sacct|sinfo|scontrol", text):
             continue
         if not run.record["resumable"]:
-            text = text.replace(causes.RESUME, "`mixlaunch retry RUN` runs it again").replace(
-                "resume RUN", "retry RUN"
-            )
+            text = text.replace(RESUME, "`mixlaunch retry RUN` runs it again").replace("resume RUN", "retry RUN")
         yield re.sub(r"\bID\b", run.job_id or "ID", re.sub(r"\bRUN\b", run.name, text))
 
 

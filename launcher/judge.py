@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher import causes, hostlist
-from launcher.causes import Cause
+from launcher.cause import Cause
 from launcher.errors import UsageError
 from launcher.evidence import Evidence, Line
+from launcher.host_causes import HOST
+from launcher.rank_causes import RANK
 
 RECENT = 200  # lines at the end of a rank's log: what stands before was survived
 SHOWN = 8
@@ -81,7 +83,7 @@ def _found(evidence: Evidence) -> Finding:
 
 
 def _of_host(evidence: Evidence) -> Finding | None:
-    for cause in (*causes.HOST, *causes.RANK):
+    for cause in (*HOST, *RANK):
         matches = [(line, match) for line in evidence.host if (match := cause.match_host(line.text))]
         if matches or evidence.state in cause.states:
             return _host_finding(evidence, cause, matches)
@@ -176,7 +178,7 @@ def _best(lines: Sequence[Line]) -> tuple[int, Cause] | None:
 
 
 def _precedence(cause: Cause) -> int:
-    order = (*causes.HOST, *causes.RANK, causes.EXCEPTION)
+    order = (*HOST, *RANK, causes.EXCEPTION)
     return order.index(cause)
 
 

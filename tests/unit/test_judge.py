@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import causes, evidence, judge, logs
-from launcher.causes import Cause
+from launcher import causes, evidence, judge, logs, waiting
+from launcher.cause import Cause
+from launcher.cli import cli
 from launcher.runs import Run
 from launcher.states import State
 
@@ -325,6 +326,18 @@ def test_every_cause_says_what_it_means_and_what_to_do(cause: Cause):
     assert cause.advice
     for pattern in (*cause.host, *cause.rank):
         re.compile(pattern)
+
+
+def options(command) -> set[str]:
+    under = [options(one) for one in getattr(command, "commands", {}).values()]
+    return {name for parameter in command.params for name in parameter.opts}.union(*under)
+
+
+def test_every_option_that_advice_names_is_one():
+    foreign = {"--ipc", "--shm-size"}  # docker's
+    told = {option for cause in ALL for advice in cause.advice for option in re.findall(r"--[a-z-]+", advice)}
+    told |= {option for reason in waiting.REASONS for option in re.findall(r"--[a-z-]+", reason.advice)}
+    assert told - foreign <= options(cli)
 
 
 def test_names_are_unique():

@@ -1,0 +1,41 @@
+"""What a cause is: the words that give it away, what it means, and what to do about it (pure).
+
+Its patterns are searched for in single lines; named groups `node` and `rank` of a pattern tell where it was.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """One way to end. `echo`: what a rank says when another one failed; `bad_node`: it speaks against the node."""
+
+    name: str
+    title: str
+    meaning: str
+    advice: tuple[str, ...]
+    host: tuple[str, ...] = ()
+    rank: tuple[str, ...] = ()
+    codes: tuple[int, ...] = ()
+    states: tuple[str, ...] = ()
+    echo: bool = False
+    bad_node: bool = False
+
+    def match_host(self, line: str) -> "re.Match[str] | None":
+        return _search(self.host, line)
+
+    def match_rank(self, line: str) -> "re.Match[str] | None":
+        return _search(self.rank, line)
+
+
+RESUME = "`mixlaunch resume RUN` goes on from what is saved"
+RETRY = "`mixlaunch retry RUN --exclude-failed` runs it again without that node"
+MARK = "`mixlaunch explain RUN --mark-bad` keeps later jobs off it"
+LESS_GPU_MEMORY = (
+    "less on each GPU: a smaller --micro-batch or --sequence-length, --recompute full, or more --tp, --pp or nodes"
+)
+
+
+def _search(patterns: tuple[str, ...], line: str) -> "re.Match[str] | None":
+    return next((match for pattern in patterns if (match := re.search(pattern, line))), None)
