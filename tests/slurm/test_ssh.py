@@ -196,7 +196,7 @@ def jobs_of(site, run: runs.Run) -> list[str]:
 def test_a_job_lives_its_life_from_a_laptop(laptop, stub, site, tmp_path):
     """Submitted, shown, followed into its second attempt, kept as record and logs; over one connection."""
     laptop.change(
-        python=stub('echo "rank $RANK attempt $MIXLAUNCH_ATTEMPT"; sleep 1; exit $((85 - 85 * MIXLAUNCH_ATTEMPT))')
+        python=stub('echo "rank $RANK attempt $MIXLAUNCH_ATTEMPT"; exit $((85 - 85 * MIXLAUNCH_ATTEMPT))')
     )
     said = laptop.trains()
     [run] = laptop.there()
@@ -297,7 +297,10 @@ def replace(laptop: Laptop, program: str, does: str) -> None:
 # Ends the connection that it runs under, as a network or a laptop's lid does.
 CUT = """
 pid=$$
-while [ "$(cat /proc/$pid/comm)" != sshd ]; do pid=$(sed 's/.*) [A-Z] //' /proc/$pid/stat | cut -d' ' -f1); done
+while :; do
+  case $(cat /proc/$pid/comm) in sshd*) break ;; esac
+  pid=$(sed 's/.*) [A-Z] //' /proc/$pid/stat | cut -d' ' -f1)
+done
 kill -KILL "$pid"
 sleep 0.3"""
 
@@ -407,7 +410,7 @@ def test_what_stands_in_the_way_is_named_and_nothing_stays(laptop, harm, said):
     harm(laptop)
     began = time.monotonic()
     assert re.search(said, laptop.trains(code=1))
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25
     assert not laptop.there()
     assert not list((laptop.far / "runs").glob("*"))
     assert not laptop.copies()
@@ -497,6 +500,7 @@ def test_a_connection_lost_while_sbatch_runs_ends_in_the_job(laptop, site, finis
     assert finish(run).state == "COMPLETED"
 
 
+@pytest.mark.soak
 def test_a_connection_lost_before_sbatch_refuses_is_a_refusal(laptop, site):
     replace(laptop, "sbatch", f'{CUT}; exec "$REAL" --partition=nowhere "$@"')
     assert re.search(r"(?s)invalid partition.*Nothing was submitted", laptop.trains(code=1))
@@ -630,7 +634,13 @@ server.serve_forever()
 """
 
 
-@pytest.mark.parametrize("host", ["socket.gethostname()", "'127.0.0.1'"], ids=["every interface", "loopback"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param("socket.gethostname()", id="every interface"),
+        pytest.param("'127.0.0.1'", id="loopback", marks=pytest.mark.soak),
+    ],
+)
 def test_a_server_is_asked_through_a_tunnel(laptop, stub, host):
     laptop.change(python=stub(ANSWER.replace("HOST", host), sys.executable))
     process = laptop.start("serve", "--model", f"{laptop.far}/models/m", "--pp", "1", "--tunnel")
