@@ -4,7 +4,6 @@ It says no more than it knows: a healthy run is called healthy, and what nobody 
 """
 
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -222,15 +221,6 @@ def _addressed(run: "Run", advice: Iterable[str], *, again: bool = True) -> Iter
         yield re.sub(r"\bID\b", run.job_id or "ID", re.sub(r"\bRUN\b", run.name, text))
 
 
-def code_in_words(code: int) -> str:
-    """`exit 1`, or the signal that ended it: `exit 137, SIGKILL`."""
-    number = code - 128 if 128 < code < 160 else 0
-    try:
-        return f"exit {code}, {signal.Signals(number).name}" if number else f"exit {code}"
-    except ValueError:
-        return f"exit {code}"
-
-
 def as_dict(told: Explanation) -> dict[str, Any]:
     """For programs; the keys are documented in docs/runs.md and stay."""
     found = told.finding
@@ -296,7 +286,7 @@ def _show_finding(found: "Finding") -> None:
     screen.facts(
         [
             ("meaning", found.cause.meaning),
-            ("code", code_in_words(found.code) if found.code else ""),
+            ("code", overview.code_in_words(found.code) if found.code else ""),
             (
                 "others",
                 f"{_ranks(found.echoes)} only lost the connection" if found.echoes and not found.silent else "",

@@ -4,6 +4,7 @@ The facts of runs come from `report`; here they become words, columns and colour
 """
 
 import datetime
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def note(run: dict[str, Any]) -> str:
     if run["server"] and run["server"].get("answers") is False:
         return "its server doesn't answer"
     if not run["active"] and run["exit_code"]:
-        return f"exit {run['exit_code']}"
+        return code_in_words(run["exit_code"])
     return run["reason"] or "" if run["source"] == "logs" and run["state"] != "COMPLETED" else ""
 
 
@@ -95,6 +96,15 @@ def _number(value: Any, form: str) -> str:
     if isinstance(value, str):
         return value
     return format(value, form) if isinstance(value, int | float) else ""
+
+
+def code_in_words(code: int) -> str:
+    """`exit 1`, or the signal that ended it: `exit 137, SIGKILL`."""
+    number = code - 128 if 128 < code < 160 else 0
+    try:
+        return f"exit {code}, {signal.Signals(number).name}" if number else f"exit {code}"
+    except ValueError:
+        return f"exit {code}"
 
 
 def age(created: str) -> str:
