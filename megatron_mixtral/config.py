@@ -259,7 +259,7 @@ class ServeConfig:
     other_port: bool = False  # take the next free one where that one is taken
     precision: str = "bf16"
     max_batch: int = 64
-    max_tokens: int = 4096  # prompt and answer together
+    max_tokens: int = 4096  # prompt and answer together; a model with a shorter context serves that
     queue: int = 256  # requests that may wait beyond those that run; more are told to come back
     queue_tokens: int = 524288  # that those may come to, prompts and answers
     drain_seconds: float = 20.0  # how long answers may take to end after SIGTERM

@@ -3,6 +3,7 @@
 It ends with 0 on SIGTERM or the early warning, after a drain; with 1, and word to every client, when a rank dies.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -93,8 +94,7 @@ def checked(config: ServeConfig) -> Setup:
     config.layout.check(shape)
     if config.layout.context > 1:
         raise InputError(f"context parallel {config.layout.context}: answers are made token by token; use 1")
-    if config.max_tokens > shape.max_position_embeddings:
-        raise InputError(f"max_tokens {config.max_tokens}: the model's context is {shape.max_position_embeddings}")
+    config = within_context(config, shape)
     return Setup(config=config, folder=folder, shape=shape, rank=rank, world=world, key=key)
 
 
@@ -113,6 +113,17 @@ def check_numbers(config: ServeConfig) -> None:
             raise InputError(f"{name} {value}: must be at least {least}")
     if config.precision not in PRECISIONS:
         raise InputError(f"precision {config.precision!r} isn't one of {', '.join(PRECISIONS)}")
+
+
+def within_context(config: ServeConfig, shape: MixtralShape) -> ServeConfig:
+    """`config` for a model of `shape`: its context is the most, and what the default means where that is more."""
+    context = shape.max_position_embeddings
+    if config.max_tokens == ServeConfig.max_tokens and config.max_tokens > context:
+        print(f"max_tokens is {context}, this model's context", flush=True)
+        return dataclasses.replace(config, max_tokens=context)
+    if config.max_tokens > context:
+        raise InputError(f"max_tokens {config.max_tokens}: the model's context is {context}")
+    return config
 
 
 def load(setup: Setup, log: EventLog) -> Any:

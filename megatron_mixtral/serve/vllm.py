@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mixtral import convert, weights_folder
-from megatron_mixtral.config import ConvertConfig, ServeConfig
+from megatron_mixtral.config import ConvertConfig, MixtralShape, ServeConfig
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.serve import job, state
@@ -37,6 +37,7 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     found = weights_folder.find(Path(config.model))
     log = EventLog(run_dir / "events.jsonl")
     folder = found if weights_folder.is_hub(found) else exported(found, config, run_dir)
+    config = job.within_context(config, MixtralShape.from_folder(folder))
     listener = bind(config.host, config.port, others=job.OTHER_PORTS if config.other_port else 0)
     port = listener.getsockname()[1]
     listener.close()  # vLLM binds it again in a moment

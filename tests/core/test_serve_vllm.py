@@ -52,7 +52,6 @@ def start(served_model, tmp_path):
             "engine": "vllm",
             "exports": str(tmp_path / "models"),
             "port": 0,
-            "max_tokens": 256,
         }
         (tmp_path / "models").mkdir()
         started.append(Job("serve", settings | config, tmp_path / "run", env=env))
@@ -80,7 +79,7 @@ def test_a_hub_folder_is_served_as_it_is_and_found_until_it_ends(start, served_m
         "--port": str(state["port"]),
         "--served-model-name": "it",
         "--dtype": "bfloat16",
-        "--max-model-len": "256",
+        "--max-model-len": "512",  # the model's context, shorter than the default
         "--max-num-seqs": "7",
         "--tensor-parallel-size": "2",
         "--pipeline-parallel-size": "1",
