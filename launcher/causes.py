@@ -81,6 +81,12 @@ CANCELLED = Cause(
     advice=(RESUME,),
     states=("CANCELLED",),
 )
+SCRIPT_KILLED = Cause(
+    name="script_killed",
+    title="the batch script was killed",
+    meaning="It had no time for a last word: a SIGKILL, or the machine it ran on went down.",
+    advice=(RESUME, "`dmesg -T` on that machine may tell of a full memory, `last -x` of a restart"),
+)
 NO_OUTPUT = Cause(
     name="no_output",
     title="Slurm couldn't begin the job",

@@ -230,7 +230,8 @@ def _of_code(evidence: Evidence, echoes: tuple[int, ...]) -> Finding | None:
 def _of_nothing(evidence: Evidence) -> Finding:
     if evidence.attempt is None and evidence.state not in ("", "UNKNOWN"):
         return Finding(cause=causes.NO_OUTPUT, lines=_last_lines(evidence.host))
-    return Finding(cause=causes.UNKNOWN, lines=_last_lines(evidence.host))
+    killed = evidence.state == "FAILED" and not evidence.last_word
+    return Finding(cause=causes.SCRIPT_KILLED if killed else causes.UNKNOWN, lines=_last_lines(evidence.host))
 
 
 def _last_lines(lines: Sequence[Line]) -> tuple[Line, ...]:

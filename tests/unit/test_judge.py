@@ -343,3 +343,8 @@ def test_every_option_that_advice_names_is_one():
 def test_names_are_unique():
     names = [cause.name for cause in (*ALL, causes.UNKNOWN)]
     assert len(names) == len(set(names))
+
+
+def test_every_cause_is_documented():
+    documented = re.findall(r"`(\w+)`", (FAILURES.parents[2] / "docs" / "runs.md").read_text())
+    assert {cause.name for cause in (*ALL, causes.UNKNOWN)} <= set(documented)
