@@ -316,6 +316,7 @@ ALL = (
     causes.EXCEPTION,
     causes.NODE_LOST,
     causes.CANCELLED,
+    causes.SCRIPT_KILLED,
     causes.NO_OUTPUT,
 )
 
