@@ -69,10 +69,9 @@ FIELDS: dict[str, dict[str, tuple[str, str | None]]] = {
     "convert": {
         "--model": (PATH, "source"),
         "--output": (PATH, "output"),
-        "--base": (PATH, "base"),
     },
     "finetune": {"--model": (PATH, "model"), "--data": (PATH, "data")},
-    "verify": {"DIR": (PATH, "folder")},
+    "verify": {"DIR": (PATH, "folder"), "--model": (PATH, "folder")},
     "serve": {"--model": (PATH, "model"), "--host": (TEXT, "host")},
 }
 EVERY_JOB = {"--name": (NAME, None), "--time": (NAME, None)}
@@ -89,7 +88,7 @@ def fields(job: str) -> Iterator[tuple[str, str, str | None]]:
     known = {**FIELDS[job], **EVERY_JOB}
     for setting in SETTINGS[job]:
         if setting.kind is str and not setting.choices:
-            known.setdefault(setting.option, (TEXT, setting.name))
+            known.setdefault(setting.option, (PATH if setting.name == "base" else TEXT, setting.name))
     for option, (kind, key) in known.items():
         yield option, kind, key
 

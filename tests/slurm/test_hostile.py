@@ -68,7 +68,7 @@ def tried(cluster, tmp_path):
     def words(job: str, chosen: dict[str, str]) -> list[str]:
         found = ["--cluster", str(path), *SMALL.get(job, [])]
         arguments = [chosen[name] for name in ARGUMENTS if name in chosen]
-        needed = {"prepare": "FILES", "verify": "DIR", "tiny": "--output"}.get(job)
+        needed = {"prepare": "FILES", "tiny": "--output"}.get(job)
         if needed and needed not in chosen:
             chosen = {**chosen, **({} if needed in ARGUMENTS else {needed: "/x"})}
             arguments += ["/x"] if needed in ARGUMENTS else []
@@ -112,6 +112,8 @@ def hand(job: str, number: int, folder: Path) -> dict[str, str]:
         value = HOSTILE[(number + place) % len(HOSTILE)]
         if option not in ("--name", "--time"):  # tried alone above; two of them only say less
             dealt[option] = typed(option, kind, value, str(folder))
+    if job == "verify":  # one or the other
+        dealt.pop("--model" if number % 2 else "DIR")
     for place, key in enumerate(OF_RUN):
         value = HOSTILE[(number + 7 * place) % len(HOSTILE)]
         dealt[key] = value if key in ("environment.X", "comment", "extra.mail-user") else f"{folder}/{key}/{value}"
