@@ -9,6 +9,7 @@ from typing import Any
 from launcher import fit, nearest, settings
 from launcher.errors import LayoutError
 from launcher.fit import Batch, Outlook, Request
+from launcher.layout import Shape
 from launcher.memory import Serving
 
 
@@ -36,7 +37,9 @@ def batch(chosen: Mapping[str, Any]) -> Batch:
     )
 
 
-def serving(chosen: Mapping[str, Any]) -> Serving:
-    """Of serve: what it holds at once."""
+def serving(chosen: Mapping[str, Any], shape: Shape | None) -> Serving:
+    """Of serve: what it holds at once. A model whose context is shorter than the default serves its context."""
     values = settings.complete("serve", chosen)
+    if "max_tokens" not in chosen and shape:
+        values["max_tokens"] = min(values["max_tokens"], shape.positions)
     return Serving(requests=values["max_batch"], tokens=values["max_tokens"], precision=values["precision"])

@@ -322,15 +322,9 @@ def plan_serve(
     by_vllm = chosen.get("engine") == vllm.ENGINE
     preset = Layout() if profile.is_local else SERVE_ON_SLURM
     layout = vllm.layout(profile, axes) if by_vllm else axes.over(preset)
-    outlook = asked.outlook(
-        Request(
-            cluster=profile,
-            layout=layout,
-            nodes=ask.nodes,
-            shape=shape or layouts.known_shape(model),
-            work=asked.serving(chosen),
-        )
-    )
+    known = shape or layouts.known_shape(model)
+    work = asked.serving(chosen, known)
+    outlook = asked.outlook(Request(cluster=profile, layout=layout, nodes=ask.nodes, shape=known, work=work))
     weights = vllm.weights(profile, model) if by_vllm else places.weights(profile, model)
     hint = places.hint("download" if by_vllm else "convert --model", model)
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")

@@ -1,5 +1,6 @@
 """A server from its plan to the line that asks it: which folder, which port, what is said while one waits."""
 
+import dataclasses
 import http.server
 import json
 import shlex
@@ -9,7 +10,7 @@ import threading
 
 import pytest
 
-from launcher import inputs, jobs, profile, ready, runs, servers
+from launcher import inputs, jobs, layout, profile, ready, runs, servers
 from launcher.errors import UsageError
 from launcher.runs import Run
 from launcher.states import State
@@ -129,3 +130,10 @@ def answer_once(listener):
     connection.recv(1000)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
     connection.close()
+
+
+def test_a_model_with_a_short_context_serves_that_unless_told_otherwise(cluster):
+    short = layout.Shape(**{**dataclasses.asdict(layout.known_shape("Mixtral-8x7B")), "positions": 512})
+    assert jobs.plan_serve(cluster, model="/m", shape=short).config.get("max_tokens") is None
+    with pytest.raises(UsageError, match="context is 512"):
+        jobs.plan_serve(cluster, model="/m", shape=short, values={"max_tokens": 600})
