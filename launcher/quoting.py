@@ -16,6 +16,7 @@ LONGEST_PATH = 4_095
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LIKE_A_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
 _PLAIN_IN_DIRECTIVE = re.compile(r"[A-Za-z0-9_./:,@%+=-]")
 
 
@@ -58,8 +59,15 @@ def variable(value: str, field: str) -> str:
 
 
 def sh(value: object, field: str = "value") -> Quoted:
-    """One word of bash that means `value`, whatever is in it."""
-    return Quoted(shlex.quote(checked(str(value), field)))
+    """One word of bash that means `value`, whatever is in it.
+
+    What looks like a variable goes between double quotes: between single ones `lint` takes it for a slip.
+    """
+    text = checked(str(value), field)
+    if not _LIKE_A_VARIABLE.search(text):
+        return Quoted(shlex.quote(text))
+    escaped = re.sub(r'([\\"$`])', r"\\\1", text)
+    return Quoted(f'"{escaped}"')
 
 
 def directive(value: object, field: str = "value") -> Quoted:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher import quoting, secrets_env
+from launcher import lint, quoting, secrets_env
 from launcher.errors import UsageError
 
 CARRIED = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=40)
@@ -26,6 +26,15 @@ def test_bash_reads_back_exactly_the_value(values):
         env={**os.environ, "LC_ALL": "C"},
     )
     assert done.stdout.decode().split("\0")[:-1] == values
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.sampled_from("$a{}'\"\\`!_ "), max_size=20), min_size=20, max_size=20))
+def test_what_looks_like_a_variable_is_carried_and_no_slip(values):
+    words = " ".join(quoting.sh(value) for value in values)
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == values
+    assert not [found for found in lint.findings(f"#!/bin/bash\necho {words}\n") if "single quotes" in found]
 
 
 def slurm_reads(text: str) -> str:
