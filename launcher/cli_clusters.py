@@ -108,9 +108,9 @@ def clusters_template(part: str | None) -> None:
 
     Without PART, the names of all.
     """
-    from launcher import fragments
+    from launcher import stock
 
-    click.echo(fragments.source(part) if part else "\n".join(fragments.names()), nl=not part)
+    click.echo(stock.source(part) if part else "\n".join(stock.names()), nl=not part)
 
 
 @clusters.command("new")

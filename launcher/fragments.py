@@ -3,48 +3,28 @@
 A user's template runs in Jinja's sandbox like ours, and what is wrong in it is told with its file and line.
 """
 
-import difflib
-import functools
 import traceback
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.sandbox
 
-from launcher import quoting
+from launcher import quoting, stock
 from launcher.errors import UsageError
 from launcher.quoting import Quoted
+from launcher.stock import SUFFIX
 
 BASE = "job"
-SUFFIX = ".sh.j2"
 STOCK = "stock"  # `{% include "stock/rank.sh.j2" %}` is ours, whatever stands in its place
 CONFIG_END = "END_OF_CONFIG"
-
-
-@functools.cache
-def folder() -> Path:
-    """Where our own lie."""
-    return Path(str(resources.files("launcher.templates")))
-
-
-def names() -> list[str]:
-    """Every part that a profile can replace."""
-    return sorted(path.name.removesuffix(SUFFIX) for path in folder().glob(f"*{SUFFIX}"))
-
-
-def source(name: str) -> str:
-    """Our own text of a part, to copy from."""
-    _check(name)
-    return (folder() / f"{name}{SUFFIX}").read_text()
 
 
 def render(replaced: Mapping[str, str], variables: Mapping[str, Any]) -> str:
     """The script, with `replaced`, part -> path, in place of our own; `UsageError` for what is wrong in those."""
     for name in replaced:
-        _check(name)
+        stock.known(name)
     own = {f"{name}{SUFFIX}": _read(name, path) for name, path in replaced.items()}
     paths = [str(Path(path)) for path in replaced.values()]
     try:
@@ -58,13 +38,6 @@ def render(replaced: Mapping[str, str], variables: Mapping[str, Any]) -> str:
         if place := _place(error, paths):
             raise UsageError(f"template {place}: {str(error).removeprefix('template: ')}") from error
         raise
-
-
-def _check(name: str) -> None:
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"templates: no part {quoting.shown(name)}; {hint}There are: {', '.join(names())}")
 
 
 def _read(name: str, path: str) -> str:
@@ -99,7 +72,7 @@ class _Own(jinja2.BaseLoader):
 
 def environment(own: jinja2.BaseLoader | None = None) -> jinja2.Environment:
     """Jinja as scripts are rendered with it: only literals, whole numbers and quoted values can be printed."""
-    ours = jinja2.FileSystemLoader(folder())
+    ours = jinja2.FileSystemLoader(stock.folder())
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         loader=jinja2.ChoiceLoader([*filter(None, [own]), ours, jinja2.PrefixLoader({STOCK: ours})]),
         undefined=jinja2.StrictUndefined,

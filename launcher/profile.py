@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from launcher import capabilities, catalog, documents, mirror, quoting, ssh
+from launcher import capabilities, catalog, documents, mirror, quoting, ssh, stock
 from launcher.documents import Document, Location
 from launcher.errors import ProfileError
 from launcher.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
@@ -131,6 +131,13 @@ class ClusterProfile(Part):
             raise ValueError(f"{value!r} isn't a path")
         return as_value_error(quoting.path, value) if value else value
 
+    @field_validator("templates")
+    @classmethod
+    def _parts(cls, templates: dict[str, str]) -> dict[str, str]:
+        for name, path in templates.items():
+            _at("templates", name, _part, name, path)
+        return templates
+
     @field_validator("extra")
     @classmethod
     def _extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +225,14 @@ def _option(option: str, value: str | bool) -> None:
         raise ValueError(f"{option!r} is the launcher's own; the profile's keys decide it")
     if isinstance(value, str):
         as_value_error(quoting.directive, value)
+
+
+def _part(name: str, path: str) -> None:
+    """`ValueError` unless a script has such a part and `path` may be one."""
+    as_value_error(lambda value, _: stock.known(value), name)
+    if not path:
+        raise ValueError(f"{name}: give a path")
+    as_value_error(quoting.path, path)
 
 
 def _at(section: str, key: str, check: Callable[..., None], *values: Any) -> None:

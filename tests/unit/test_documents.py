@@ -180,6 +180,8 @@ def test_overrides_lie_above_the_file(folder):
         ("binding.cpu=cores; x", "isn't srun's"),
         ("binding.numa=[0, 1]", "2 NUMA nodes for 8 GPUs (node.gpus)"),
         ("secrets=[NCCL_DEBUG]", "NCCL_DEBUG is a secret"),
+        ("templates.ranks=x", "templates: no part 'ranks'; did you mean 'rank'? There are: "),
+        ("templates.rank=", "templates.rank"),
         ("secrets=[A B]", "'A B' isn't the name of an environment variable"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher import fragments, jobs, lint, profile, render
+from launcher import jobs, lint, profile, render, stock
 from launcher.errors import UsageError
 
 
@@ -33,12 +33,12 @@ def test_the_whole_is_replaced(rendered):
     lint.check(text)
 
 
-@pytest.mark.parametrize("name", fragments.names())
+@pytest.mark.parametrize("name", stock.names())
 def test_every_part_can_be_replaced_by_a_copy_of_itself(rendered, write_profile, name):
     runtime = name.removeprefix("container_") if name.startswith("container_") else "none"
     more = f"container: {{runtime: {runtime}, image: x}}" if runtime != "none" else ""
     ours = render.render(jobs.plan_serve(profile.read(write_profile(more))), "/shared/runs/RUN")
-    assert rendered(name, fragments.source(name), job="serve", more=more) == ours
+    assert rendered(name, stock.source(name), job="serve", more=more) == ours
 
 
 def test_an_unknown_part_lists_those_there_are(rendered):
@@ -46,7 +46,7 @@ def test_an_unknown_part_lists_those_there_are(rendered):
     with pytest.raises(UsageError, match=said):
         rendered("ranks", "")
     with pytest.raises(UsageError, match="no part"):
-        fragments.source("../jobs")
+        stock.source("../jobs")
 
 
 def test_a_file_that_is_not_there_is_named(write_profile):
