@@ -297,6 +297,16 @@ def test_a_bad_weights_folder_is_refused_by_file_and_tensor(megatron, out, damag
     assert raised.value.exit_code == 2
 
 
+def test_a_folder_in_the_wanted_layout_already_is_told_so(hub, megatron, out, tmp_path):
+    for folder in (megatron, megatron / "release"):
+        with pytest.raises(InputError, match=r"in Megatron's layout already; --to hf"):
+            run(folder, out)
+    run(megatron, tmp_path / "first" / "back", to="hf")
+    for folder in (hub, tmp_path / "first" / "back"):
+        with pytest.raises(InputError, match=r"in the hub's layout already"):
+            run(folder, out, to="hf")
+
+
 def test_an_archive_of_something_else_is_refused(megatron, tmp_path):
     damaged_archive(megatron)
     with pytest.raises(CheckpointError, match=r"__0_0.distcp: tensor embedding\S+ at \d+: damaged: .*not a tensor"):
