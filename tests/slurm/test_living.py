@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from running import wait_until
 
-from launcher import again, bad_nodes, explain, jobs, logs, runs, slurm, states, submit
+from launcher import again, bad_nodes, explain, hostlist, jobs, logs, runs, slurm, states, submit
 from launcher.cli import cli
 from launcher.errors import Fault, SubmitError, UncertainError, UsageError
 
@@ -50,8 +50,12 @@ def once(plan, cluster):
 
 
 def running(run, ranks: int = 4) -> bool:
+    """Whether every rank of the newest attempt has said its word."""
     there = logs.attempts(run.path)
-    return bool(there) and all(logs.path(run.path, there[-1], rank).exists() for rank in range(ranks))
+    spoken = (
+        [path for path in logs.path(run.path, there[-1]).parent.glob("rank_*") if path.read_text()] if there else []
+    )
+    return len(spoken) == ranks
 
 
 # --- from the queue to the next attempt ---------------------------------------------------------------------------
@@ -76,38 +80,40 @@ def test_from_the_queue_to_the_next_attempt(plan, stub, finish, mixlaunch, site,
     mixlaunch("cancel", blocker.name)
     wait_until(lambda: running(run), 60, run)
     told = status()
-    assert (told["state"], told["nodes"], told["attempt"]) == ("RUNNING", ["sandbox0", "sandbox1"], 0)
+    first, second = told["nodes"]
+    assert (told["state"], told["attempt"]) == ("RUNNING", 0)
     assert 500 < told["time_left_s"] <= 600
     assert "no sign of trouble" in mixlaunch("explain", run.name)
     assert "is RUNNING as job" in mixlaunch("resume", run.name, code=2)
     elsewhere = states.of_slurm({run.path: run.job_id}, without_accounts(site, tmp_path))[run.path]
-    assert (elsewhere.state, elsewhere.source, elsewhere.nodes) == ("RUNNING", "slurm", "sandbox[0-1]")
+    assert (elsewhere.state, elsewhere.source) == ("RUNNING", "slurm")
+    assert hostlist.expand(elsewhere.nodes) == [first, second]
 
-    with down(site, "sandbox1"):
+    with down(site, second):
         wait_until(lambda: logs.attempts(run.path) == [0, 1] and running(run), 60, run)
     assert sorted(mixlaunch("logs", run.name, "--rank", "all", "--grep", "attempt 1").splitlines()) == [
         f"[{rank}] rank {rank} of attempt 1" for rank in range(4)
     ]
     lost = json.loads(mixlaunch("explain", run.name, "--json"))
     assert (lost["verdict"], lost["earlier"][0]["cause"]) == ("running", "node_failure")
-    assert list(lost["bad_nodes"]) == ["sandbox1"]
+    assert list(lost["bad_nodes"]) == [second]
     mixlaunch("explain", run.name, "--mark-bad", "--for", "2h")
     [entry] = json.loads(mixlaunch("nodes", "--json"))
-    assert (entry["node"], entry["reason"]) == ("sandbox1", f"a node failed in {run.name}")
+    assert (entry["node"], entry["reason"]) == (second, f"a node failed in {run.name}")
 
     mixlaunch("cancel", run.name)
     assert finish(run).state == "CANCELLED"
     assert json.loads(mixlaunch("explain", run.name, "--json"))["verdict"] == "cancelled"
     assert "was cancelled, it didn't fail" in mixlaunch("retry", run.name, code=2)
-    mixlaunch("resume", run.name, "--time", "7", "--exclude", "sandbox0")
+    mixlaunch("resume", run.name, "--time", "7", "--exclude", first)
     resumed = runs.read(run.path)
     assert resumed.job_ids == [run.job_id, resumed.job_id]
     assert [entry["how"] for entry in resumed.record["resubmissions"]] == ["resume"]
     shown = slurm.call("scontrol", "--oneliner", "show", "job", resumed.job_id, environment=site.environment)
-    assert " ExcNodeList=sandbox[0-1] " in shown
+    assert f" ExcNodeList={hostlist.compress([first, second])} " in shown
     assert " TimeLimit=00:07:00 " in shown
     wait_until(lambda: logs.attempts(run.path) == [0, 1, 2] and running(run), 60, run)
-    assert status()["nodes"] == ["sandbox2", "sandbox3"]
+    assert not {first, second} & set(status()["nodes"])
 
 
 def without_accounts(site, tmp_path) -> dict[str, str]:
@@ -151,7 +157,7 @@ def test_why_runs_failed(once, stub, finish, site):
     """Several at once, two ranks a node: real ends, each with the rank and the node that began it."""
     started = {cause: runs.start(once(stub(does))) for cause, does in FAIL.items()}
     started["no_python"] = runs.start(once("/nowhere/python"))
-    started["cancelled"] = runs.start(once(stub("sleep 60")))
+    started["cancelled"] = runs.start(once(stub(WAITS)))
     wait_until(lambda: running(started["cancelled"]), 30)
     runs.cancel(started["cancelled"])
     for cause, run in started.items():
@@ -356,23 +362,24 @@ def read_until(terminal: int, condition, seconds: float) -> str:
 
 
 def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
-    """On sandbox1 no file can be written: its check says so, and the job comes back on other nodes."""
-    sick = '[ "$SLURMD_NODENAME" != sandbox1 ] || ulimit -f 0'
+    """On its second node no file can be written: the check says so, and the job comes back on other nodes."""
+    sick = '[ "$MIXLAUNCH_ATTEMPT$SLURM_PROCID" != 01 ] || ulimit -f 0'
     python = stub(f'case "$*" in *.health*) {sick}; exec {sys.executable} "$@";; esac; echo "rank $RANK"')
     run = runs.start(plan(python, health_check=True))
     assert finish(run, 120).state == "COMPLETED"
     assert logs.attempts(run.path) == [0, 1]
+    fit, bad = (logs.path(run.path, 0).parent / "health" / "nodes").read_text().split()
     said = logs.path(run.path, 0, logs.BATCH).read_text()
-    assert "health check: sandbox1 is bad: the run directory can't be written: File too large" in said
-    assert "sandbox0 is bad" not in said
+    assert f"health check: {bad} is bad: the run directory can't be written: File too large" in said
+    assert f"{fit} is bad" not in said
     assert "every node is fit" in logs.path(run.path, 1, logs.BATCH).read_text()
     assert not logs.ranks(run.path, 0)  # none started
     [event] = [event for event in logs.events(run.path) if event["event"] == "unhealthy"]
-    assert event["node"] == "sandbox1"
+    assert event["node"] == bad
     shown = slurm.call("scontrol", "--oneliner", "show", "job", run.job_id, environment=site.environment)
-    assert " ExcNodeList=sandbox1 " in shown
+    assert f" ExcNodeList={bad} " in shown
     told = explain.explain(run)
-    assert (told.verdict, list(told.bad_nodes)) == ("finished", ["sandbox1"])
+    assert (told.verdict, list(told.bad_nodes)) == ("finished", [bad])
 
 
 def test_a_check_that_fails_everywhere_blames_no_node(once, stub, finish):
