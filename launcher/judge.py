@@ -23,6 +23,7 @@ COMMAND = re.compile(r"\s+\(\s*trap .*")
 KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # the shell's word on a rank that a signal ended
 SIGNALS = range(129, 160)
 ENDED_BY_OTHERS = (0, 15, 137, 143, 85)  # codes of ranks that were ended, and so say nothing
+TOLD_TO_LEAVE = (15, 85, 130, 143)  # whichever rank was the first to, the others were told as well
 NOT_FIRST = ("time_limit", "preempted")  # they come to a job that a rank may have failed before
 
 
@@ -223,8 +224,9 @@ def _of_code(evidence: Evidence, echoes: tuple[int, ...]) -> Finding | None:
     rank = first.rank if first else None
     cause = causes.of_code(code) or causes.UNKNOWN
     lines = _last_lines(evidence.ranks.get(rank, ()) if rank is not None else evidence.host)
-    nodes = (first.node,) if first else ()
-    return Finding(cause=cause, rank=rank, nodes=nodes, lines=lines, code=code, echoes=echoes)
+    if first is None or code in TOLD_TO_LEAVE:
+        return Finding(cause=cause, lines=lines, code=code, echoes=echoes)
+    return Finding(cause=cause, rank=rank, nodes=(first.node,), lines=lines, code=code, echoes=echoes)
 
 
 def _of_nothing(evidence: Evidence) -> Finding:

@@ -286,6 +286,11 @@ def test_a_job_that_never_began(tmp_path):
     assert found.cause.name == "no_output"
 
 
+def test_ranks_that_were_told_to_leave_speak_against_no_node(attempt):
+    found = attempt({}, first="143 3 gpu08")
+    assert (found.cause.name, found.rank, found.nodes, found.first_rank) == ("terminated", None, (), 3)
+
+
 def test_a_run_that_gave_up_says_so(attempt):
     found = attempt(
         {1: "ValueError: x"},
