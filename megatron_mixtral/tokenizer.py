@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_mixtral import words
 from megatron_mixtral.errors import InputError
 
 
@@ -68,6 +69,7 @@ class PieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except RuntimeError as error:
             raise InputError(f"{file}: not a SentencePiece model: {error}") from error
+        self._words = words.Words(self._model) if words.serves(self._model) else self._model
         self.vocab_size: int = self._model.vocab_size()
         self.bos: int = self._model.bos_id()
         self.eos: int = self._model.eos_id()
@@ -76,7 +78,7 @@ class PieceTokenizer:
             raise InputError(f"{file}: has no begin or end token")
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        return self._words.encode(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._model.encode(texts, num_threads=1)

@@ -129,18 +129,13 @@ def undisturbed(place):
     return final(run)
 
 
-def step_of(run, attempt=None):
-    """The newest step; with `attempt` of that one alone."""
-    at, newest = -1, 0
-    for event in logs.events(run.path):
-        at += event["event"] == "start"
-        if event["event"] == "step" and attempt in (None, at):
-            newest = event["step"]
-    return newest
+def step_of(run):
+    """The newest step done."""
+    return max((event["step"] for event in logs.events(run.path) if event["event"] == "step"), default=0)
 
 
-def wait_for_step(run, step, attempt=None, seconds=120):
-    wait_until(lambda: step_of(run, attempt) >= step, seconds, run)
+def wait_for_step(run, step, seconds=120):
+    wait_until(lambda: step_of(run) >= step, seconds, run)
 
 
 def kill_rank(run, rank):
@@ -169,8 +164,8 @@ def test_the_last_rank_killed(place, undisturbed):
 @pytest.mark.timeout(900)
 def test_rank_0_killed_twice(place, undisturbed):
     run = runs.start(place.plan())
-    for attempt, step in enumerate((25, 65)):
-        wait_for_step(run, step, attempt)
+    for step in (25, 65):
+        wait_for_step(run, step)
         kill_rank(run, 0)
     check(run, undisturbed, attempts=3)
 
@@ -219,9 +214,10 @@ def kill(pid):
 
 
 def node_is_back(node, environment):
-    slurm.call("scontrol", "update", f"nodename={node}", "state=resume", environment=environment)
-    state = slurm.call("sinfo", "--noheader", "--format=%T", f"--nodes={node}", environment=environment)
-    return "idle" in state and "*" not in state
+    state = slurm.call("sinfo", "--noheader", "--format=%T", f"--nodes={node}", environment=environment).strip()
+    if state == "down":
+        slurm.call("scontrol", "update", f"nodename={node}", "state=resume", environment=environment)
+    return state == "idle"
 
 
 @pytest.mark.soak
@@ -240,8 +236,8 @@ def test_preempted_five_times_running(place, site):
     quiet = runs.start(place.plan(steps=400))
     finished(quiet, 600)
     run = runs.start(place.plan(steps=400, partition="low", exclusive=True))
-    for attempt in range(5):
-        wait_for_step(run, 30 + 60 * attempt, attempt, 300)
+    for _ in range(5):
+        wait_for_step(run, step_of(run) + 20, seconds=300)
         slurm.call(
             *("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wait", "--output=/dev/null"),
             "--wrap=sleep 1",

@@ -1,0 +1,69 @@
+"""Encodes text a word at a time from a table of words already met: the very ids that SentencePiece gives the whole.
+
+It is exact because no piece of such a vocabulary has a space after another character, nor a line's end in it: where
+one begins, no two characters are ever joined, whatever stands before them. `serves` checks that.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+SPACE = "▁"  # SentencePiece's own sign for it
+LIMIT = 1 << 20  # words kept; then the table begins anew, so that memory is bounded whatever the text
+LONGEST = 64  # characters of a word that is kept
+# Every character is in exactly one: a word with the spaces before it, spaces at a line's end, or ends of lines.
+PARTS = re.compile(r" *[^ \n]+| +|\n+")
+
+
+# Where a vocabulary's own ways with spaces and lines would show.
+PROBES = ("", "a", " a", "a ", "a  b", "   b", "\n", "a\nb", "\n\n a\n", "a \n b", "\t a", "Ab.c, d")
+
+
+class Model(Protocol):
+    """What is asked of SentencePiece's processor."""
+
+    def vocab_size(self) -> int: ...
+
+    def id_to_piece(self, index: int) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def serves(model: Model) -> bool:
+    """Whether words can be encoded apart: by the vocabulary, and by what is done to text before it is looked up."""
+    pieces = (model.id_to_piece(index) for index in range(model.vocab_size()))
+    if any(SPACE in piece.lstrip(SPACE) or "\n" in piece for piece in pieces):
+        return False
+    apart = Words(model)
+    return all(apart.encode(text) == model.encode(text) for text in PROBES)
+
+
+class Words:
+    """`encode` as `model.encode`, for one that `serves`."""
+
+    def __init__(self, model: Model) -> None:
+        self._encode: Callable[[str], list[int]] = model.encode
+        self._line = len(model.encode("\n"))
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`."""
+        ids: list[int] = []
+        known = self._known
+        for part in PARTS.findall(" " + text) if text else ():
+            found = known.get(part)
+            ids += self._learn(part) if found is None else found
+        return ids
+
+    def _learn(self, part: str) -> list[int]:
+        if part[0] != " ":  # nothing joins it with the end of the line before
+            ids = self._encode("\n" + part)[self._line :]
+        elif part.strip(" "):
+            ids = self._encode(part[1:])  # whose first space SentencePiece puts there
+        else:
+            ids = self._encode("a" + part)[1:]
+        if len(part) <= LONGEST:
+            if len(self._known) >= LIMIT:
+                self._known.clear()
+            self._known[part] = ids
+        return ids
