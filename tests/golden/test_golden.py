@@ -20,6 +20,7 @@ ASKED = {
     "prepare": ("prepare", {"files": ("/home/me/text.jsonl",)}),
     "convert": ("convert", {"preset": "train"}),
     "convert-to-hf": ("convert", {"to": "hf", "model": "finetune-20260101-000000-abcd"}),
+    "verify": ("verify", {"folder": "/home/me/converted"}),
     "finetune": ("finetune", {"values": {"steps": 1000, "lr": 1e-5}}),
     "serve": ("serve", {}),
     "serve-vllm": ("serve", {"values": {"engine": "vllm"}}),
@@ -65,6 +66,10 @@ def test_script(case, cluster):
             f"{RECORD}=1 python -m pytest tests/golden",
             pytrace=False,
         )
+
+
+def test_every_job_is_recorded():
+    assert {job for job, _ in ASKED.values()} == set(jobs.PLANS)
 
 
 def test_nothing_recorded_is_left_over():

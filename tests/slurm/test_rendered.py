@@ -39,7 +39,7 @@ def sbatch(site, tmp_path):
 def test_hostile_values_arrive_intact_in_the_running_job(cluster, stub, finish, tmp_path):
     environment = {f"V{index}": value for index, value in enumerate(CARRIED)}
     changed = {"python": stub('env -0 >"$MIXLAUNCH_RUN/env"'), "environment": environment}
-    files = tuple(str(tmp_path / value.replace("/", "_")) for value in CARRIED)
+    files = tuple(str(tmp_path / value.replace("/", "_")) for value in CARRIED if len(value) < 200)
     plan = jobs.plan_prepare(
         cluster.model_copy(update=changed), files=files, values={"text_key": "$(touch canary)"}
     )
@@ -132,6 +132,7 @@ ASKED = {
     "download": {},
     "prepare": {"files": ("/x",)},
     "convert": {"preset": "train"},
+    "verify": {},
     "finetune": {},
     "serve": {},
     "serve by vllm": {"values": {"engine": "vllm"}},
@@ -142,6 +143,7 @@ ASKED = {
 def test_sbatch_accepts_every_job_of_every_cluster_in_its_own_geometry(name, site, mirror, tmp_path):
     cluster = profile.load(name)
     environment = site.environment if name == "sandbox" else mirror(cluster)
+    assert {case.split()[0] for case in ASKED} == set(jobs.PLANS)
     for job, asked in ASKED.items():
         script = tmp_path / f"{job}.sh"
         script.write_text(render.render(jobs.PLANS[job.split()[0]](cluster, **asked)))
