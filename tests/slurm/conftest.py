@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from laptop import far, laptop, server  # noqa: F401 - fixtures of the tests over ssh
 from running import wait_until
 
 from launcher import jobs, runs, sandbox, slurm
