@@ -130,9 +130,17 @@ def _sync(path: Path) -> None:
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` (two at least) complete training checkpoints; what was removed."""
-    old = [p for p in complete(root) if p.name != "release"][: -max(keep, 2)]
+    """Remove all but the newest `keep` (two at least) complete training checkpoints; what was removed.
+
+    With them goes what killed saves left: folders without a marker that are older than the newest with one.
+    """
+    whole = [p for p in complete(root) if p.name != "release"]
+    old = whole[: -max(keep, 2)]
     for folder in old:
         (folder / MARKER).unlink()  # gone for every reader before its files are
         shutil.rmtree(folder)
-    return old
+    left = [p for p in root.glob("iter_*") if re.fullmatch(r"iter_\d+", p.name) and not (p / MARKER).exists()]
+    left = [p for p in left if whole and _age(p) < _age(whole[-1])] + list(root.glob(".iter_*.unfinished-*"))
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    return old + left

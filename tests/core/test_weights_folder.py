@@ -78,6 +78,16 @@ def test_two_complete_checkpoints_are_always_kept(tmp_path):
     assert release.exists()
 
 
+def test_what_killed_saves_left_is_removed_once_a_newer_one_is_whole(tmp_path):
+    make(tmp_path / "iter_0000003", complete=False)
+    make(tmp_path / ".iter_0000002.unfinished-77", complete=False)
+    assert [p.name for p in prune(tmp_path, keep=2)] == [".iter_0000002.unfinished-77"]
+    make(tmp_path / "iter_0000005")
+    make(tmp_path / "iter_0000006", complete=False)  # may be under way
+    assert [p.name for p in prune(tmp_path, keep=2)] == ["iter_0000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", "iter_0000006"]
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_files_of_another_user_are_refused_by_name(tmp_path):
     folder = make(tmp_path / "weights")
