@@ -80,6 +80,10 @@ def tried(cluster, tmp_path):
         return [*found, "--", *arguments]
 
     def plan(job: str, chosen: dict[str, str]) -> tuple[jobs.JobPlan, dict[str, str]]:
+        taken = accepted(job, chosen)
+        return planned(job, words(job, taken)), taken
+
+    def accepted(job: str, chosen: dict[str, str]) -> dict[str, str]:
         taken = {}
         for name, value in chosen.items():
             refusal = ""
@@ -90,8 +94,9 @@ def tried(cluster, tmp_path):
             assert not refusal or name in refusal, f"{name}={value!r}: {refusal}"
             if not refusal:
                 taken[name] = value
-        return planned(job, words(job, taken)), taken
+        return taken
 
+    plan.accepted = accepted
     return plan
 
 
@@ -99,10 +104,10 @@ def test_what_is_refused_is_refused_by_name(tried):
     for job in FIELDS:
         for option, kind, _ in fields(job):
             for value in HOSTILE:
-                tried(job, {option: typed(option, kind, value, "/shared")})
+                tried.accepted(job, {option: typed(option, kind, value, "/shared")})
     for key in OF_PROFILE:
         for value in HOSTILE:
-            tried("tiny", {key: value})
+            tried.accepted("tiny", {key: value})
 
 
 def hand(job: str, number: int, folder: Path) -> dict[str, str]:
