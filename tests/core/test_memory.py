@@ -254,3 +254,63 @@ def test_context_parallelism_is_refused_as_the_job_refuses_it(allocated):
     ask = fit.Request(cluster=profile.load("selene"), layout=cut, shape=SMALL, work=WORK)
     with pytest.raises(launcher_errors.LayoutError, match="--cp: 2"):
         fit.study(ask)
+
+
+# What the backward pass needs, with real ranks exchanging tokens
+
+
+def bytes_of_a_layer(axes):
+    """What autograd keeps for one more layer of our fused kernels, parameters left out."""
+    import torch
+
+    from megatron_mixtral import mcore, model
+    from megatron_mixtral.config import Layout, MixtralShape
+
+    layout = Layout(**axes)
+    mcore.initialize(layout)
+
+    def kept(layers):
+        shape = MixtralShape(
+            num_hidden_layers=layers,
+            hidden_size=TRAINED.hidden // 4,
+            intermediate_size=TRAINED.expert_width,
+            num_attention_heads=TRAINED.heads,
+            num_key_value_heads=TRAINED.query_groups,
+            head_dim=16,
+            num_local_experts=TRAINED.experts,
+            num_experts_per_tok=2,
+            vocab_size=TRAINED.vocabulary,
+        )
+        built = model.build(shape, layout, precision="fp32", aux_loss=0.01, fuse=True)
+        own = {p.untyped_storage().data_ptr() for p in built.parameters()}
+        found = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.randint(TRAINED.vocabulary, (2, 65))
+        positions = torch.arange(64).expand(2, -1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            built(ids[:, :-1], positions, None, labels=ids[:, 1:].contiguous())
+        return sum(found.values())
+
+    told = kept(2) - kept(1)
+    mcore.shutdown()
+    return told
+
+
+@pytest.mark.parametrize(
+    "axes", [{}, {"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}, {"tensor": 2, "expert_tensor": 2}]
+)
+def test_ranks_that_exchange_tokens_keep_what_was_told(axes):
+    pytest.importorskip("triton", reason="our kernels run on CPU in Triton's interpreter")
+    world = max(axes.values(), default=1)
+    work = memory.Training(sequence=64, micro_batch=2, micro_batches=1, precision="fp32")
+    shape = dataclasses.replace(TRAINED, layers=1, hidden=TRAINED.hidden // 4, head_size=16)
+    [told] = memory.training(shape, launcher_layout.Layout(**axes), world, work)
+    real = ranks(world, bytes_of_a_layer, axes, env={"TRITON_INTERPRET": "1"})
+    # Experts get unequal shares; together the ranks hold what all were told, and some change for norms and routers.
+    assert sum(real) / world == pytest.approx(told.parts["activations"], rel=0.05)
