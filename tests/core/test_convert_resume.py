@@ -43,8 +43,9 @@ def source(tmp_path_factory):
 
 def finished(partial: Path) -> dict[str, int]:
     """Name -> time of change of each weights file under its final name."""
-    kinds = (".distcp", ".safetensors", ".pt")
-    return {str(p.relative_to(partial)): p.stat().st_mtime_ns for p in partial.rglob("*") if p.suffix in kinds}
+    kinds = ("*.distcp", "*.safetensors", "model_optim_rng.pt")
+    found = [path for kind in kinds for path in partial.rglob(kind)]
+    return {str(path.relative_to(partial)): path.stat().st_mtime_ns for path in found}
 
 
 def written(partial: Path) -> int:
