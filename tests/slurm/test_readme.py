@@ -43,7 +43,7 @@ CHATS = [
             {"role": "assistant", "content": str(2 * n)},
         ]
     }
-    for n in range(200)
+    for n in range(50_000)  # packed into sequences of 4096 tokens, more than one batch of them
 ]
 
 
