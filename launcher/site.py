@@ -99,13 +99,16 @@ def ask(environment: Mapping[str, str]) -> Site:
         "sinfo", "--all", "--exact", "--noheader", "--format=%R|%D|%G|%c|%m|%T|%f", environment=environment
     )
     associations, default = _accounts(environment, config)
-    return Site(
-        config=config,
-        partitions=tuple(map(_partition, filter(str.strip, shown.splitlines()))),
-        kinds=tuple(_kinds(listed)),
-        associations=associations,
-        default_account=default,
-    )
+    try:
+        return Site(
+            config=config,
+            partitions=tuple(partitions(shown)),
+            kinds=tuple(kinds(listed)),
+            associations=associations,
+            default_account=default,
+        )
+    except (ValueError, KeyError) as error:
+        raise Fault(f"Slurm's answer can't be read: {error}") from error
 
 
 def _config(text: str) -> Iterator[tuple[str, str]]:
@@ -118,6 +121,13 @@ def _config(text: str) -> Iterator[tuple[str, str]]:
 def fields(line: str) -> dict[str, str]:
     """`Name=Value` pairs of scontrol's one line a thing; values that hold blanks end at the first."""
     return dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+
+
+def partitions(text: str) -> Iterator[Partition]:
+    """From `scontrol --oneliner show partition`."""
+    for line in text.splitlines():
+        if line.startswith("PartitionName="):
+            yield _partition(line)
 
 
 def _partition(line: str) -> Partition:
@@ -151,8 +161,9 @@ def minutes(text: str) -> int | None:
     return (days * 24 + hours) * 60 + rest
 
 
-def _kinds(text: str) -> Iterator[Kind]:
-    for line in text.splitlines():
+def kinds(text: str) -> Iterator[Kind]:
+    """From sinfo's partition|nodes|gres|cpus|memory|state|features."""
+    for line in filter(str.strip, text.splitlines()):
         name, nodes, gres, cpus, memory, state, features = line.split("|", 6)
         found = list(GPU.finditer(gres))
         yield Kind(
