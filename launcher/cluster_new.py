@@ -215,9 +215,7 @@ def _nodes(kind: Kind, kinds: list[Kind], style: Style) -> Iterator[str]:
         yield line if style.typed else f"  # {line.strip()}  # sbatch doesn't ask for it"
     yield _key("cpus", kind.cpus, "as Slurm counts them; a rank gets its share", indent="  ")
     yield _key("memory_gb", kind.memory_gb, indent="  ")
-    memory = next(
-        (size for name, size in GPU_MEMORY.items() if name in re.split(r"[^a-z0-9]", kind.gpu_type)), None
-    )
+    memory = _gpu_memory(kind.gpu_type)
     if memory:
         yield _key(
             "gpu_memory_gb", memory, f"of the {kind.gpu_type.upper()}; nvidia-smi on a node tells", indent="  "
@@ -226,6 +224,13 @@ def _nodes(kind: Kind, kinds: list[Kind], style: Style) -> Iterator[str]:
         yield "  # gpu_memory_gb: 80  # nvidia-smi on a node tells; plans are held against it"
     if kind.gpus:
         yield f"  # nvlink_domain: {kind.gpus}  # GPUs that NVLink joins, if not all of a node: nvidia-smi topo -m"
+
+
+def _gpu_memory(gpu_type: str) -> int | None:
+    """GB of a GPU whose type tells it: nvidia_h100_80gb_hbm3, or one that comes in one size only."""
+    if told := re.search(r"(?<![0-9])(\d+)gb", gpu_type):
+        return int(told[1])
+    return next((size for name, size in GPU_MEMORY.items() if name in re.split(r"[^a-z0-9]", gpu_type)), None)
 
 
 def _software() -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher import cluster_check, site
+from launcher import cluster_check, cluster_new, site
 
 PARTITIONS = """
 PartitionName=boost AllowGroups=ALL AllowAccounts=nlp,vision AllowQos=normal,high AllocNodes=ALL Default=YES \
@@ -67,3 +67,11 @@ def test_nodes_that_are_gone(state, usable):
 )
 def test_limits_in_minutes(limit, minutes):
     assert cluster_check.limit_minutes(limit) == minutes
+
+
+@pytest.mark.parametrize(
+    ("gpu_type", "memory"),
+    [("nvidia_h100_80gb_hbm3", 80), ("h100", 80), ("a100", None), ("", None), ("nvidia_a100-sxm4-40gb", 40)],
+)
+def test_a_gpus_memory_is_told_by_its_type_or_not_at_all(gpu_type, memory):
+    assert cluster_new._gpu_memory(gpu_type) == memory
