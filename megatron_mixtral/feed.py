@@ -14,9 +14,10 @@ import torch
 from megatron_mixtral import agreement, batches, data, mcore, scan, tokenizer
 from megatron_mixtral.batches import Documents, Sample, Samples
 from megatron_mixtral.config import FinetuneConfig, MixtralShape
-from megatron_mixtral.errors import InputError
+from megatron_mixtral.errors import InputError, LayoutError
 from megatron_mixtral.packing import PackedSamples
 
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -60,6 +61,10 @@ def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
     notes = [_check_tokenizer(prefix, shape, source)]
     digest = scan.check(documents, shape.vocab_size)
     packing = config.packing or ("stream" if documents.masks is None else "documents")
+    if config.layout.context > 1 and packing != "stream":
+        raise LayoutError(
+            f"packing {packing}: context parallelism splits whole sequences; use packing stream, or 1"
+        )
     divided = batches.split(len(documents), config.validation, config.seed)
     train = _samples(config, documents, divided.train, packing, pad=False)
     if train.per_epoch < config.global_batch:
@@ -158,7 +163,8 @@ class Feed:
             rank=replica,
             replicas=replicas,
         )
-        return [_batch([self._samples.sample(n) for n in numbers]) for numbers in chosen]
+        made = [_batch([self._samples.sample(n) for n in numbers]) for numbers in chosen]
+        return made if config.layout.context == 1 else [_stretches(batch) for batch in made]
 
 
 def _batch(samples: list[Sample]) -> Batch:
@@ -172,6 +178,18 @@ def _batch(samples: list[Sample]) -> Batch:
     flat = {"ids": ids.view(1, -1), "labels": labels.view(1, -1), "mask": mask.float().view(1, -1)}
     positions = torch.cat([torch.arange(length) for length in stretches])[None]
     return Batch(**flat, positions=positions, packed=_params(stretches))
+
+
+def _stretches(whole: Batch) -> Batch:
+    """This context-parallel rank's two stretches of each sequence, one from either end."""
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+
+    def mine(x: torch.Tensor) -> torch.Tensor:
+        parts = x.chunk(2 * size, dim=1)
+        return torch.cat([parts[rank], parts[2 * size - 1 - rank]], dim=1)
+
+    fields = {name: mine(getattr(whole, name)) for name in ("ids", "labels", "mask", "positions")}
+    return Batch(**fields, packed=None)
 
 
 def _params(stretches: list[int]) -> PackedSeqParams:

@@ -22,7 +22,12 @@ from megatron_mixtral import mcore
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, set_tensor_model_parallel_attributes
+from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -83,6 +88,11 @@ class Attention(MegatronModule):
         assert attention_bias is None, "Mixtral has no attention bias"
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
+        if self.config.context_parallel_size > 1:
+            return self._over_ranks(query, key, value)
+        return self._attend(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = causal_mask(q.shape[2], k.shape[2], self.window, q.device)
         out = F.scaled_dot_product_attention(
@@ -97,6 +107,20 @@ class Attention(MegatronModule):
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 
+    def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """This rank's two stretches of the sequence against all that comes before them, gathered from all ranks.
+
+        Of 2 C stretches rank r has number r and number 2 C - 1 - r: together they see as much as any other's.
+        """
+        group = get_context_parallel_group()
+        rank, last = group.rank(), 2 * group.size() - 1
+        keys, values = (_in_order(gather_from_sequence_parallel_region(x, group=group), last) for x in (key, value))
+        seen = [
+            self._attend(q, torch.cat(keys[: number + 1]), torch.cat(values[: number + 1]))
+            for q, number in zip(query.chunk(2), (rank, last - rank), strict=True)
+        ]
+        return torch.cat(seen)
+
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         ends, grouped = packed.cu_seqlens_q, query.shape[1] != key.shape[1]
         if varlen_serves(query):
@@ -108,7 +132,13 @@ class Attention(MegatronModule):
             return varlen_attn(query, key, value, ends, ends, longest, longest, **settings).flatten(1)
         lengths = ends.diff().tolist()
         parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
-        return torch.cat([self(*part).squeeze(1) for part in parts])
+        return torch.cat([self._attend(*part).squeeze(1) for part in parts])
+
+
+def _in_order(gathered: Tensor, last: int) -> list[Tensor]:
+    """Stretches in the sequence's order of what lies in the order of ranks."""
+    parts = gathered.chunk(last + 1)
+    return [parts[2 * n] if 2 * n < last else parts[2 * (last - n) + 1] for n in range(last + 1)]
 
 
 def varlen_serves(x: Tensor) -> bool:

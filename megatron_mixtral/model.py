@@ -34,6 +34,7 @@ def build(
     fuse: bool | None = None,
     lora: Lora | None = None,
     seed: int = 1234,
+    split_sequence: bool = False,
     **config: Any,
 ) -> GPTModel:
     """This rank's part of the model, after `mcore.initialize(layout)`.
@@ -42,11 +43,12 @@ def build(
     `parallel_output=False` gathers the vocabulary of the logits over tensor-parallel ranks.
     `fuse` asks for our own kernels or for none; by default they are used wherever they run on a GPU.
     `lora` freezes everything and puts adapters beside it, whose first values follow from `seed`.
+    `split_sequence` allows context parallelism: each rank is then given its stretches of every sequence.
     Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
     """
     layout.check(shape)
-    if layout.context > 1:
-        raise LayoutError(f"context parallel {layout.context}: attention isn't split over the sequence yet; use 1")
+    if layout.context > 1 and not split_sequence:
+        raise LayoutError(f"context parallel {layout.context}: only training splits the sequence; use 1")
     kind, parts = _kind(fuse)
     if lora and lora.experts:
         parts = replace(parts, experts=adapting.Experts)

@@ -109,6 +109,7 @@ def _build(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None) -> An
         deallocate_pipeline_outputs=True,
         lora=lora,
         seed=config.seed,
+        split_sequence=True,
         **tuning.model_options(config, shape),
     )
     if config.freeze_router:

@@ -221,7 +221,7 @@ class Trainer:
             data_iterator=iter(made),
             model=self.parts.chunks,
             num_microbatches=len(made),
-            seq_length=length,
+            seq_length=length * self.config.layout.context,
             micro_batch_size=rows,
             forward_only=forward_only,
         )

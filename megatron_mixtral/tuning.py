@@ -23,6 +23,12 @@ def check(config: FinetuneConfig) -> None:
         raise InputError(f"recompute: {config.recompute!r} isn't one of {', '.join(RECOMPUTE)}")
     if config.packing not in (None, "stream", "documents", "none"):
         raise InputError(f"packing: {config.packing!r} isn't one of stream, documents, none")
+    context = config.layout.context
+    if context > 1 and config.sequence_length % (2 * context * config.layout.tensor):
+        raise LayoutError(
+            f"sequence_length {config.sequence_length} doesn't divide into 2 stretches for each of context "
+            f"{context} x tensor {config.layout.tensor} ranks"
+        )
     if config.pad_to_capacity and not config.capacity_factor:
         raise InputError("pad_to_capacity: experts have no capacity unless capacity_factor gives them one")
 
