@@ -7,6 +7,8 @@ import httpx
 import pytest
 import serving
 
+from megatron_mixtral.serve import grammar
+
 HUB, MEGATRON = 0, 1
 LAYOUTS = {  # name -> ranks, layout, and which of the model's two forms on disk is served
     "PP1": (1, {}, MEGATRON),
@@ -65,9 +67,22 @@ def test_64_prompts_at_once_while_others_leave(name, served_model, reference, tm
         choices = asyncio.run(crowd(running.url, prompts))
         body = {"prompts": ["The cat", "Once"], "tokens_to_generate": serving.ANSWER, "top_k": 1}
         raw = running.client().put("/api", json=body).json()
+        check_json(running)
         assert running.stop() == [0] * ranks
     check_choices(choices, served_model[0], prompts, expected)
     check_megatron(raw, served_model[0])
+
+
+def check_json(running):
+    """Every rank draws for itself: only where all know the form do they draw the same."""
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 3, "max_tokens": 12, "seed": 1}
+    body["response_format"] = {"type": "json_object"}
+    reply = running.client().post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    for choice in reply.json()["choices"]:
+        state = grammar.State()
+        for byte in choice["message"]["content"].encode():
+            state = grammar.step(state, byte)
 
 
 def check_choices(choices, hub, prompts, expected):
