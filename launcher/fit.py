@@ -100,10 +100,8 @@ def study(request: Request) -> Outlook:
     gpus = request.cluster.node.gpus
     if work is None:
         return Outlook(request=request, placement=Placement(nodes=1, tasks_per_node=1), stages=stages)
-    if layout.context > 1:
-        serving = isinstance(work, Serving)
-        why = "answers are made token by token" if serving else "attention isn't split over the sequence yet"
-        raise LayoutError(f"--cp: {layout.context}, but {why}: use 1")
+    if layout.context > 1 and isinstance(work, Serving):
+        raise LayoutError(f"--cp: {layout.context}, but answers are made token by token: use 1")
     placement = layouts.place(layout, nodes=request.nodes, gpus=gpus)
     outlook = Outlook(
         request=request,

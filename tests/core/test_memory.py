@@ -245,13 +245,14 @@ def test_stages_are_cut_here_as_there():
     assert {case: pair for case, pair in told.items() if pair[0] != pair[1]} == {}
 
 
-def test_context_parallelism_is_refused_as_the_job_refuses_it(allocated):
+def test_context_parallelism_is_of_training_alone(allocated):
     from megatron_mixtral.errors import LayoutError
 
     with pytest.raises(LayoutError, match="context parallel 2"):
         allocated(SMALL, {"context": 2}, 2, 0)
     cut = launcher_layout.Layout(context=2)
-    ask = fit.Request(cluster=profile.load("selene"), layout=cut, shape=SMALL, work=WORK)
+    work = memory.Serving(requests=1, tokens=64)
+    ask = fit.Request(cluster=profile.load("selene"), layout=cut, shape=SMALL, work=work)
     with pytest.raises(launcher_errors.LayoutError, match="--cp: 2"):
         fit.study(ask)
 

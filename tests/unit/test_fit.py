@@ -147,7 +147,7 @@ REFUSED = [  # what is asked, what is said, what is near
     (request(nodes=4, pipeline=4, expert=16), "experts / EP = 8 / 16 isn't whole", "--ep 8"),
     (request(nodes=5, gpus=4, **TRAIN), "5 nodes x 4 GPUs = 20 ranks don't fit", "--nodes 8"),
     (request(nodes=4, tensor=3, **TRAIN), "query groups / TP = 8 / 3", "--tp 1"),
-    (request(nodes=4, context=2, **TRAIN), "--cp: 2", "--cp 1"),
+    (dataclasses.replace(request(pipeline=2, context=2), work=Serving(requests=1, tokens=64)), "--cp: 2", "--cp 1"),
 ]
 
 
