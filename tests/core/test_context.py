@@ -4,7 +4,6 @@ import pytest
 from ranks import ranks
 from test_options import PLAIN, finetuned_together
 from test_packing import finetuned, of_kind
-from test_train import world  # noqa: F401 (a fixture)
 
 from megatron_mixtral import layers
 
@@ -19,7 +18,7 @@ def test_stretches_come_back_in_the_order_of_the_sequence():
         assert [int(part) for part in ordered] == list(range(2 * size))
 
 
-def test_split_sequences_train_as_whole_ones(world, tmp_path):  # noqa: F811
+def test_split_sequences_train_as_whole_ones(world, tmp_path):
     raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "validation": 0.2, "eval_steps": 2}
     raw |= {"eval_interval": 1, "aux_loss": 0.5, "clip_grad": 0.0}
     whole = ranks(1, finetuned, raw, {"whole": {}}, str(tmp_path))[0]["whole"]

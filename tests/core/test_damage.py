@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from ranks import ranks
-from test_train import world  # noqa: F401 (a fixture)
 
 
-def config_of(world):  # noqa: F811
+def config_of(world):
     return {
         "model": str(world),
         "data": str(world / "data"),
@@ -51,7 +50,7 @@ def train_in(raw, run_dirs):
 
 
 @pytest.fixture(scope="module")
-def trained(world, tmp_path_factory):  # noqa: F811
+def trained(world, tmp_path_factory):
     """A run with complete checkpoints of steps 2 and 4, and its configuration."""
     folder = tmp_path_factory.mktemp("trained")
     raw = config_of(world)
@@ -173,9 +172,10 @@ def train_on_a_full_disk(raw, folder, full, limit):
 
 
 @pytest.mark.parametrize(
-    ("full", "limit", "asynchronous"), [(1, 20_000, False), (0, 20_000, False), (1, 20_000, True)]
+    ("full", "limit", "asynchronous"),
+    [(1, 20_000, False), pytest.param(0, 20_000, False, marks=pytest.mark.soak), (1, 20_000, True)],
 )
-def test_a_save_that_fails_on_one_rank_ends_all_and_leaves_the_last_one(world, tmp_path, full, limit, asynchronous):  # noqa: F811
+def test_a_save_that_fails_on_one_rank_ends_all_and_leaves_the_last_one(world, tmp_path, full, limit, asynchronous):
     raw = config_of(world) | {"async_save": asynchronous}
     for said, seconds, newest in ranks(2, train_on_a_full_disk, raw, str(tmp_path), full, limit):
         first, failed, again = said

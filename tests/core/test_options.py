@@ -4,8 +4,8 @@ import math
 
 import pytest
 from ranks import ranks
+from small import tensors_of
 from test_packing import finetuned, of_kind
-from test_train import world  # noqa: F401 (a fixture)
 
 PLAIN = {
     "steps": 3,
@@ -25,7 +25,7 @@ def losses(told):
 
 
 @pytest.fixture(scope="module")
-def alone(world, tmp_path_factory):  # noqa: F811
+def alone(world, tmp_path_factory):
     """What runs of one process tell, by what was changed in them."""
     folder = tmp_path_factory.mktemp("alone")
     variants = {
@@ -71,13 +71,11 @@ def test_the_z_loss_pulls_on_the_router(alone):
 
 
 def router_of(folder):
-    from test_train import tensors_of
-
     (name,) = (n for n in tensors_of(folder) if n == "decoder.layers.mlp.router.weight")
     return tensors_of(folder)[name]
 
 
-def test_a_frozen_router_stays_as_it_was(alone, world):  # noqa: F811
+def test_a_frozen_router_stays_as_it_was(alone, world):
     _, folder = alone
     before = router_of(world / "release")
     last = "checkpoints/iter_0000003"
@@ -119,7 +117,7 @@ def test_a_step_tells_all_its_numbers(alone):
     assert step["tflops_per_gpu"] == pytest.approx(per_token * 256 / step["seconds"] / 1e12, abs=1e-4)
 
 
-def test_the_ways_of_overlapping_change_nothing(world, tmp_path):  # noqa: F811
+def test_the_ways_of_overlapping_change_nothing(world, tmp_path):
     """Two replicas whose experts are apart, with gradients and parameters under way or waited for."""
     variants = {
         "overlapped": {"eval_steps": 2, "eval_interval": 1, "validation": 0.2},
@@ -137,7 +135,7 @@ def test_the_ways_of_overlapping_change_nothing(world, tmp_path):  # noqa: F811
     assert of_kind(told["overlapped"], "eval", "loss") == of_kind(told["waited"], "eval", "loss")
 
 
-def test_stages_of_uneven_length_change_nothing(world, tmp_path):  # noqa: F811
+def test_stages_of_uneven_length_change_nothing(world, tmp_path):
     raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "layout": {"pipeline": 2}}
     variants = {"even": {}, "uneven": {"first_stage_layers": 1}, "wrong": {"first_stage_layers": 2}}
     told = ranks(2, finetuned_together, raw, variants, str(tmp_path))[0]
@@ -191,7 +189,7 @@ def spoil_one_replica(raw, folder):
     return 0, ""
 
 
-def test_replicas_that_differ_by_one_bit_are_found(world, tmp_path):  # noqa: F811
+def test_replicas_that_differ_by_one_bit_are_found(world, tmp_path):
     more = {"replica_check_interval": 1, "overlap_param_gather": False}
     raw = {**PLAIN, "model": str(world), "data": str(world / "data"), **more}
     for code, words in ranks(2, spoil_one_replica, raw, str(tmp_path)):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from ranks import ranks
-from test_train import SHAPE, make_weights, world  # noqa: F401 (a fixture)
+from small import SHAPE, make_weights
 
 from megatron_mixtral import indexed
 from megatron_mixtral.batches import Documents
@@ -96,7 +96,7 @@ def of_kind(told, kind, field):
     return [event[field] for event in told if event["event"] == kind]
 
 
-def raw_config(world, prefix, **more):  # noqa: F811
+def raw_config(world, prefix, **more):
     return {
         "model": str(world),
         "data": str(prefix),
@@ -129,7 +129,7 @@ def test_packed_and_unpacked_losses_are_the_same(tmp_path):
     assert losses["stream"] != pytest.approx(losses["none"], abs=0.01), "this comparison can tell nothing"
 
 
-def test_the_balancing_loss_weighs_the_same_whatever_share_is_learnt(world, tmp_path):  # noqa: F811
+def test_the_balancing_loss_weighs_the_same_whatever_share_is_learnt(world, tmp_path):
     """With next to nothing to learn, the gradient's norm is the balancing loss's: alike for 1 in 2 and 1 in 8."""
     norms = {}
     for name, learnt in (("half", 0.5), ("eighth", 0.125)):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from ranks import ranks
-from test_train import SHAPE, make_weights, world  # noqa: F401 (a fixture)
+from small import SHAPE, make_weights
 
 from megatron_mixtral import indexed
 
@@ -51,7 +51,7 @@ def write(prefix, documents, mask=None):
     return str(prefix)
 
 
-def test_everything_that_poisons_a_run_is_named_before_it_starts(world, tmp_path, tokenizer_folder):  # noqa: F811
+def test_everything_that_poisons_a_run_is_named_before_it_starts(world, tmp_path, tokenizer_folder):
     plain = [np.arange(50) % 64 for _ in range(20)]
     strange = [d.copy() for d in plain]
     strange[13][7] = 64
@@ -108,7 +108,7 @@ def on_all_ranks(raw, folder):
     return str(said.value)
 
 
-def test_what_one_rank_finds_ends_all_with_the_same_words(world, tmp_path):  # noqa: F811
+def test_what_one_rank_finds_ends_all_with_the_same_words(world, tmp_path):
     """The poisoned layer lies on the second pipeline stage alone."""
     poisoned = tmp_path / "poisoned"
     poisoned.mkdir()
@@ -140,7 +140,7 @@ def resume_changed(raw, changes, folder):
     return said
 
 
-def test_a_run_goes_on_with_the_data_it_began_with_or_not_at_all(world, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_the_data_it_began_with_or_not_at_all(world, tmp_path):
     other = [np.arange(50) % 64 for _ in range(60)]
     raw = {**BASE, "model": str(world), "data": str(world / "data")}
     changes = [

@@ -8,15 +8,15 @@ import jobs
 import pytest
 from ranks import RanksFailed, ranks
 from test_options import PLAIN
-from test_train import world  # noqa: F401 (a fixture)
 
 
-def raw_config(world):  # noqa: F811
+def raw_config(world):
     quick = {"steps": 500, "setup_timeout": 60, "step_timeout": 3}
     return {**PLAIN, "model": str(world), "data": str(world / "data"), "layout": {"pipeline": 2}} | quick
 
 
-def test_a_rank_that_is_stopped_dead_is_named_by_the_others(world, tmp_path):  # noqa: F811
+@pytest.mark.soak
+def test_a_rank_that_is_stopped_dead_is_named_by_the_others(world, tmp_path):
     with jobs.Job("finetune", raw_config(world), tmp_path / "run", ranks=2) as job:
         job.wait_for("step", step=3)
         job.signal(1, signal.SIGSTOP)
@@ -46,7 +46,7 @@ def get_stuck(raw, folder):
     train.run(config.parse(config.FinetuneConfig, raw, where="config"), Path(folder))
 
 
-def test_every_rank_shows_its_stacks_and_the_slow_one_is_named(world, tmp_path):  # noqa: F811
+def test_every_rank_shows_its_stacks_and_the_slow_one_is_named(world, tmp_path):
     with pytest.raises(RanksFailed) as failed:
         ranks(2, get_stuck, raw_config(world), str(tmp_path), timeout=60)
     _, first, second = str(failed.value).split("--- rank ")
