@@ -113,6 +113,7 @@ def test_a_lost_rank_fails_the_job_at_once_and_the_requeued_job_finishes_it(
     assert not out.with_name("out.partial").exists()
 
 
+@pytest.mark.soak
 def test_a_job_that_is_told_to_leave_does_so_between_two_files_and_goes_on_later(
     four_nodes, stub, finish, model, tmp_path
 ):

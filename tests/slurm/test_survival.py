@@ -153,6 +153,8 @@ def check(run, undisturbed, *, attempts):
     assert all((ended[name] == undisturbed[name]).all() for name in ended)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_the_last_rank_killed(place, undisturbed):
     run = runs.start(place.plan())
     wait_for_step(run, 25)
