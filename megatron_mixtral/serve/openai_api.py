@@ -70,53 +70,61 @@ def router(model: Model, service: Service) -> APIRouter:
     @routes.post("/completions", responses=WHOLE_OR_STREAMED)
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         model.check_name(body.model)
-        prompts = await asking.completion_prompts(body, model)
-        made = asking.requests(
-            body,
-            prompts,
-            model=model,
-            service=service,
-            max_tokens=16 if body.max_tokens is None else body.max_tokens,
-            logprobs=body.logprobs,
-            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
-        )
-        call = Call(
-            kind="text_completion",
-            id=f"cmpl-{uuid.uuid4().hex}",
-            model=model,
-            body=body,
-            streams=service.open(made),
-            contexts=[r.prompt for r in made],
-        )
+        call = await _completion(body, model, service)
         if body.stream:
-            return _EventStream(call, [_CompletionShape(call, i) for i in range(len(made))])
+            return _EventStream(call, [_CompletionShape(call, i) for i in range(len(call.streams))])
         return _whole_completion(call, await _answers(call, http))
 
     @routes.post("/chat/completions", responses=WHOLE_OR_STREAMED)
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         model.check_name(body.model)
-        prompt = await asking.chat_prompt(body, model)
-        made = asking.requests(
-            body,
-            [prompt],
-            model=model,
-            service=service,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        )
-        call = Call(
-            kind="chat.completion",
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            model=model,
-            body=body,
-            streams=service.open(made),
-            contexts=[[] for _ in made],
-        )
+        call = await _chat(body, model, service)
         if body.stream:
-            return _EventStream(call, [_ChatShape(call, i) for i in range(len(made))])
+            return _EventStream(call, [_ChatShape(call, i) for i in range(len(call.streams))])
         return _whole_chat(call, await _answers(call, http))
 
     return routes
+
+
+async def _completion(body: CompletionBody, model: Model, service: Service) -> Call:
+    """The choices of every prompt, asked for."""
+    made = asking.requests(
+        body,
+        await asking.completion_prompts(body, model),
+        model=model,
+        service=service,
+        max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+    )
+    return Call(
+        kind="text_completion",
+        id=f"cmpl-{uuid.uuid4().hex}",
+        model=model,
+        body=body,
+        streams=service.open(made),
+        contexts=[r.prompt for r in made],
+    )
+
+
+async def _chat(body: ChatBody, model: Model, service: Service) -> Call:
+    """The choices of a conversation, asked for."""
+    made = asking.requests(
+        body,
+        [await asking.chat_prompt(body, model)],
+        model=model,
+        service=service,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return Call(
+        kind="chat.completion",
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        model=model,
+        body=body,
+        streams=service.open(made),
+        contexts=[[] for _ in made],
+    )
 
 
 async def _answers(call: Call, http: HttpRequest) -> list[Answer]:
