@@ -12,7 +12,7 @@ from launcher.capabilities import NEWEST, known_options
 from launcher.errors import UsageError
 
 HEREDOC = re.compile(r"<<'(\w+)'")
-CODE = "END_OF_RANK"  # the heredoc whose body is again a script
+CODE = ("END_OF_RANK", "END_OF_HEALTH")  # heredocs whose body is again a script
 
 
 class LintError(UsageError):
@@ -91,7 +91,7 @@ def _without_heredocs(text: str) -> str:
 
 
 def _bodies(text: str) -> list[str]:
-    return ["\n".join(body) for _, delimiter, body in _split(text) if delimiter == CODE]
+    return ["\n".join(body) for _, delimiter, body in _split(text) if delimiter in CODE]
 
 
 def _single_quoted(script: str) -> Iterator[str]:

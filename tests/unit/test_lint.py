@@ -16,6 +16,9 @@ END_OF_CONFIG
 srun bash -s <<'END_OF_RANK'
 echo "$RANK: $(basename "$0") isn't 'quoted $here'"
 END_OF_RANK
+srun bash -s <<'END_OF_HEALTH'
+echo "$SLURM_PROCID"
+END_OF_HEALTH
 """
 
 
@@ -48,6 +51,8 @@ def test_a_good_script_passes():
         ("'plain'", "'pl\rain'", r"line 6: control character '\r'"),
         ("$(basename", "'$0' '$RANK' $(basename", ""),  # inside double quotes nothing is single-quoted
         ('echo "$RANK', "echo '$RANK' \"$RANK", "$RANK inside single quotes"),
+        ('echo "$SLURM', 'if "$SLURM', "syntax error"),  # and inside a node's check
+        ('echo "$SLURM', "echo '$LIKE' \"$SLURM", "$LIKE inside single quotes"),
     ],
 )
 def test_each_trap_is_caught(before, after, said):
