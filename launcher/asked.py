@@ -29,11 +29,11 @@ def batch(chosen: Mapping[str, Any]) -> Batch:
         micro_batch=values["micro_batch"],
         global_batch=values["global_batch"],
         precision=values["precision"],
-        recompute=values.get("recompute") or "none",
+        recompute=values["recompute"],
         lora=values["lora"],
         lora_experts=values["lora_experts"],
-        first_stage_layers=values.get("first_stage_layers", 0),
-        last_stage_layers=values.get("last_stage_layers", 0),
+        first_stage_layers=values["first_stage_layers"],
+        last_stage_layers=values["last_stage_layers"],
     )
 
 

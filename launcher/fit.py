@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher import layout as layouts
@@ -72,7 +72,7 @@ class Outlook:
     shortage: str = ""  # what doesn't fit into a GPU's memory, with the numbers
     tight: str = ""
     unchecked: str = ""  # why memory wasn't checked
-    stages: tuple[int, ...] = field(default=())
+    stages: tuple[int, ...] = ()
 
     @property
     def world(self) -> int:

@@ -23,8 +23,6 @@ CONFIG_END = "END_OF_CONFIG"
 
 def render(replaced: Mapping[str, str], variables: Mapping[str, Any]) -> str:
     """The script, with `replaced`, part -> path, in place of our own; `UsageError` for what is wrong in those."""
-    for name in replaced:
-        stock.known(name)
     own = {f"{name}{SUFFIX}": _read(name, path) for name, path in replaced.items()}
     paths = [str(Path(path)) for path in replaced.values()]
     try:

@@ -5,7 +5,7 @@ Nothing here looks at Slurm or the file system; what must exist is listed in the
 
 import os.path
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher import adapters, asked, megatron_files, places, quoting, secrets_env, settings, vllm
@@ -95,7 +95,6 @@ class JobPlan:
     exclude: tuple[str, ...] = ()  # nodes that weren't to be used
     bad_nodes: tuple[str, ...] = ()  # nodes on the cluster's list
     secrets_made: tuple[str, ...] = ()  # random values that the script puts into secrets.env
-    notes: tuple[str, ...] = field(default=())
     link: Link | None = None
 
     @property
@@ -302,7 +301,6 @@ def plan_finetune(
             Input(path=weights, what="weights", hint=places.hint("convert --model", model)),
             Input(path=f"{prefix}.idx", what="data", hint="" if data else "`mixlaunch prepare FILES` makes it"),
         ),
-        notes=(layout.describe(outlook.world),),
     )
 
 
@@ -340,7 +338,6 @@ def plan_serve(
         resumable=True,
         inputs=(Input(path=weights, what="weights", hint=hint),),
         secrets_made=() if host in LOOPBACK else (API_KEY,),
-        notes=(layout.describe(outlook.world),),
     )
     return vllm.adapted(plan) if by_vllm else plan
 

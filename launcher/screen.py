@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from launcher.jobs import JobPlan
-    from launcher.profile import ClusterProfile
 
 ENOUGH = 20  # characters of a note that tell something
 STYLES = {  # of the states that Slurm knows
@@ -184,28 +183,6 @@ def _with_state(path: str) -> str:
 
 def _with_value(name: str) -> str:
     return name if os.environ.get(name) else f"{name} (isn't set)"
-
-
-def profile_facts(profile: "ClusterProfile") -> list[tuple[str, str]]:
-    """A profile in a few lines."""
-    node, container = profile.node, profile.container
-    shape = [
-        f"{node.gpus} GPUs" if node.gpus else "",
-        f"of {node.gpu_memory_gb:g} GB" if node.gpu_memory_gb else "",
-        f"{node.cpus} cores" if node.cpus else "",
-        f"{node.memory_gb} GB" if node.memory_gb else "",
-    ]
-    return [
-        ("scheduler", profile.scheduler),
-        ("partition", profile.partition or ""),
-        ("account", profile.account or ""),
-        ("node", ", ".join(filter(None, shape)).replace(", of", " of")),
-        ("container", f"{container.runtime}: {container.image}" if profile.in_container else "none"),
-        ("limit", profile.time),
-        ("models", profile.paths.models),
-        ("data", profile.paths.data),
-        ("runs", profile.paths.runs),
-    ]
 
 
 def count(number: float) -> str:

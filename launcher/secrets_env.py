@@ -44,14 +44,9 @@ def carried(plan: "JobPlan") -> tuple[str, ...]:
     return tuple(dict.fromkeys([*plan.secrets, *welcome]))
 
 
-def missing(plan: "JobPlan") -> list[str]:
-    """Secrets that have no value here."""
-    return [name for name in plan.secrets if not os.environ.get(name)]
-
-
 def require(plan: "JobPlan") -> None:
     """`UsageError` naming every secret that has no value here."""
-    if absent := missing(plan):
+    if absent := [name for name in plan.secrets if not os.environ.get(name)]:
         verb = "isn't" if len(absent) == 1 else "aren't"
         raise UsageError(f"secrets: {', '.join(absent)} {verb} set in your environment")
 
