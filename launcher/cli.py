@@ -18,7 +18,7 @@ from launcher.cli_plot import plot
 from launcher.cli_runs import RUN_COMMANDS, roots_of
 from launcher.cli_sandbox import sandbox
 from launcher.errors import MixlaunchError
-from launcher.options import HELP, PARALLEL, SectionedOption, job_command
+from launcher.options import FORCE, HELP, PARALLEL, SectionedOption, job_command
 
 if TYPE_CHECKING:
     from launcher.jobs import JobPlan
@@ -152,9 +152,6 @@ START = (
     SectionedOption(
         ["--health-check"], section="Job", is_flag=True, help="Look at every node before the ranks start."
     ),
-)
-FORCE = SectionedOption(
-    ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
 )
 TUNNEL = SectionedOption(
     ["--tunnel"], section="Job", is_flag=True, help="Wait, then let a port of this machine lead to it until Ctrl-C."

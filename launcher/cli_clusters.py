@@ -4,11 +4,9 @@ They read profiles and ask Slurm; none of them submits anything.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,10 +25,6 @@ def _with(*options: click.Option) -> Callable[[click.Command], click.Command]:
     return add
 
 
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 @click.group(invoke_without_command=True)
 @click.pass_context
 def clusters(ctx: click.Context) -> None:
@@ -43,10 +37,10 @@ def clusters(ctx: click.Context) -> None:
 @clusters.command("list")
 def clusters_list(as_json: bool) -> None:
     """Every profile that --cluster can name."""
-    from launcher import cluster_view
+    from launcher import cluster_view, screen
 
     if as_json:
-        _print_json(cluster_view.listed())
+        screen.as_json(cluster_view.listed())
     else:
         cluster_view.table()
 
@@ -60,7 +54,7 @@ def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) ->
 
     path, cluster = cluster_view.read(name, override)
     if as_json:
-        _print_json(cluster_view.dumped(cluster))
+        screen.as_json(cluster_view.dumped(cluster))
         return
     click.echo(f"# {path}", err=True)
     screen.code(cluster_view.text(cluster), "yaml")
@@ -75,7 +69,7 @@ def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -
     Partition, account, QoS, reservation, features, node shape, time limit, version, image and paths; then sbatch
     --test-only for a whole node. Exits with 2 if something in the profile is wrong, 1 if Slurm can't be asked.
     """
-    from launcher import cluster_check, cluster_view
+    from launcher import cluster_check, cluster_view, screen
 
     path, cluster = cluster_view.read(name, override)
     findings = []
@@ -86,7 +80,7 @@ def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -
     wrong = any(finding.verdict == "failed" for finding in findings)
     if as_json:
         found = [dataclasses.asdict(finding) for finding in findings]
-        _print_json({"cluster": cluster.name, "file": str(path), "ok": not wrong, "findings": found})
+        screen.as_json({"cluster": cluster.name, "file": str(path), "ok": not wrong, "findings": found})
     sys.exit(2 if wrong else 0)
 
 
@@ -96,9 +90,9 @@ def clusters_schema() -> None:
 
     Begin a profile with `# yaml-language-server: $schema=FILE` to have keys completed and checked as you type.
     """
-    from launcher import cluster_schema
+    from launcher import cluster_schema, screen
 
-    _print_json(cluster_schema.schema())
+    screen.as_json(cluster_schema.schema())
 
 
 @clusters.command("template")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.options import SectionedCommand, SectionedOption, job_command, understood
+from launcher.options import FORCE, SectionedCommand, SectionedOption, job_command, understood
 
 if TYPE_CHECKING:
     from launcher.pipeline import Chain
@@ -19,9 +19,7 @@ OWN = (
     SectionedOption(
         ["--wait/--no-wait"], section="Job", default=None, help="Wait for the end.  [default: on this machine]"
     ),
-    SectionedOption(
-        ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
-    ),
+    FORCE,
 )
 HELP = """Download, convert, train and export in one go.
 
@@ -91,12 +89,12 @@ def _command() -> click.Command:
     finetune = job_command("finetune", lambda _: None)
     files = click.Argument(["files"], nargs=-1, metavar="[FILES]...")
     return SectionedCommand(
-        "pipeline", callback=_pipeline, params=[files, *finetune.params, *OWN], help=HELP, **_settings(finetune)
+        "pipeline",
+        callback=_pipeline,
+        params=[files, *finetune.params, *OWN],
+        help=HELP,
+        context_settings=finetune.context_settings,
     )
-
-
-def _settings(command: click.Command) -> dict[str, Any]:
-    return {"context_settings": command.context_settings}
 
 
 pipeline_command = _command()

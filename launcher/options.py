@@ -65,6 +65,11 @@ class SectionedGroup(SectionedCommand, click.Group):
         self.format_commands(ctx, formatter)
 
 
+FORCE = SectionedOption(
+    ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
+)
+
+
 class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
     """A setting's own check, so that the command line and a program hear the same words."""
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from launcher.profile import ClusterProfile
     from launcher.runs import Run
 
-INTERRUPTED = 130
 NEVER = "DependencyNeverSatisfied"  # Slurm's reason for a job that waits for one that failed
 
 
@@ -191,7 +190,7 @@ def to_the_end(started: "Sequence[Run]") -> int:
 
     for place, run in enumerate(started):
         code = watch.to_the_end(run, follow=False)
-        if code == INTERRUPTED:
+        if code == Interrupted.exit_code:
             return code
         if code:
             for later in started[place + 1 :]:
