@@ -32,7 +32,7 @@ def _plan(plan: "JobPlan", *, as_json: bool) -> None:
     assert plan.outlook is not None
     if as_json:
         ranks = {"world": plan.world, "nodes": plan.nodes, "tasks_per_node": plan.tasks_per_node}
-        told = {"job": plan.job, "cluster": plan.profile.name, **outlooks.as_json(plan.outlook), **ranks}
+        told = {"job": plan.job, "cluster": plan.profile.name, **ranks, **outlooks.as_json(plan.outlook)}
         screen.as_json(told)
         sys.exit(0 if told["fits"] else 2)
     screen.heading(f"{plan.job} on {plan.profile.name}")

@@ -1,4 +1,4 @@
-"""The layouts nearest to one that doesn't fit: fewest changes first, then the smaller bubble, then memory (pure).
+"""The layouts nearest to one that doesn't fit: fewest changes first, then in the order of docs/memory.md (pure).
 
 A change is an option that one would type; each suggestion is a request that `fit.study` lets through with room.
 """
@@ -69,20 +69,20 @@ class Suggestion:
 
 
 class Refused(LayoutError):
-    """What can't be, with the nearest that can."""
+    """What can't be and why, with the nearest that can; `more` goes below them."""
 
-    def __init__(self, message: str, suggestions: list[Suggestion]) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, suggestions: list[Suggestion], *more: str) -> None:
+        super().__init__("\n".join([reason, *_lines(suggestions), *more]))
+        self.reason = reason
         self.suggestions = suggestions
 
 
 def explained(error: LayoutError, request: Request) -> Refused:
     """`error` with the layouts nearest to `request` that fit."""
-    found = find(request)
-    return Refused("\n".join([str(error), *lines(found)]), found)
+    return Refused(str(error), find(request))
 
 
-def lines(suggestions: list[Suggestion]) -> Iterator[str]:
+def _lines(suggestions: list[Suggestion]) -> Iterator[str]:
     """For people; nothing when there are none."""
     if suggestions:
         yield "Nearest that fit:"
@@ -148,7 +148,7 @@ def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
 
 def _distance(asked: Request, suggestion: Suggestion) -> float:
     """How far the numbers moved, in doublings."""
-    before = {**vars(asked.layout), **(vars(asked.work) if asked.work else {}), "nodes": asked.nodes}
+    before = _values(asked)
     moved = 0.0
     for name, value in suggestion.changes.items():
         old = before[name]
@@ -157,9 +157,14 @@ def _distance(asked: Request, suggestion: Suggestion) -> float:
     return moved
 
 
+def _values(request: Request) -> dict[str, Any]:
+    """Everything that was asked for, by the names of OPTIONS."""
+    return {**vars(request.layout), **(vars(request.work) if request.work else {}), "nodes": request.nodes}
+
+
 def _alternatives(request: Request) -> dict[str, list[Any]]:
     """Other values for everything that may be changed, without the one that was asked for."""
-    asked = {**vars(request.layout), **(vars(request.work) if request.work else {}), "nodes": request.nodes}
+    asked = _values(request)
     values = {"nodes": _nodes(request), **_of_layout(request), **_of_work(request)}
     kept = {name: [v for v in options if v != asked[name]] for name, options in values.items()}
     return {name: options for name, options in kept.items() if options}

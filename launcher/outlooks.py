@@ -125,9 +125,6 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "shortage": outlook.shortage or None,
         "tight": outlook.tight or None,
         "memory_unchecked": outlook.unchecked or None,
-        "world": outlook.world,
-        "nodes": outlook.placement.nodes,
-        "tasks_per_node": outlook.placement.tasks_per_node,
         "layout": {**vars(layout), "data": outlook.data, "expert_data": outlook.expert_data},
         "layers_a_stage": list(outlook.stages),
         "micro_batches": outlook.micro_batches,
@@ -143,11 +140,9 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
 
 def refusal_json(error: LayoutError) -> dict[str, Any]:
     """What can't be at all, and the nearest that can."""
-    suggestions = error.suggestions if isinstance(error, nearest.Refused) else []
-    return {
-        "error": str(error).partition("\nNearest that fit:")[0],
-        "nearest": list(map(suggestion_json, suggestions)),
-    }
+    if isinstance(error, nearest.Refused):
+        return {"error": error.reason, "nearest": list(map(suggestion_json, error.suggestions))}
+    return {"error": str(error), "nearest": []}
 
 
 def suggestion_json(suggestion: nearest.Suggestion) -> dict[str, Any]:
@@ -185,7 +180,5 @@ def require(plan: "JobPlan", *, force: bool) -> None:
     outlook = plan.outlook
     if outlook is None or not outlook.shortage or force:
         return
-    found = nearest.find(outlook.request)
     forced = "This is an estimate: --force submits all the same."
-    said = "\n".join([f"it doesn't fit: {outlook.shortage}", *nearest.lines(found), forced])
-    raise nearest.Refused(said, found)
+    raise nearest.Refused(f"it doesn't fit: {outlook.shortage}", nearest.find(outlook.request), forced)
