@@ -69,6 +69,16 @@ class Shape:
     positions: int = 32768
     tied: bool = False  # one matrix for embedding and head
 
+    @property
+    def queries(self) -> int:
+        """Width of all queries."""
+        return self.heads * self.head_size
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys."""
+        return self.query_groups * self.head_size
+
     def check(self, layout: Layout) -> None:
         """`LayoutError` with every division that doesn't come out."""
         divisions = (

@@ -71,7 +71,7 @@ def padded_vocabulary(shape: Shape, layout: Layout) -> int:
 def parameters(shape: Shape, layout: Layout, stage: int, stages: tuple[int, ...] = ()) -> tuple[int, int]:
     """(dense, of experts): numbers that one rank of `stage` holds."""
     layers, hidden = (stages or shape.stages(layout.pipeline))[stage], shape.hidden
-    queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    queries, keys = shape.queries, shape.keys
     attention = hidden * (queries + 2 * keys + queries) // layout.tensor
     dense = layers * (attention + 2 * hidden + shape.experts * hidden)
     table = padded_vocabulary(shape, layout) // layout.tensor * hidden
@@ -84,7 +84,7 @@ def parameters(shape: Shape, layout: Layout, stage: int, stages: tuple[int, ...]
 def adapters(shape: Shape, layout: Layout, work: Training, stage: int) -> tuple[int, int]:
     """The same of adapters: each matrix [out, in] has a pair of rank x in and out x rank, cut as it is."""
     layers, hidden, tensor = _layers(shape, layout, work, stage), shape.hidden, layout.tensor
-    queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    queries, keys = shape.queries, shape.keys
     attention = 3 * hidden + (queries + 2 * keys) // tensor + queries // tensor + hidden
     width = shape.expert_width // layout.expert_tensor
     expert = (hidden + 2 * width) + (width + hidden) if work.lora_experts else 0
@@ -139,10 +139,9 @@ def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tu
     a_number = tokens_kept(layout, work) * BYTES[work.precision]
     layers = _layers(shape, layout, work, stage) * in_flight(layout, work, stage)
     hidden, width, chosen = shape.hidden, shape.expert_width, shape.experts_a_token
-    queries, keys = shape.heads * shape.head_size, shape.query_groups * shape.head_size
-    attention = (
-        3 * hidden + 2 * queries + 2 * keys
-    )  # both norms' inputs, q, k, v, attention's output and the norm's
+    queries, keys = shape.queries, shape.keys
+    # Both norms' inputs, q, k, v, attention's output and the norm's.
+    attention = 3 * hidden + 2 * queries + 2 * keys
     kept = 3 if work.lora_experts else 2  # widths a row: gate and up, and with adapters what goes into the second
     experts = hidden + chosen * (hidden * layout.expert_tensor + kept * width)  # the norm's output, rows
     backward = chosen * width * (5 if work.lora_experts else 1) + 2 * hidden  # plain torch keeps every step of it
@@ -163,7 +162,7 @@ def serving(shape: Shape, layout: Layout, work: Serving, tokens: int | None = No
 def _serving_stage(shape: Shape, layout: Layout, work: Serving, tokens: int, stage: int) -> Usage:
     size = BYTES[work.precision]
     a_prompt = max(PROMPT_STEP, work.requests) * size
-    hidden, queries, keys = shape.hidden, shape.heads * shape.head_size, shape.query_groups * shape.head_size
+    hidden, queries, keys = shape.hidden, shape.queries, shape.keys
     layer = 3 * hidden + (2 * queries + 2 * keys) // layout.tensor
     rows = shape.experts_a_token * (2 * hidden + 3 * shape.expert_width // layout.expert_tensor)
     parts = {
