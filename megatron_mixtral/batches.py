@@ -43,7 +43,8 @@ def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for file in (idx, data):
         if not file.is_file():
             raise InputError(f"{file}: no such file; `prepare` writes it")
-    raw = idx.read_bytes()[:34]
+    with idx.open("rb") as stream:
+        raw = stream.read(34)
     kinds = {1: np.uint8, 4: np.int32, 5: np.int64, 8: np.uint16}
     kind = kinds.get(raw[17]) if len(raw) == 34 and raw[:9] == b"MMIDIDX\x00\x00" else None
     if kind is None:

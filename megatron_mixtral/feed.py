@@ -57,8 +57,13 @@ class Batch:
 def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
     """Open and check the data; all ranks call it. `InputError` for data that doesn't go with the model or batch."""
     prefix = Path(config.data).expanduser()
-    documents = agreement.on_first_rank(lambda: Documents(prefix) and None) or Documents(prefix)
-    notes = [_check_tokenizer(prefix, shape, source)]
+
+    def look() -> str:
+        Documents(prefix)  # by one rank first: what is wrong with it is everyone's error
+        return _check_tokenizer(prefix, shape, source)
+
+    notes = [agreement.on_first_rank(look)]
+    documents = Documents(prefix)
     digest = scan.check(documents, shape.vocab_size)
     packing = config.packing or ("stream" if documents.masks is None else "documents")
     if config.layout.context > 1 and packing != "stream":

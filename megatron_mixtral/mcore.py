@@ -55,6 +55,18 @@ def _uncompiled() -> Iterator[None]:
         torch.compile = compiler  # type: ignore[assignment]
 
 
+@contextmanager
+def _without_tensorboard() -> Iterator[None]:
+    """While megatron-core is imported, which would import it for timers of no use here, a tenth of a second a rank."""
+    name = "torch.utils.tensorboard"
+    sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if sys.modules[name] is None:
+            del sys.modules[name]
+
+
 def _leave_dynamo_out() -> None:
     """Optimizers' methods import torch._dynamo, a second and a half a rank, to tell it to leave them alone.
 
@@ -71,7 +83,7 @@ def _import_megatron() -> None:
         assert "megatron.core" not in sys.modules, "import megatron_mixtral.mcore before megatron.core"
         nocuda.install()
         _leave_dynamo_out()
-    with quiet(), _uncompiled():
+    with quiet(), _uncompiled(), _without_tensorboard():
         import megatron.core.distributed
         import megatron.core.jit
         import megatron.core.models.gpt.gpt_layer_specs

@@ -41,7 +41,12 @@ def check(documents: Documents, vocab_size: int) -> str:
         )
     if documents.masks is not None:
         _check_mask(documents.prefix, sum(b.learnt for b in blocks), len(documents.tokens))
-    whole = blake3(Path(f"{documents.prefix}.idx").read_bytes())
+    return agreement.on_first_rank(lambda: _joined(documents.prefix, blocks))
+
+
+def _joined(prefix: Path, blocks: list[Block]) -> str:
+    """One digest of the index and of all blocks, whoever read them."""
+    whole = blake3(Path(f"{prefix}.idx").read_bytes())
     for block in blocks:
         whole.update(bytes.fromhex(block.digest))
     return whole.hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_mixtral import adapters, agreement, checkpoint, feed, loading, mcore, merging, model, optimize, tuning
 from megatron_mixtral.adapters import Lora
@@ -81,7 +82,7 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
         resumes=resumes,
         shape=shape,
         lora=lora,
-        assets=checkpoint.read_assets(source),
+        assets=checkpoint.read_assets(source) if dist.get_rank() == 0 else {},  # the rank that writes them
         corpus=corpus,
         parts=parts,
         progress=progress,
