@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
-from megatron_mixtral import mcore
+from megatron_mixtral import agreement, mcore
 from megatron_mixtral.serve.links import Link
 from megatron_mixtral.serve.service import Cancel, Order, Stop
 from megatron_mixtral.serve.wire import Event, Request, Token, event_from_json
@@ -52,9 +50,7 @@ class Places:
             mcore.data_parallel()[0],
             state.get_tensor_model_parallel_rank() == 0 and state.get_pipeline_model_parallel_rank() == 0,
         )
-        all_places: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_places, mine)
-        replicas, speaks = zip(*all_places, strict=True)
+        replicas, speaks = zip(*agreement.gathered(mine), strict=True)
         coupled = state.get_expert_model_parallel_world_size() > 1 and max(replicas) > 0
         return cls(replica_of=list(replicas), speaks=list(speaks), coupled=coupled)
 

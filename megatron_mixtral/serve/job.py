@@ -40,6 +40,7 @@ class Setup:
     config: ServeConfig
     folder: Path  # of the weights
     shape: MixtralShape
+    words: tokenizer.Tokenizer
     rank: int
     world: int
     key: str | None
@@ -89,13 +90,13 @@ def checked(config: ServeConfig) -> Setup:
     check_numbers(config)
     folder = weights_folder.find(Path(config.model))
     shape = MixtralShape.from_folder(folder)
-    tokenizer.load(folder)
+    words = tokenizer.load(folder)
     config.layout.data_parallel(world)
     config.layout.check(shape)
     if config.layout.context > 1:
         raise InputError(f"context parallel {config.layout.context}: answers are made token by token; use 1")
     config = within_context(config, shape)
-    return Setup(config=config, folder=folder, shape=shape, rank=rank, world=world, key=key)
+    return Setup(config=config, folder=folder, shape=shape, words=words, rank=rank, world=world, key=key)
 
 
 def checked_key(config: ServeConfig) -> str | None:
@@ -139,7 +140,7 @@ def load(setup: Setup, log: EventLog) -> Any:
     loading.load(part, setup.folder, base=config.base, progress=progress.add)
     progress.finish()
     sizes = Sizes(requests=config.max_batch, context_tokens=config.max_tokens)
-    replica = Replica(part, sizes, functools.cache(lambda: grammar.token_bytes(tokenizer.load(setup.folder))))
+    replica = Replica(part, sizes, functools.cache(lambda: grammar.token_bytes(setup.words)))
     log.write("load", path=str(setup.folder), seconds=round(time.monotonic() - started, 3))
     return replica
 
@@ -207,7 +208,7 @@ class Server:
         room = service.Service(limits, self._inbox.put, metrics.Metrics())
         model = asking.Model(
             name=self._setup.name,
-            tokenizer=tokenizer.load(self._setup.folder),
+            tokenizer=self._setup.words,
             vocab_size=self._setup.shape.vocab_size,
             created=int((self._setup.folder / "config.json").stat().st_mtime),
         )

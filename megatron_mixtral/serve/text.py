@@ -77,16 +77,20 @@ class StopStrings:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """One token on its own, as logprobs name it: a lone byte reads `bytes:\\xe2`, as the OpenAI API writes it."""
-    piece = tokenizer.piece(token)
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        value = int(piece[3:5], 16)
-        return chr(value) if value < 0x80 else f"bytes:\\x{value:02x}"
-    return piece.replace("\u2581", " ")
+    text = _text_or_byte(tokenizer.piece(token))
+    if isinstance(text, str):
+        return text
+    return chr(text) if text < 0x80 else f"bytes:\\x{text:02x}"
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> list[int]:
     """The UTF-8 bytes of one token."""
-    piece = tokenizer.piece(token)
+    text = _text_or_byte(tokenizer.piece(token))
+    return [text] if isinstance(text, int) else list(text.encode())
+
+
+def _text_or_byte(piece: str) -> str | int:
+    """What a piece of the vocabulary stands for: text, or one byte where it reads `<0xE2>`."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return [int(piece[3:5], 16)]
-    return list(piece.replace("\u2581", " ").encode())
+        return int(piece[3:5], 16)
+    return piece.replace("\u2581", " ")
