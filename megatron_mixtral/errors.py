@@ -28,10 +28,6 @@ class SaveError(JobError):
     """A checkpoint that couldn't be written, on whichever rank: the last complete one stands."""
 
 
-class HangError(JobError):
-    """No progress within a limit."""
-
-
 class Requeue(JobError):
     """Everything is saved; the job wants its place in the queue back."""
 

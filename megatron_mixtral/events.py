@@ -41,6 +41,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def last_of_each_step(told: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Events of `kind` by step; a step that was done again after a restart counts as it was done last."""
+    return [e for _, e in sorted({e["step"]: e for e in told if e["event"] == kind}.items())]
+
+
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: such a number becomes its name, so that strict readers can parse the line."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}

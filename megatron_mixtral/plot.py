@@ -21,12 +21,12 @@ def draw(run_dir: Path, target: Path) -> Path:
     except ImportError as error:
         raise InputError("matplotlib isn't installed: pip install matplotlib") from error
     told = events.read(run_dir / "events.jsonl")
-    steps = last_of_each_step(told, "step")
+    steps = events.last_of_each_step(told, "step")
     if not steps:
         raise InputError(f"{run_dir}: no step is done yet, so there is nothing to draw")
     figure = Figure(figsize=(9, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    _loss(above, steps, last_of_each_step(told, "eval"))
+    _loss(above, steps, events.last_of_each_step(told, "eval"))
     _load(below, steps)
     for number, panel in enumerate((above, below)):
         panel.grid(alpha=0.25)
@@ -39,11 +39,6 @@ def draw(run_dir: Path, target: Path) -> Path:
     below.set_xlabel("step")
     figure.savefig(target, dpi=120)
     return target
-
-
-def last_of_each_step(told: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Events of `kind` by step; a step that was done again after a restart counts as it was done last."""
-    return [e for _, e in sorted({e["step"]: e for e in told if e["event"] == kind}.items())]
 
 
 def _attempts(told: list[dict[str, Any]]) -> list[int]:

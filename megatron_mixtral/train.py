@@ -103,11 +103,10 @@ class Trainer:
         self._announce()
         self._leave_before_the_first_step()
         gc.freeze()  # what is there now stays: looking through it again makes every collection slow
-        skipped_in_a_row, first = 0, True
+        skipped_in_a_row, limit = 0, max(self.config.setup_timeout, self.config.step_timeout)
         while self.progress.step < self.config.steps:
-            limit = self.config.setup_timeout if first else self.config.step_timeout
-            self.watch.enter(f"step {self.progress.step + 1}", max(limit, self.config.step_timeout))
-            first = False
+            self.watch.enter(f"step {self.progress.step + 1}", limit)
+            limit = self.config.step_timeout
             outcome = self._step()
             skipped_in_a_row = 0 if outcome.updated else skipped_in_a_row + 1
             self.report.step(outcome)
@@ -251,7 +250,7 @@ class Trainer:
     def _evaluate_and_save(self, outcome: Outcome) -> None:
         at, config = self.progress.step, self.config
         last = at == config.steps
-        if interval_ends(at, config.replica_check_interval):
+        if config.replica_check_interval and at % config.replica_check_interval == 0:
             replicas.check(self.parts, at)
         if self.validation and config.eval_steps and (last or at % config.eval_interval == 0) and not outcome.stop:
             self.watch.enter(f"validation after step {at}", config.step_timeout * (config.eval_steps + 1))
@@ -276,11 +275,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.rank == 0 and text:
             print(text, flush=True)
-
-
-def interval_ends(step: int, interval: int) -> bool:
-    """Whether `step` is one of every `interval`; none is where that is 0."""
-    return bool(interval) and step % interval == 0
 
 
 def _forward(waiting: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:

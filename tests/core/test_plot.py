@@ -45,7 +45,7 @@ def test_a_run_is_drawn_by_a_process_of_its_own(run_dir, tmp_path):
 
 def test_steps_done_twice_count_once_and_nan_not_at_all(run_dir):
     told = plot.events.read(run_dir / "events.jsonl")
-    steps = plot.last_of_each_step(told, "step")
+    steps = plot.events.last_of_each_step(told, "step")
     assert [e["step"] for e in steps] == list(range(1, 61))
     x, y = plot._series(steps, "loss")
     assert 7 not in x
