@@ -53,7 +53,7 @@ def _run_there(plan: JobPlan, login: Login) -> int:
         raise UsageError(f"{plan.job}: its Python is in a container; give --as-job, or run it on {login.host}")
     variables = {name: os.environ[name] for name in secrets_env.carried(plan)}
     body = SCRIPT.format(
-        exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        exports=ssh.exports(variables),
         config=shlex.quote(render.config_text(plan)),
         python=shlex.quote(plan.profile.python),
         job=shlex.quote(plan.job),

@@ -17,7 +17,7 @@ from launcher.ssh import Login
 
 RECORD = ".login"
 LIST = (  # what a list of runs shows
-    *("/*/", "/*/run.json", "/*/server.json", "/*/events.jsonl", "/*/faults"),
+    *("/*/", "/*/run.json", "/*/server.json", "/*/events.jsonl"),
     *(
         "/*/logs/",
         "/*/logs/slurm-*.out",

@@ -4,11 +4,10 @@ It joins the run's record, its state as the scheduler tells it, the newest event
 The keys are documented in docs/runs.md and stay.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher import hostlist, load, logs, mirror, runs, waiting
+from launcher import hostlist, load, logs, mirror, runs, slurm, waiting
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from launcher.runs import Run
     from launcher.states import State
 
-CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 MOVING = ("time_left_s",)  # changes all the time, which is no news
 
 
@@ -86,12 +84,11 @@ def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
 
 
 def seconds(text: str) -> int | None:
-    """Slurm's [D-][H:]M:S in seconds; None for UNLIMITED and the like."""
-    match = CLOCK.fullmatch(text)
-    if match is None:
+    """What Slurm says is left; None for UNLIMITED and the like."""
+    try:
+        return slurm.seconds(text)
+    except ValueError:
         return None
-    days, hours, minutes, rest = (int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def _nodes(text: str) -> list[str]:
@@ -116,6 +113,3 @@ def _server(now: "Load | None", before: "Load | None") -> dict[str, Any]:
         "running": now.running,
         "queued": now.queued,
     }
-
-
-Report = Callable[["Sequence[Run]"], list[dict[str, Any]]]

@@ -85,8 +85,7 @@ def call(program: str, *arguments: str, environment: Mapping[str, str], timeout:
 
 
 def _call_there(login: Login, argv: list[str], environment: Mapping[str, str], timeout: float) -> str:
-    variables = {name: value for name, value in environment.items() if name != ssh.LOGIN}
-    done = ssh.run(login, ssh.command(argv, variables), timeout=timeout)
+    done = ssh.run(login, ssh.command(argv, environment), timeout=timeout)
     if done.code == ssh.NOT_FOUND:
         raise Fault(f"{argv[0]}: not found on the PATH of {login.host}, nor on that of a login shell there")
     if done.code:
@@ -147,6 +146,19 @@ def states(ids: Iterable[str], environment: Mapping[str, str]) -> dict[str, JobS
     if len(faults) == 2:
         raise faults[0]
     return found
+
+
+def seconds(time: str) -> int:
+    """Slurm's time (minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds; `ValueError` for UNLIMITED."""
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minutes, rest = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, rest = parts
+    else:
+        hours, minutes, rest = (0, *parts, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def _known(text: str) -> str:

@@ -98,8 +98,12 @@ class Done:
 
 def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     """The script that becomes `argv`; each word arrives as it is."""
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return "\n".join([*exports, FIND.format(program=argv[0]), f"exec {shlex.join(argv)}"])
+    return "\n".join([exports(environment), FIND.format(program=argv[0]), f"exec {shlex.join(argv)}"])
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    """The lines of a script that set `variables`, less the one that is for this end."""
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items() if name != LOGIN)
 
 
 def run(login: Login, body: str, *, timeout: float = TIMEOUT) -> Done:

@@ -109,7 +109,7 @@ def _submit(plan: JobPlan, text: str, run_dir: Path) -> str:
         )
     executor: core.PicklingExecutor
     if plan.profile.is_local:
-        executor = DetachedExecutor(run_dir, text, seconds=seconds(plan.time), lead=plan.profile.signal_lead)
+        executor = DetachedExecutor(run_dir, text, seconds=slurm.seconds(plan.time), lead=plan.profile.signal_lead)
     else:
         environment = plan.profile.slurm_environment
         executor = VerbatimExecutor(
@@ -117,19 +117,6 @@ def _submit(plan: JobPlan, text: str, run_dir: Path) -> str:
         )
     # What submitit records as the job's function: the script, run by hand.
     return executor.submit(helpers.CommandFunction(["bash", str(run_dir / SCRIPT)])).job_id
-
-
-def seconds(limit: str) -> int:
-    """A Slurm time limit (minutes, H:M:S, D-H, D-H:M, D-H:M:S, M:S) in seconds."""
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if days:
-        hours, minutes, rest = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, minutes, rest = parts
-    else:
-        hours, minutes, rest = (0, *parts, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def _submitit_folder(run_dir: Path) -> Path:

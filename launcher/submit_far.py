@@ -14,9 +14,9 @@ from pathlib import Path
 from launcher import mirror, ssh, states, submit
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
 from launcher.ssh import Done, Login, LostError
+from launcher.submit import SBATCH_TIMEOUT
 
-SBATCH_TIMEOUT = 60  # seconds
-GRACE = 30  # more, for the way there and back
+GRACE = 30  # seconds more than sbatch gets, for the way there and back
 GIVEN_UP, NO_SBATCH, UNDER_WAY = 75, 76, 77  # exit codes of ours
 NEVER, UNKNOWN = "never", "unknown"
 UPLOADS = ("run.json", "config.yaml", "job.sbatch", "secrets.env")
@@ -39,7 +39,7 @@ for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); d
   case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
 done
 {exports}
-rm -f faults
+rm -f faults came_back
 trap '' HUP PIPE
 limit=
 ! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
@@ -138,7 +138,6 @@ def _sbatch(
     login: Login, text: str, there: Path, claim: str, environment: Mapping[str, str], options: Sequence[str]
 ) -> Done:
     """What sbatch said, over a second connection if the first is lost."""
-    exports = (f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name != ssh.LOGIN)
     body = SBATCH.format(
         run=shlex.quote(str(there)),
         find=ssh.FIND.format(program="sbatch"),
@@ -147,7 +146,7 @@ def _sbatch(
         under_way=UNDER_WAY,
         claim=claim,
         decided=" ".join(sorted(submit.decided_by(text))),
-        exports="\n".join(exports),
+        exports=ssh.exports(environment),
         timeout=SBATCH_TIMEOUT,
         options=shlex.join(options),
         script=shlex.quote(str(there / states.SCRIPT)),

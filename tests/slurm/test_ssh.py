@@ -48,8 +48,10 @@ def test_a_failed_run_is_explained_and_tried_again(laptop, stub, finish):
     replace(laptop, "sbatch", "echo no, not now >&2; exit 1")
     assert "Nothing was submitted" in laptop.types("retry", "finetune", code=1)
     (laptop.far / "bin" / "sbatch").unlink()
+    (run.path / "came_back").write_text("sandbox3\n" * 3)
     assert "as job" in laptop.types("retry", "finetune")
     [run] = laptop.there()
+    assert not (run.path / "came_back").exists()  # it may come back three times again
     assert len(run.job_ids) == 2
     assert finish(run).state == "COMPLETED"
     assert laptop.types("logs") == "no space left\n"

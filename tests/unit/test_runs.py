@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import jobs, processes, profile, runs, states, submit
+from launcher import jobs, processes, profile, runs, slurm, states, submit
 from launcher.errors import UsageError
 
 
@@ -113,7 +113,7 @@ def test_a_killed_run_says_so(plan):
 def test_the_time_limit_warns_then_ends(plan, monkeypatch):
     """Two seconds, with the warning one second before."""
     made = plan("exec sleep 300")
-    monkeypatch.setattr(submit, "seconds", lambda limit: 2)
+    monkeypatch.setattr(slurm, "seconds", lambda limit: 2)
     run = runs.start(dataclasses.replace(made, profile=made.profile.model_copy(update={"signal_lead": 1})))
     state = ended(run)
     assert state.state == "FAILED"
@@ -175,7 +175,7 @@ def test_a_run_of_another_machine_isnt_judged_by_ours(plan):
     ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(limit, expected):
-    assert submit.seconds(limit) == expected
+    assert slurm.seconds(limit) == expected
 
 
 def test_variables_that_would_override_the_script_are_left_out(monkeypatch):
