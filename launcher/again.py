@@ -69,9 +69,9 @@ def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
     except UncertainError:
         raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and (made := _job_behind(changed)):
+        if isinstance(error, KeyboardInterrupt) and (made := runs.job_after_all(changed)):
             runs.with_job(changed, made)
-            raise Interrupted(f"interrupted, but the job is there: {made}", made) from None
+            raise submit.interrupted(made) from None
         script.write_text(old)
         for path, text in counts.items():
             path.write_text(text)
@@ -86,14 +86,6 @@ def _reset(path: Path) -> dict[Path, str]:
     for count in counts:
         count.write_text(COUNTS[count.name])
     return counts
-
-
-def _job_behind(run: "Run") -> str | None:
-    """After a Ctrl-C around the submission: the job, if there is one."""
-    if run.is_local:
-        states.cancel_local(run.path, "")
-        return None
-    return states.find_job(run.path / states.SCRIPT, run.environment)
 
 
 def _require_ended(run: "Run", how: str) -> None:
@@ -193,11 +185,3 @@ def _alone(run: "Run") -> Iterator[None]:
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def nodes_option(values: Sequence[str], option: str = "--exclude") -> tuple[str, ...]:
-    """What was typed for it, as single names."""
-    try:
-        return tuple(hostlist.expand(",".join(values)))
-    except UsageError as error:
-        raise UsageError(f"{option}: {error}") from None

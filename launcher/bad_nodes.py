@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 FILE = "bad_nodes.json"
 SCHEMA = 1
-FOR = "7d"
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -49,18 +48,12 @@ def path(profile: "ClusterProfile") -> Path:
 
 def read(profile: "ClusterProfile") -> list[BadNode]:
     """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
-    now = datetime.datetime.now().astimezone()
-    return [entry for entry in _load(path(profile)) if not entry.expired(now)]
+    return _load(path(profile))
 
 
 def keep_off(plan: "JobPlan", exclude: Iterable[str], *, health_check: bool) -> "JobPlan":
     """`plan` that keeps off the cluster's list, the nodes of --exclude, and what a health check finds unfit."""
-    from dataclasses import replace
-
-    try:
-        nodes = tuple(hostlist.expand(",".join(exclude)))
-    except UsageError as error:
-        raise UsageError(f"--exclude: {error}") from None
+    nodes = tuple(hostlist.of_option("--exclude", exclude))
     for option, given in (("--exclude", nodes), ("--health-check", health_check)):
         if given and plan.profile.is_local:
             raise UsageError(f"{option}: {plan.profile.name} is this machine alone; it has no other nodes")
@@ -72,13 +65,9 @@ def keep_off(plan: "JobPlan", exclude: Iterable[str], *, health_check: bool) -> 
 
 def leave_out(plan: "JobPlan") -> "JobPlan":
     """`plan` that keeps off the nodes on its cluster's list."""
-    from dataclasses import replace
-
-    return (
-        plan
-        if plan.profile.is_local
-        else replace(plan, bad_nodes=tuple(entry.node for entry in read(plan.profile)))
-    )
+    if plan.profile.is_local:
+        return plan
+    return replace(plan, bad_nodes=tuple(entry.node for entry in read(plan.profile)))
 
 
 def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
@@ -114,13 +103,12 @@ def duration(text: str) -> datetime.timedelta | None:
 @contextlib.contextmanager
 def _changing(file: Path) -> Iterator[dict[str, BadNode]]:
     """The list under a lock, to be changed in place and then written."""
-    now = datetime.datetime.now().astimezone()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with (file.parent / f".{FILE}.lock").open("a") as lock:
             with contextlib.suppress(OSError):  # a file system without locks: the last writer wins
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = {entry.node: entry for entry in _load(file) if not entry.expired(now)}
+            entries = {entry.node: entry for entry in _load(file)}
             yield entries
             _write(file, list(entries.values()))
     except OSError as error:
@@ -136,9 +124,12 @@ def _write(file: Path, entries: list[BadNode]) -> None:
 
 
 def _load(file: Path) -> list[BadNode]:
+    """Without what has expired."""
+    now = datetime.datetime.now().astimezone()
     try:
         record: Any = json.loads(mirror.read(file))
-        return [BadNode(**entry) for entry in record["nodes"]]
+        entries = [BadNode(**entry) for entry in record["nodes"]]
+        return [entry for entry in entries if not entry.expired(now)]
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -234,7 +234,7 @@ def _run_again(
     from launcher import again, explain, hostlist, runs, screen, watch
 
     run = runs.find(name, roots_of(cluster))
-    nodes = {*again.nodes_option(exclude), *(explain.failed_nodes(run) if exclude_failed else ())}
+    nodes = {*hostlist.of_option("--exclude", exclude), *(explain.failed_nodes(run) if exclude_failed else ())}
     act = again.resume if how == "resume" else again.retry
     run = act(run, time=time, exclude=sorted(nodes))
     screen.done(f"{run.name} goes on {'here' if run.is_local else f'as job {run.job_id} on {run.cluster}'}")

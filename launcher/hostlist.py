@@ -28,6 +28,14 @@ def expand(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def of_option(option: str, values: Iterable[str]) -> list[str]:
+    """What was typed for `option`, maybe in several pieces, as single names."""
+    try:
+        return expand(",".join(values))
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
 def compress(names: Iterable[str]) -> str:
     """The short form, sorted: `gpu[01-03],login`."""
     split = {name: re.fullmatch(r"(.*?)(\d{1,9})", name) for name in set(names)}

@@ -140,14 +140,20 @@ def _submitted(plan: "JobPlan", text: str, run: Run) -> str:
 
 def _settle(run: Run) -> None:
     """After a Ctrl-C around the submission: keep the run if it got a job, remove it if it surely didn't."""
+    from launcher import submit
+
+    if job_id := job_after_all(run):
+        with_job(run, job_id)
+        raise submit.interrupted(job_id)
+    shutil.rmtree(run.path)
+
+
+def job_after_all(run: Run) -> str | None:
+    """After a Ctrl-C around the submission: the job that Slurm has; on this machine whatever began is ended."""
     if run.is_local:
         states.cancel_local(run.path, "")
-        shutil.rmtree(run.path)
-    elif job_id := states.find_job(run.path / SCRIPT, run.environment):
-        with_job(run, job_id)
-        raise Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
-    else:
-        shutil.rmtree(run.path)
+        return None
+    return states.find_job(run.path / SCRIPT, run.environment)
 
 
 def create(plan: "JobPlan", path: Path, *, asked: Sequence[str] = ()) -> Run:
