@@ -1,6 +1,6 @@
 """What an attempt left behind for those who ask why it ended: the host's log, the ranks' logs, who left first.
 
-Reading only; of long logs the end. What it means is `explain`'s to say.
+Reading only; of long logs the end. What it means is `judge`'s to say.
 """
 
 import re
@@ -62,10 +62,6 @@ class Evidence:
         place = None if rank is None else rank // self.tasks_per_node
         return self.nodes[place] if place is not None and place < len(self.nodes) else ""
 
-    def ranks_of(self, node: str) -> list[int]:
-        """The ranks of a node."""
-        return [rank for rank in self.ranks if self.node_of(rank) == node]
-
 
 def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) -> Evidence:
     """What `attempt` of `run` left; `state` is the job's own, to be given for the last attempt alone."""
@@ -78,7 +74,7 @@ def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) ->
         attempt=attempt,
         state=word,
         exit_code=_code(batch) if code is None else code,
-        first=_first(run.path, attempt),
+        first=first_to_leave(run.path, attempt),
         nodes=_nodes(text, state),
         tasks_per_node=int(run.record["tasks_per_node"]),
         host=(*_output(run, attempt), *batch),
@@ -87,7 +83,8 @@ def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) ->
     )
 
 
-def _first(run_dir: Path, attempt: int) -> Leaver | None:
+def first_to_leave(run_dir: Path, attempt: int) -> Leaver | None:
+    """Who left an attempt first; None while everyone is there, and where no rank came so far."""
     try:
         code, rank, node = (logs.path(run_dir, attempt).parent / "first_exit").read_text().split()
         # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.

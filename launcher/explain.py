@@ -7,13 +7,14 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import causes, evidence, hostlist, judge, logs, mirror, overview, runs, screen, slurm, waiting
+from launcher import causes, evidence, hostlist, judge, logs, mirror, overview, runs, screen, slurm, waiting, watch
 from launcher.cause import RESUME
 from launcher.errors import Fault, UsageError
+from launcher.evidence import Evidence
 
 if TYPE_CHECKING:
     from launcher.judge import Finding
@@ -58,36 +59,39 @@ def explain(run: "Run", *, attempt: int | None = None) -> Explanation:
     there = logs.attempts(run.path)
     if attempt is not None and attempt not in there:
         raise UsageError(f"{run.name} has no attempt {attempt}; there are: {', '.join(map(str, there)) or 'none'}")
-    findings = {number: _finding(run, number, state, there) for number in there}
     if attempt is not None:
-        return _of_attempt(run, state, attempt, findings[attempt])
-    ended = [number for number in there if number != there[-1] or not state.active or _was_requeued(run, number)]
-    earlier = tuple(found for number in ended if (found := findings[number]))
+        return _of_attempt(run, state, _evidence(run, attempt, state, there), newest=attempt == there[-1])
+    attempts = (_evidence(run, number, state, there) for number in there)
+    findings = [_finding(run, left) for left in attempts if not _goes_on(left, state, left.attempt == there[-1])]
+    earlier = tuple(found for found in findings if found)
     if state.active:
         return _of_active(run, state, earlier)
     if state.state == "COMPLETED":
         return Explanation(run=run, state=state, verdict="finished", summary=_finished(run), earlier=earlier)
-    last = findings[there[-1]] if there else judge.judge(evidence.of_attempt(run, None, state))
+    last = findings[-1] if there else judge.judge(evidence.of_attempt(run, None, state))
     return _of_ended(run, state, last, tuple(found for found in earlier if found is not last))
 
 
-def _finding(run: "Run", number: int, state: "State", there: Sequence[int]) -> "Finding | None":
+def _evidence(run: "Run", number: int, state: "State", there: Sequence[int]) -> Evidence:
     last = number == there[-1] and not state.active
-    return _with_slurms_word(run, judge.judge(evidence.of_attempt(run, number, state if last else None)))
+    return evidence.of_attempt(run, number, state if last else None)
 
 
-def _was_requeued(run: "Run", number: int) -> bool:
-    """Whether the newest attempt of a job that lives has ended: the job waits for its next one."""
-    return bool(evidence.of_attempt(run, number).last_word)
+def _finding(run: "Run", left: Evidence) -> "Finding | None":
+    return _with_slurms_word(run, judge.judge(left), left.nodes)
 
 
-def _of_attempt(run: "Run", state: "State", number: int, found: "Finding | None") -> Explanation:
-    if found is None:
-        summary = f"attempt {number} did its work"
-        return Explanation(run=run, state=state, verdict="finished", summary=summary)
-    newest = number == logs.attempts(run.path)[-1]
-    if state.active and newest and not _was_requeued(run, number):
+def _goes_on(left: Evidence, state: "State", newest: bool) -> bool:
+    """Whether an attempt is under way. The newest of a job that lives may have ended: it waits for its next."""
+    return state.active and newest and not left.last_word
+
+
+def _of_attempt(run: "Run", state: "State", left: Evidence, *, newest: bool) -> Explanation:
+    if _goes_on(left, state, newest):
         return _of_active(run, state, ())
+    if (found := _finding(run, left)) is None:
+        summary = f"attempt {left.attempt} did its work"
+        return Explanation(run=run, state=state, verdict="finished", summary=summary)
     return _of_ended(run, state, found, ())
 
 
@@ -125,8 +129,6 @@ def _of_active(run: "Run", state: "State", earlier: "tuple[Finding, ...]") -> Ex
 
 def _progress(run: "Run") -> tuple[str, bool]:
     """How a running job does, and whether it has been quiet for suspiciously long."""
-    from launcher import watch
-
     newest = logs.newest(run.path)
     said = [
         text for kind in ("step", "progress", "ready") if (text := watch.describe(newest.get(kind, {"event": ""})))
@@ -150,15 +152,12 @@ def _finished(run: "Run") -> str:
     return f"it finished: {step['step']} of {step['steps']} steps" if step else "it finished"
 
 
-def _with_slurms_word(run: "Run", found: "Finding | None") -> "Finding | None":
-    """A node failure whose node no log names: nodes of the job that Slurm calls down now are named."""
-    import dataclasses
-
+def _with_slurms_word(run: "Run", found: "Finding | None", nodes: Sequence[str]) -> "Finding | None":
+    """A node failure whose node no log names: `nodes` of the job that Slurm calls down now are named."""
     if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local:
         return found
-    nodes = evidence.of_attempt(run, found.attempt).nodes
     down = _down(nodes, run.environment)
-    return dataclasses.replace(found, nodes=tuple(down), notes=(*found.notes, *down.values()))
+    return replace(found, nodes=tuple(down), notes=(*found.notes, *down.values()))
 
 
 def _down(nodes: Sequence[str], environment: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ The host outranks the ranks, a rank with a cause of its own those that only lost
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher import causes, hostlist
@@ -25,6 +25,8 @@ SIGNALS = range(129, 160)
 ENDED_BY_OTHERS = (0, 15, 137, 143, 85)  # codes of ranks that were ended, and so say nothing
 TOLD_TO_LEAVE = (15, 85, 130, 143)  # whichever rank was the first to, the others were told as well
 NOT_FIRST = ("time_limit", "preempted")  # they come to a job that a rank may have failed before
+
+Told = tuple[int, Cause]  # the place of a line in a rank's log, and what it gives away
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +72,15 @@ def _found(evidence: Evidence) -> Finding:
     if evidence.state == "CANCELLED":
         lines = [line for line in evidence.host if "CANCELLED AT" in line.text]
         return Finding(cause=causes.CANCELLED, lines=tuple(lines[:SHOWN]))
-    host, rank = _of_host(evidence), _of_ranks(evidence)
+    told = {rank: _best(lines) for rank, lines in evidence.ranks.items()}
+    echoes = {rank: best for rank, best in told.items() if best and best[1].echo}
+    host, rank = _of_host(evidence), _of_ranks(evidence, told, echoes)
     own = rank is not None and not rank.cause.echo
     ended = evidence.first is None or evidence.first.code in ENDED_BY_OTHERS
     if host and not (own and not ended and host.cause.name in NOT_FIRST):
         return host
-    if own or not ended:
-        return rank or _of_code(evidence, _echoes(evidence)) or _of_nothing(evidence)
-    return _of_lost_node(evidence) or rank or _of_code(evidence, _echoes(evidence)) or _of_nothing(evidence)
+    lost = None if own or not ended else _of_lost_node(evidence)
+    return lost or rank or _of_code(evidence, tuple(echoes)) or _of_nothing(evidence)
 
 
 # --- the host ----------------------------------------------------------------------------------------------------
@@ -125,10 +128,8 @@ def _expanded(text: str | None) -> list[str]:
 # --- the ranks ---------------------------------------------------------------------------------------------------
 
 
-def _of_ranks(evidence: Evidence) -> Finding | None:
-    told = {rank: _best(lines) for rank, lines in evidence.ranks.items()}
+def _of_ranks(evidence: Evidence, told: Mapping[int, Told | None], echoes: Mapping[int, Told]) -> Finding | None:
     own = {rank: best for rank, best in told.items() if best and not best[1].echo}
-    echoes = {rank: best for rank, best in told.items() if best and best[1].echo}
     silent = tuple(rank for rank, best in told.items() if best is None)
     first = evidence.first
     if first and first.rank in own:
@@ -144,7 +145,7 @@ def _of_ranks(evidence: Evidence) -> Finding | None:
 
 
 def _rank_finding(
-    evidence: Evidence, rank: int, best: tuple[int, Cause], echoes: "Iterable[int]", silent: tuple[int, ...] = ()
+    evidence: Evidence, rank: int, best: Told, echoes: Iterable[int], silent: tuple[int, ...] = ()
 ) -> Finding:
     place, cause = best
     node = evidence.node_of(rank)
@@ -158,7 +159,7 @@ def _rank_finding(
     )
 
 
-def _only_echoes(evidence: Evidence, echoes: dict[int, tuple[int, Cause]], silent: tuple[int, ...]) -> Finding:
+def _only_echoes(evidence: Evidence, echoes: Mapping[int, Told], silent: tuple[int, ...]) -> Finding:
     """Everyone who spoke had lost another rank: it's one of those that didn't, or a node with all of its ranks."""
     first = evidence.first
     speaker = first.rank if first and first.rank in echoes else min(echoes)
@@ -171,7 +172,7 @@ def _only_echoes(evidence: Evidence, echoes: dict[int, tuple[int, Cause]], silen
     return replace(found, rank=silent[0], nodes=nodes, node_to_blame=whole, echoes=tuple(echoes))
 
 
-def _best(lines: Sequence[Line]) -> tuple[int, Cause] | None:
+def _best(lines: Sequence[Line]) -> Told | None:
     """The most telling of a log's last lines: causes of a rank's own first, in the order of the table."""
     start = max(0, len(lines) - RECENT)
     found = [(start + place, cause) for place, cause in causes.of_rank_lines(line.text for line in lines[start:])]
@@ -209,11 +210,6 @@ def _plain(line: Line) -> str:
 
 
 # --- codes, and nothing at all -----------------------------------------------------------------------------------
-
-
-def _echoes(evidence: Evidence) -> tuple[int, ...]:
-    best = {rank: _best(lines) for rank, lines in evidence.ranks.items()}
-    return tuple(rank for rank, told in best.items() if told and told[1].echo)
 
 
 def _of_code(evidence: Evidence, echoes: tuple[int, ...]) -> Finding | None:

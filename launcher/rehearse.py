@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from launcher import logs, rehearsal, runs, sandbox, screen, slurm
+from launcher import evidence, logs, rehearsal, runs, sandbox, screen, slurm
 from launcher.errors import Fault, UsageError
 from launcher.jobs import JobPlan
 from launcher.runs import Run
@@ -147,11 +147,8 @@ def _fault(run: Run) -> str:
     numbers = logs.attempts(run.path)
     if not numbers:
         return ""
-    try:
-        code, rank, node = (run.path / "logs" / f"attempt_{numbers[-1]}" / "first_exit").read_text().split()
-    except (OSError, ValueError):
-        return ""
-    return f"rank {rank} on {node} left with {code}" if code != "85" else ""
+    first = evidence.first_to_leave(run.path, numbers[-1])
+    return f"rank {first.rank} on {first.node} left with {first.code}" if first and first.code != 85 else ""
 
 
 def _tails(run: Run) -> str:
@@ -160,10 +157,9 @@ def _tails(run: Run) -> str:
     if not numbers:
         texts = [path for path in (run.path / "logs").glob("*.out")]
     else:
-        folder = run.path / "logs" / f"attempt_{numbers[-1]}"
-        first = folder / "first_exit"
-        rank = first.read_text().split()[1] if first.exists() else "0"
-        texts = [folder / "batch.log", folder / f"rank_{rank}.log"]
+        first = evidence.first_to_leave(run.path, numbers[-1])
+        sources = (logs.BATCH, first.rank if first else 0)
+        texts = [logs.path(run.path, numbers[-1], source) for source in sources]
     found = ""
     for path in texts:
         with contextlib.suppress(OSError):

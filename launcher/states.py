@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher import mirror, processes, slurm, ssh
+from launcher import logs, mirror, processes, slurm, ssh
 from launcher.errors import Fault
 
 SCRIPT = "job.sbatch"
@@ -69,8 +69,9 @@ def of_local(run_dir: Path, host: str, *, cancelled: bool = False) -> State:
 
 def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
     """What the newest attempt's last word says, a finished job's exit code; without one, `otherwise` and `why`."""
-    attempts = sorted((run_dir / "logs").glob("attempt_*/batch.log"), key=_attempt)
-    lines = attempts[-1].read_text(errors="replace").splitlines() if attempts else []
+    batches = [logs.path(run_dir, attempt, logs.BATCH) for attempt in logs.attempts(run_dir)]
+    written = [log for log in batches if log.exists()]
+    lines = written[-1].read_text(errors="replace").splitlines() if written else []
     for line in reversed(lines):
         if match := LAST_WORD.match(line):
             if match["again"]:
@@ -148,7 +149,3 @@ def _merged(run_dir: Path, job_id: str, job: slurm.JobState | None) -> State:
         time_left=job.time_left if job.active else "",
         exit_code=code,
     )
-
-
-def _attempt(log: Path) -> int:
-    return int(log.parent.name.removeprefix("attempt_"))

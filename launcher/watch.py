@@ -8,9 +8,10 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import growth, logs, mirror, runs, screen, servers
+from launcher import evidence, growth, logs, mirror, runs, screen, servers
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,22 +79,20 @@ def verdict(run: "Run") -> int:
     code = state.exit_code
     screen.failed(f"{run.job} ended as {state.state}{f', exit {code}' if code is not None else ''}")
     log = _blamed(run)
-    if log is not None and log.is_file():
+    if log and log.is_file():
         screen.facts([("log", mirror.shown(log))])
         for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
             screen.say(f"  {line}", "dim")
     return MISTAKE if code == MISTAKE else 1
 
 
-def _blamed(run: "Run") -> Any:
+def _blamed(run: "Run") -> Path | None:
     """The log of the rank that failed first, or the batch script's own when no rank came so far."""
     there = logs.attempts(run.path)
     if not there:
         return None
-    folder = logs.path(run.path, there[-1]).parent
-    with contextlib.suppress(OSError, IndexError):
-        return folder / f"rank_{(folder / 'first_exit').read_text().split()[1]}.log"
-    return logs.path(run.path, there[-1], logs.BATCH)
+    first = evidence.first_to_leave(run.path, there[-1])
+    return logs.path(run.path, there[-1], first.rank if first else logs.BATCH)
 
 
 def active(run: "Run") -> Callable[[], bool]:
