@@ -104,31 +104,33 @@ class Node:
 
     def _network(self, store: dist.TCPStore, fit: list[int]) -> list[str]:
         """All of them at once; if that fails, every two neighbours of a ring."""
-        if all(self._round(store, "all", fit).values()):
+        if self._round(store, "all", fit):
             return []
         works: dict[int, bool] = {}
         for number, pair in enumerate(_ring(fit)):
             if self.rank in pair:
                 other = pair[0] if pair[1] == self.rank else pair[1]
-                works[other] = all(self._round(store, f"pair{number}", pair).values())
+                works[other] = self._round(store, f"pair{number}", pair)
         if any(works.values()):
             return []
         names = " and ".join(self.names[rank] for rank in works)
         return [f"an all-reduce with {names} fails"]
 
-    def _round(self, store: dist.TCPStore, name: str, ranks: list[int]) -> dict[int, bool]:
-        """Whether each of `ranks` got the right sum. A process of its own: one that hangs can be ended."""
+    def _round(self, store: dist.TCPStore, name: str, ranks: list[int]) -> bool:
+        """Whether all of `ranks` got the right sum. A process of its own: one that hangs can be ended."""
         argv = [sys.executable, "-P", "-m", "megatron_mixtral.health"]
         argv += ["--folder", str(self.folder), "--group", json.dumps([name, ranks])]
-        others = [f"{name}/{rank}" for rank in ranks if rank != self.rank]
         with subprocess.Popen(argv) as process:
             deadline = time.monotonic() + REDUCE
             while process.poll() is None:
-                if time.monotonic() > deadline or any(_failed(store, other) for other in others):
+                if time.monotonic() > deadline or store.check([f"{name}/failed"]):
                     process.kill()  # without the other one it can only wait
                 time.sleep(0.05)
-        store.set(f"{name}/{self.rank}", str(int(process.returncode == 0)))
-        return {rank: store.get(f"{name}/{rank}") == b"1" for rank in ranks}
+        if process.returncode:
+            store.set(f"{name}/failed", "")
+        store.set(f"{name}/{self.rank}", "")
+        store.wait([f"{name}/{rank}" for rank in ranks])
+        return not store.check([f"{name}/failed"])
 
     def _leave(self, store: dist.TCPStore, members: list[int]) -> None:
         """The first node holds the store and leaves last."""
@@ -225,10 +227,6 @@ def _store(rank: int, world: int, *, client: bool = False) -> dist.TCPStore:
         timeout=datetime.timedelta(seconds=2 * GATHER + REDUCE),
         wait_for_workers=False,
     )
-
-
-def _failed(store: dist.TCPStore, key: str) -> bool:
-    return bool(store.check([key])) and store.get(key) == b"0"
 
 
 def _first(found: list[str]) -> str:
