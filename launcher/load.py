@@ -41,9 +41,8 @@ def of_run(run: "Run") -> Load | None:
     from launcher import servers
 
     try:
-        server = servers.of_run(run)
-        headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
-        answer = httpx.get(f"{server.url}/metrics", headers=headers, timeout=TIMEOUT)
+        with servers.of_run(run).client() as client:
+            answer = client.get("/metrics", timeout=TIMEOUT)
         answer.raise_for_status()
     except (MixlaunchError, httpx.HTTPError):
         return None

@@ -79,8 +79,11 @@ def newest(roots: Iterable[Path]) -> Server:
     ready = [run for run in runs.every(roots) if (run.path / STATE).is_file()]
     if not ready:
         raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
-    found = [of_run(run) for run in ready]
-    return next((server for server in found if len(found) == 1 or answers(server)), found[0])
+    first, *others = ready
+    server = of_run(first)
+    if not others or answers(server):
+        return server
+    return next((other for other in map(of_run, others) if answers(other)), server)
 
 
 def answers(server: Server) -> bool:
@@ -113,14 +116,15 @@ def how_to_ask(run: runs.Run, url: str | None = None) -> list[tuple[str, str]]:
 
     A key is read from its file, so that no screen shows it.
     """
-    server, state = of_run(run), state_of(run)
+    state = state_of(run)
     taken = f" (port {state['taken']} is taken)" if "taken" in state else ""
-    ready = ("ready", f"{server.name} at {server.url}{taken}")
+    ready = ("ready", f"{state.get('model', '')} at {state['url']}{taken}")
     login = mirror.login_of(run.path)
     if login and url is None:
         return [ready]  # it's the cluster's nodes that reach it there
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
-    words = ["curl", f"{url or server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    endpoint = f"{url or state['url']}/v1/chat/completions"
+    words = ["curl", endpoint, "-H", "Content-Type: application/json", "-d", body]
     key = ""
     if _key_of(run.path):
         there = ["sed", "-n", f"s/^{KEY}=//p", str(mirror.original(run.path / "secrets.env"))]
