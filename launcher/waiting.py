@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """`name` is a regular expression over Slurm's word; `never` when waiting alone doesn't help."""
+    """`name` is a regular expression over Slurm's word; `advice` where waiting alone isn't all one can do."""
 
     name: str
     words: str
     advice: str = ""
-    never: bool = False
 
 
 REASONS = (
@@ -31,25 +30,21 @@ REASONS = (
         name="DependencyNeverSatisfied",
         words="the job that it depends on failed, so it can never start",
         advice="cancel it, mend what failed, and submit again",
-        never=True,
     ),
     Reason(
         name="JobHeldUser",
         words="held by its owner",
         advice="`scontrol release ID` lets it go",
-        never=True,
     ),
     Reason(
         name="JobHeldAdmin",
         words="held by an administrator, or by Slurm after failed starts",
         advice="ask the administrators; `scontrol show job ID` may say why",
-        never=True,
     ),
     Reason(
         name="JobHoldMaxRequeue|.*requeued held|launch failed requeued held",
         words="held, because it was requeued too often or a node failed to start it",
         advice="`mixlaunch explain` names the node; leave it out and release the job, or cancel and resume the run",
-        never=True,
     ),
     Reason(
         name="ReqNodeNotAvail.*",
@@ -61,23 +56,20 @@ REASONS = (
         name="PartitionTimeLimit",
         words="asks for more time than the partition allows, so it can never start",
         advice="cancel it and submit with a shorter --time",
-        never=True,
     ),
     Reason(
         name="PartitionNodeLimit",
         words="asks for more nodes than the partition allows or has up",
         advice="cancel it and submit with fewer --nodes or another partition",
-        never=True,
     ),
     Reason(name="PartitionDown|PartitionInactive", words="the partition is closed"),
     Reason(
         name="BadConstraints",
         words="no node has what it asks for, so it can never start",
         advice="compare the profile with `sinfo -Nel`; the list of bad nodes may leave too few",
-        never=True,
     ),
     Reason(
-        name="(Assoc|QOS)Grp.*Limit|(Assoc|QOS)Grp.*",
+        name="(Assoc|QOS)Grp.*",
         words="the account's or the QoS's share is used up by running jobs",
         advice="it starts when one of them ends; `sacctmgr show assoc,qos` shows the limits",
     ),
@@ -85,7 +77,6 @@ REASONS = (
         name="(QOS|Assoc)?Max(Wall|.*PerJob).*",
         words="asks for more than one job may have under its account or QoS",
         advice="cancel it and submit with fewer --nodes, a shorter --time or another QoS",
-        never=True,
     ),
     Reason(
         name="(QOS|Assoc)?Max.*",
@@ -96,7 +87,6 @@ REASONS = (
         name="InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PartitionConfig",
         words="its account or QoS isn't allowed where it was sent",
         advice="`sacctmgr show assoc user=$USER` lists what is; mend the profile",
-        never=True,
     ),
     Reason(name="Licenses|BurstBuffer.*", words="waits for a licence or a burst buffer"),
     Reason(name="NodeDown|FrontEndDown", words="a node that it was given went down"),
