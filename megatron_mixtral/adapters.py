@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from megatron_mixtral import tensors, weights
 from megatron_mixtral.config import FinetuneConfig, MixtralShape
-from megatron_mixtral.copying import Source
+from megatron_mixtral.copying import Source, read_rows
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.tensors import EXPERTS, LAYER
 from megatron_mixtral.weights import Rows, megatron_axes
@@ -171,9 +171,7 @@ def identity(source: Source, shape: MixtralShape) -> str:
     """
     digest = blake3()
     for rows in _samples(shape):
-        data = memoryview(bytearray(source.row_bytes(rows.name)))
-        source.read(rows, data)
-        digest.update(data)
+        digest.update(read_rows(source, rows))
     return digest.hexdigest()
 
 

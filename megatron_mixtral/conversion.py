@@ -9,7 +9,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import hub, legacy, merging, peft_folder, tensors, torch_dist, weights_folder
+from megatron_mixtral import adapters, hub, legacy, merging, peft_folder, tensors, torch_dist, weights_folder
 from megatron_mixtral.config import ConvertConfig, MixtralShape
 from megatron_mixtral.copying import ITEMSIZE, Run, Source, Target, Unit
 from megatron_mixtral.errors import InputError
@@ -72,11 +72,7 @@ def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
         raise InputError(f"{folder}: in Megatron's layout already; --to hf converts it back")
     shape = MixtralShape.from_folder(folder)
     config.layout.check(shape)
-    source = hub.HubFolder(folder)
-    names = Names.found_in(source.tensors)
-    if shape.tie_word_embeddings:
-        source.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
-    source.check(hub_shapes(shape, names))
+    source, names = hub.open_model(folder, shape)
     return FORMATS[config.format](config, shape, names, source)
 
 
@@ -198,7 +194,7 @@ def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
         source=source,
         units=units,
         subfolder="",
-        framing=lambda unit: [(0, hub.header(unit.targets))],
+        framing=hub.frames,
         complete=finish,
         kind="hub",
         identity=source.fingerprint(),
@@ -209,14 +205,39 @@ def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
 def plan_to_peft(config: ConvertConfig, folder: Path) -> Conversion:
     if config.check_logits:
         raise InputError("check_logits: adapters alone have none; use --to hf, which merges them")
-    return Conversion(**peft_folder.plan(weights_folder.resolve(folder), base=config.base, dtype=config.dtype))
+    newest = weights_folder.resolve(folder)
+    marker, shape = weights_folder.read_marker(newest), MixtralShape.from_folder(newest)
+    if marker.get("kind") != adapters.KIND:
+        raise InputError(f"{newest}: holds no adapters but {marker.get('kind')}; --to peft is for finetune --lora")
+    lora = adapters.described(marker, newest)
+    stored = merging.Adapters(newest, shape, lora).source
+    source = peft_folder.PeftRows(stored, shape.num_local_experts)
+    base = config.base or marker["base"]["hub"] or marker["base"]["path"]
+    return Conversion(
+        shape=shape,
+        source_folder=newest,
+        source=source,
+        units=[hub.file(peft_folder.WEIGHTS, list(peft_folder.targets(shape, lora, source, config.dtype)))],
+        subfolder="",
+        framing=hub.frames,
+        complete=lambda out: peft_folder.write_config(out, lora, base),
+        kind="peft",
+        identity={**stored.fingerprint(), "base": base},
+        without=("config.json", "generation_config.json"),  # those of a whole model
+    )
+
+
+def hub_runs(shape: MixtralShape) -> dict[str, list[Run]]:
+    """Every tensor of the hub's layout -> its rows in Megatron's."""
+    runs: dict[str, list[Run]] = {name: [] for name in hub_shapes(shape)}
+    for link in links(shape):
+        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
+    return runs
 
 
 def hub_targets(shape: MixtralShape, source: Source, dtype: str | None) -> Iterator[Target]:
     """Every tensor of the hub's layout, put together from its rows in Megatron's."""
-    runs: dict[str, list[Run]] = {name: [] for name in hub_shapes(shape)}
-    for link in links(shape):
-        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
+    runs = hub_runs(shape)
     for name, sizes in hub_shapes(shape).items():
         stored = (source.base if isinstance(source, merging.Merged) else source).dtype(runs[name][0].rows.name)
         yield Target(name, (0,) * len(sizes), sizes, dtype or stored, tuple(runs[name]))

@@ -127,8 +127,8 @@ def keep(
     refuse_changed(conversion, unit, written)
     for place, data in conversion.framing(unit):
         write_all(descriptor, data, place)
-    os.fsync(descriptor)
     if verify:
+        os.fsync(descriptor)
         found = digests(unit, rough_name(path))
         if wrong := sorted(name for name in written if found[name] != written[name]):
             raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")

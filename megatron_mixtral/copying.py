@@ -38,6 +38,13 @@ class Source(Protocol):
         """Where they are read from, or the first of them."""
 
 
+def read_rows(source: Source, rows: Rows) -> memoryview:
+    """The rows as they are stored, in memory of their own."""
+    data = memoryview(bytearray(len(rows) * source.row_bytes(rows.name)))
+    source.read(rows, data)
+    return data
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Rows to read, the tensor in whose digest they count, and which of their columns to write if not all."""

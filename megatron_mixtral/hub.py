@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import MixtralShape
 from megatron_mixtral.copying import ITEMSIZE, Files, Target, Unit
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.weights import Rows
+from megatron_mixtral.weights import Names, Rows, hub_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -89,6 +90,16 @@ class HubFolder:
         """Name -> size and time of change of every file read: what makes it the same source later."""
         paths = sorted({stored.path for stored in self.tensors.values()})
         return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
+
+
+def open_model(folder: Path, shape: MixtralShape) -> tuple[HubFolder, Names]:
+    """The folder with exactly the tensors of `shape`, and how it names them; `InputError` for any other."""
+    found = HubFolder(folder)
+    if shape.tie_word_embeddings:
+        found.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
+    names = Names.found_in(found.tensors)
+    found.check(hub_shapes(shape, names))
+    return found, names
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -236,6 +247,11 @@ def header(targets: Iterable[Target]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def frames(unit: Unit) -> list[tuple[int, bytes]]:
+    """Place and bytes of what makes a file of the unit's targets."""
+    return [(0, header(unit.targets))]
 
 
 def index(units: Iterable[Unit]) -> str:

@@ -3,28 +3,24 @@
 import copy
 from pathlib import Path
 
+from megatron_mixtral import hub
 from megatron_mixtral.config import MixtralShape
 from megatron_mixtral.copying import Files
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.hub import HubFolder
-from megatron_mixtral.weights import Names, Rows, hub_shapes, links
+from megatron_mixtral.weights import Rows, links
 
 
 class HubRows:
     """A hub folder read by Megatron's names; what is stored is checked against the shape at once."""
 
     def __init__(self, folder: Path, shape: MixtralShape) -> None:
-        self.hub = HubFolder(folder)
-        if shape.tie_word_embeddings:
-            self.hub.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
-        names = Names.found_in(self.hub.tensors)
-        self.hub.check(hub_shapes(shape, names))
+        self.hub, names = hub.open_model(folder, shape)
         self._parts: dict[tuple[str, tuple[int, ...]], list[tuple[Rows, Rows]]] = {}
         for link in links(shape, names):
             self._parts.setdefault((link.megatron.name, link.megatron.index), []).append((link.megatron, link.hub))
         self._some = {name: parts[0][1].name for (name, _), parts in self._parts.items()}
         for (name, _), parts in self._parts.items():
-            if other := [hub.name for _, hub in parts if self.hub.dtype(hub.name) != self.dtype(name)]:
+            if other := [own.name for _, own in parts if self.hub.dtype(own.name) != self.dtype(name)]:
                 raise InputError(f"{folder}: {other[0]} and {self._some[name]} differ in type; convert it first")
 
     def dtype(self, name: str) -> str:

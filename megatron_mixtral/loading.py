@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mixtral import checkpoint, merging, weights_folder
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import Source
+from megatron_mixtral.copying import Source, read_rows
 from megatron_mixtral.hub_rows import HubRows
 from megatron_mixtral.tensors import PADDED
 from megatron_mixtral.weights import Rows, megatron_axes
@@ -126,9 +126,7 @@ def _fill(
         if not hasattr(own, "source"):
             own.source = source.apart()
         rows = block.rows
-        buffer = memoryview(bytearray(len(rows) * source.row_bytes(rows.name)))
-        own.source.read(rows, buffer)
-        stored = torch.frombuffer(buffer, dtype=getattr(torch, source.dtype(rows.name)))
+        stored = torch.frombuffer(read_rows(own.source, rows), dtype=getattr(torch, source.dtype(rows.name)))
         return stored.view(len(rows), -1)[:, block.columns]
 
     waiting: list[tuple[Block, Future[Tensor]]] = []

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_mixtral import adapters, checkpoint, legacy, mcore, merging, model, tensors, tokenizer, weights_folder
 from megatron_mixtral.config import Layout, MixtralShape
-from megatron_mixtral.copying import BLOCK, Source
+from megatron_mixtral.copying import BLOCK, Source, read_rows
 from megatron_mixtral.errors import CheckpointError, InputError
-from megatron_mixtral.hub import HubFolder
-from megatron_mixtral.weights import Names, Rows, hub_shapes, links, megatron_axes
+from megatron_mixtral.hub import open_model
+from megatron_mixtral.weights import Names, Rows, links, megatron_axes
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -43,9 +43,7 @@ class Weights:
         step = max(1, BLOCK // width)
         for start in range(rows.start, rows.stop, step):
             part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
-            data = memoryview(bytearray(len(part) * width))
-            self.source.read(part, data)
-            values = torch.frombuffer(data, dtype=stored)
+            values = torch.frombuffer(read_rows(self.source, part), dtype=stored)
             if self.dtype:
                 values = values.to(getattr(torch, self.dtype))
             here = out[start - rows.start : start - rows.start + len(part)]
@@ -131,11 +129,7 @@ def reference_by_layers(hub: Path, shape: MixtralShape, tokens: Tensor, dtype: s
     with torch.device("meta"):
         found = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     found.model.rotary_emb = type(found.model.rotary_emb)(config=config)
-    folder = HubFolder(hub)
-    names = Names.found_in(folder.tensors)
-    if shape.tie_word_embeddings:
-        folder.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
-    folder.check(hub_shapes(shape, names))
+    folder, names = open_model(hub, shape)
     weights, table = Weights(source=folder, dtype=dtype), _renamed(shape, names, found)
     parts = [f"model.layers.{layer}" for layer in range(shape.num_hidden_layers)]
     for part in ("model.embed_tokens", *parts, "model.norm", "lm_head"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mixtral import adapters, legacy, weights_folder
 from megatron_mixtral.adapters import Lora, Pair
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import ITEMSIZE, Source
+from megatron_mixtral.copying import ITEMSIZE, Source, read_rows
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.hub_rows import HubRows
 from megatron_mixtral.torch_dist import TorchDistFolder
@@ -50,8 +50,7 @@ class Adapters:
         """In fp32."""
         import torch
 
-        data = memoryview(bytearray(len(rows) * self.source.row_bytes(rows.name)))
-        self.source.read(rows, data)
+        data = read_rows(self.source, rows)
         stored = torch.frombuffer(data, dtype=getattr(torch, self.source.dtype(rows.name)))
         return stored.view(len(rows), -1).float()
 
@@ -80,9 +79,7 @@ class Merged:
             return self.base.read(rows, out)
         import torch
 
-        data = memoryview(bytearray(len(rows) * self.base.row_bytes(rows.name)))
-        self.base.read(rows, data)
-        stored = torch.frombuffer(data, dtype=getattr(torch, self.base.dtype(rows.name)))
+        stored = torch.frombuffer(read_rows(self.base, rows), dtype=getattr(torch, self.base.dtype(rows.name)))
         merged = torch.frombuffer(out, dtype=torch.float32)
         merged.copy_(stored)
         self._add(rows, merged.view(len(rows), -1))

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import adapters, hub, merging, weights_folder
+from megatron_mixtral import adapters
 from megatron_mixtral.adapters import Lora
 from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import ITEMSIZE, Run, Target
-from megatron_mixtral.errors import InputError
+from megatron_mixtral.copying import ITEMSIZE, Run, Target, read_rows
 from megatron_mixtral.torch_dist import TorchDistFolder
 from megatron_mixtral.weights import Rows
 
@@ -42,8 +41,7 @@ class PeftRows:
         item = np.dtype(f"u{ITEMSIZE[self.dtype(rows.name)]}")
         whole = np.frombuffer(out, item).reshape(len(rows), -1, self.experts)
         for expert in range(self.experts):
-            data = memoryview(bytearray(len(out) // self.experts))
-            self.source.read(Rows(rows.name, (*rows.index, expert), rows.start, rows.stop), data)
+            data = read_rows(self.source, Rows(rows.name, (*rows.index, expert), rows.start, rows.stop))
             whole[:, :, expert] = np.frombuffer(data, item).reshape(len(rows), -1)
         return None
 
@@ -74,29 +72,6 @@ def targets(shape: MixtralShape, lora: Lora, source: PeftRows, dtype: str | None
 
 def _target(name: str, sizes: tuple[int, int], rows: list[Rows], dtype: str) -> Target:
     return Target(name, (0, 0), sizes, dtype, tuple(Run(part, name) for part in rows))
-
-
-def plan(folder: Path, *, base: str | None, dtype: str | None) -> dict[str, Any]:
-    """The conversion of a complete adapter checkpoint, as `convert.Conversion` wants it."""
-    marker, shape = weights_folder.read_marker(folder), MixtralShape.from_folder(folder)
-    if marker.get("kind") != adapters.KIND:
-        raise InputError(f"{folder}: holds no adapters but {marker.get('kind')}; --to peft is for finetune --lora")
-    lora = adapters.described(marker, folder)
-    stored = merging.Adapters(folder, shape, lora).source
-    source = PeftRows(stored, shape.num_local_experts)
-    belongs_to = base or marker["base"]["hub"] or marker["base"]["path"]
-    return {
-        "shape": shape,
-        "source_folder": folder,
-        "source": source,
-        "units": [hub.file(WEIGHTS, list(targets(shape, lora, source, dtype)))],
-        "subfolder": "",
-        "framing": lambda unit: [(0, hub.header(unit.targets))],
-        "complete": lambda out: write_config(out, lora, belongs_to),
-        "kind": "peft",
-        "identity": {**stored.fingerprint(), "base": belongs_to},
-        "without": ("config.json", "generation_config.json"),  # those of a whole model
-    }
 
 
 def write_config(folder: Path, lora: Lora, base: str) -> None:

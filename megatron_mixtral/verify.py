@@ -10,11 +10,12 @@ from blake3 import blake3
 
 from megatron_mixtral import hub, legacy, weights_folder
 from megatron_mixtral.config import MixtralShape, VerifyConfig
-from megatron_mixtral.copying import BLOCK, Run, Source
+from megatron_mixtral.conversion import hub_runs
+from megatron_mixtral.copying import BLOCK, Run, Source, read_rows
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.progress import Progress
-from megatron_mixtral.weights import Rows, hub_shapes, links
+from megatron_mixtral.weights import Rows, hub_shapes
 from megatron_mixtral.work import Crew
 
 
@@ -48,21 +49,15 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
 def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:
     """What the folder holds, and for each hub tensor, or rank's own in legacy files, the rows that make it up."""
     shape = MixtralShape.from_folder(folder)
-    wanted = hub_shapes(shape)
     if marker.get("kind") == "hub":
         stored = hub.HubFolder(folder)
-        stored.check(wanted)
-        return stored, {name: [Run(Rows(name, (), 0, size[0]), name)] for name, size in wanted.items()}
-    cut = legacy.open_weights(folder, shape, marker)
-    if isinstance(cut, legacy.LegacyFolder):  # whose ranks hold parts of the hub's tensors
-        names = {name: stored.shape[0] for name, stored in cut.parameters.items()}
-        return hub.HubFolder(folder, cut.parameters), {
-            n: [Run(Rows(n, (), 0, rows), n)] for n, rows in names.items()
-        }
-    runs: dict[str, list[Run]] = {name: [] for name in wanted}
-    for link in links(shape):
-        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
-    return cut, runs
+        stored.check(hub_shapes(shape))
+    else:
+        cut = legacy.open_weights(folder, shape, marker)
+        if not isinstance(cut, legacy.LegacyFolder):
+            return cut, hub_runs(shape)
+        stored = hub.HubFolder(folder, cut.parameters)  # parts of the hub's tensors
+    return stored, {name: [Run(Rows(name, (), 0, found.shape[0]), name)] for name, found in stored.tensors.items()}
 
 
 def digest(source: Source, runs: list[Run], progress: Progress) -> str:
@@ -73,8 +68,7 @@ def digest(source: Source, runs: list[Run], progress: Progress) -> str:
         step = max(1, BLOCK // width)
         for start in range(rows.start, rows.stop, step):
             part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
-            data = memoryview(bytearray(len(part) * width))
-            source.read(part, data)
+            data = read_rows(source, part)
             found.update(data)
             progress.add(len(data))
     return found.hexdigest()
