@@ -6,15 +6,15 @@ What comes out is a folder as `download` leaves it: whatever reads a downloaded 
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from megatron_mixtral.config import TinyConfig
+from megatron_mixtral.config import MixtralShape, TinyConfig
 from megatron_mixtral.errors import InputError
+from megatron_mixtral.weights import hub_shapes
 
 VOCAB_SIZE = 32000
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -39,6 +39,7 @@ def make(config: TinyConfig) -> Path:
     """Write the folder `config.output`, which must not exist yet, and return it."""
     if config.dtype not in DTYPES:
         raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(DTYPES)}")
+    shape = MixtralShape.from_hf(hub_config(config))
     output = Path(config.output)
     if output.exists():
         raise InputError(f"{output}: exists already; tiny writes a new folder")
@@ -49,7 +50,7 @@ def make(config: TinyConfig) -> Path:
     _write_json(
         partial / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "_from_model_config": True}
     )
-    write_weights(partial, config)
+    write_weights(partial, config, shape)
     write_tokenizer(partial)
     partial.rename(output)
     return output
@@ -85,32 +86,10 @@ def hub_config(config: TinyConfig) -> dict[str, Any]:
     }
 
 
-def hub_tensors(config: TinyConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, in the order of the hub's files."""
-    head = config.hidden // config.heads
-    yield "model.embed_tokens.weight", (VOCAB_SIZE, config.hidden)
-    for layer in range(config.layers):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "self_attn.q_proj.weight", (config.heads * head, config.hidden)
-        yield prefix + "self_attn.k_proj.weight", (config.kv_heads * head, config.hidden)
-        yield prefix + "self_attn.v_proj.weight", (config.kv_heads * head, config.hidden)
-        yield prefix + "self_attn.o_proj.weight", (config.hidden, config.heads * head)
-        yield prefix + "block_sparse_moe.gate.weight", (config.experts, config.hidden)
-        for expert in range(config.experts):
-            expert_prefix = f"{prefix}block_sparse_moe.experts.{expert}."
-            yield expert_prefix + "w1.weight", (config.intermediate, config.hidden)
-            yield expert_prefix + "w2.weight", (config.hidden, config.intermediate)
-            yield expert_prefix + "w3.weight", (config.intermediate, config.hidden)
-        yield prefix + "input_layernorm.weight", (config.hidden,)
-        yield prefix + "post_attention_layernorm.weight", (config.hidden,)
-    yield "model.norm.weight", (config.hidden,)
-    yield "lm_head.weight", (VOCAB_SIZE, config.hidden)
-
-
-def write_weights(folder: Path, config: TinyConfig) -> None:
+def write_weights(folder: Path, config: TinyConfig, shape: MixtralShape) -> None:
     """`config.shards` safetensors files of about as many tensors each, and their index."""
     generator = torch.Generator().manual_seed(config.seed)
-    tensors = {name: _random(name, shape, config, generator) for name, shape in hub_tensors(config)}
+    tensors = {name: _random(size, config, generator) for name, size in hub_shapes(shape).items()}
     names = list(tensors)
     weight_map = {}
     for number in range(config.shards):
@@ -126,7 +105,7 @@ def write_weights(folder: Path, config: TinyConfig) -> None:
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _random(name: str, shape: tuple[int, ...], config: TinyConfig, generator: torch.Generator) -> torch.Tensor:
+def _random(shape: tuple[int, ...], config: TinyConfig, generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:  # norms: near one, but no two alike, so that a mix-up of layers shows
         tensor = 1 + 0.02 * torch.randn(shape, generator=generator)
     else:
