@@ -108,7 +108,7 @@ def _check_files(folder: Path, metadata: Any) -> None:
     needed: dict[str, int] = {}
     for entry in metadata.storage_data.values():
         needed[entry.relative_path] = max(needed.get(entry.relative_path, 0), entry.offset + entry.length)
-    for name in ("common.pt", "metadata.json"):
+    for name in (sharded.COMMON, sharded.CONFIG):
         needed.setdefault(name, 1)
     for name, size in sorted(needed.items()):
         path = folder / name
@@ -235,32 +235,13 @@ def _rank_object(value: Any) -> ShardedObject:
     return ShardedObject("rank_state", value, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def save(
-    folder: Path,
-    model: Any,
-    optimizer: Any = None,
-    *,
-    step: int | None = None,
-    common: dict[str, Any] | None = None,
-    rank_state: Any = None,
-    assets: Path | None = None,
-    source: dict[str, Any] | None = None,
-) -> None:
+def save(folder: Path, model: Any, optimizer: Any = None, *, assets: Path | None = None, **more: Any) -> None:
     """Write a complete checkpoint into `folder`, which must not hold one; all ranks call it.
 
-    `common` must be alike on all ranks, `rank_state` is each one's own. `assets` is the folder whose `config.json`
-    and tokenizer go along. What an interrupted save left under the same name is cleared first.
+    `assets` is the folder whose `config.json` and tokenizer go along; the rest are `begin`'s. What an interrupted
+    save left under the same name is cleared first.
     """
-    begin(
-        folder,
-        model,
-        optimizer,
-        step=step,
-        common=common,
-        rank_state=rank_state,
-        assets=read_assets(assets) if assets else {},
-        source=source,
-    ).write()
+    begin(folder, model, optimizer, assets=read_assets(assets) if assets else {}, **more).write()
 
 
 def begin(
@@ -279,7 +260,8 @@ def begin(
     """The first part of `save`, whose second may then run on a thread with its own `group` of all ranks.
 
     `copied` takes the values as they are now, so that training can go on and change them. `assets` are files that
-    go along, by name: not their folder, which may be a checkpoint that is gone before this one is saved.
+    go along, by name: not their folder, which may be a checkpoint that is gone before this one is saved. `common`
+    must be alike on all ranks, `rank_state` is each one's own.
     """
     agreement.on_first_rank(lambda: _claim(folder), failure=SaveError)
     model_state = _model_state(model)
@@ -295,7 +277,7 @@ def begin(
         "format": FORMAT,
         "kind": adapters.KIND if plain.lora else "weights" if optimizer is None else "training",
         "step": step,
-        "dtype": str(next(unwrap(model).parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(plain.parameters()).dtype).removeprefix("torch."),
         "source": source or {},
         "ranks": dist.get_world_size(),
         "layout": _layout(plain.config),

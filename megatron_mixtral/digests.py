@@ -20,12 +20,11 @@ def of(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "blake3": found.hexdigest()}
 
 
-def check(folder: Path, recorded: dict[str, dict[str, Any]]) -> int:
-    """All ranks: `CheckpointError` on each for a file of `recorded` that isn't as it was; else their bytes."""
+def check(folder: Path, recorded: dict[str, dict[str, Any]]) -> None:
+    """All ranks: `CheckpointError` on each for a file of `recorded` that isn't as it was."""
     largest_first = sorted(recorded, key=lambda name: -recorded[name]["bytes"])
     mine = largest_first[dist.get_rank() :: dist.get_world_size()]
     agreement.raise_alike(_wrong(folder, {n: recorded[n] for n in mine}), failure=CheckpointError)
-    return sum(entry["bytes"] for entry in recorded.values())
 
 
 def _wrong(folder: Path, recorded: dict[str, dict[str, Any]]) -> str | None:
