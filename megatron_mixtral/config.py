@@ -171,7 +171,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Turn weights between the hub's layout and Megatron's `torch_dist`."""
+    """Turn weights between the hub's layout and Megatron's, or adapters into PEFT's."""
 
     source: str
     output: str
