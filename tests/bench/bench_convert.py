@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_mixtral import hub
 from megatron_mixtral.config import MixtralShape
@@ -36,22 +38,31 @@ MIXTRAL_8X7B = {
 }
 
 
-def make(folder: Path, config: dict) -> int:
-    """A hub folder of that shape, random bits; its size in bytes."""
+def make(folder: Path, config: dict, write: Callable[[BinaryIO, Target], None]) -> int:
+    """A hub folder of that shape in bfloat16, whose tensors `write` writes; its size in bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     shapes = hub_shapes(MixtralShape.from_hf(config))
     targets = [Target(name, (0,) * len(s), s, "bfloat16", ()) for name, s in shapes.items()]
     units = hub.shards(targets, limit=5 * 10**9)
-    noise = os.urandom(64 << 20)
     for unit in units:
         with (folder / unit.file).open("wb") as stream:
             stream.write(hub.header(unit.targets))
             for target in unit.targets:
-                for start in range(0, target.nbytes, len(noise)):
-                    stream.write(noise[: min(len(noise), target.nbytes - start)])
+                write(stream, target)
     (folder / hub.INDEX).write_text(hub.index(units))
     return sum(unit.nbytes for unit in units)
+
+
+def make_of_noise(folder: Path, config: dict) -> int:
+    """The same of random bits."""
+    noise = os.urandom(64 << 20)
+
+    def write(stream: BinaryIO, target: Target) -> None:
+        for start in range(0, target.nbytes, len(noise)):
+            stream.write(noise[: min(len(noise), target.nbytes - start)])
+
+    return make(folder, config, write)
 
 
 def timed(*commands: list[str], env: dict[str, str] | None = None) -> tuple[float, list[float]]:
@@ -95,7 +106,7 @@ def main() -> None:
 def measure(folder: Path, layers: int, repeat: int) -> None:
     # In a process of its own: what a child's peak is measured from includes what this one holds as it starts.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        size = pool.apply(make, (folder / "hub", MIXTRAL_8X7B | {"num_hidden_layers": layers}))
+        size = pool.apply(make_of_noise, (folder / "hub", MIXTRAL_8X7B | {"num_hidden_layers": layers}))
     convert(folder / "hub", folder / "megatron", "megatron", 1)
     high = "import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     base = int(subprocess.check_output([sys.executable, "-c", high])) / 2**20

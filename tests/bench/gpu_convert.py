@@ -11,7 +11,6 @@ the installed one is used.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -19,43 +18,35 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from bench_convert import MIXTRAL_8X7B
+from bench_convert import MIXTRAL_8X7B, make
 from bench_convert import convert as converted
 
-from megatron_mixtral import hub
 from megatron_mixtral.config import MixtralShape
 from megatron_mixtral.copying import Target
-from megatron_mixtral.weights import hub_shapes
 
 TINY = MIXTRAL_8X7B | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "vocab_size": 999}
 SHARED_MEMORY = Path("/dev/shm")
 PATIENCE = 300.0  # seconds
 
 
-def make(folder: Path, config: dict) -> int:
+def make_fresh(folder: Path, config: dict) -> int:
     """A hub folder with weights as a fresh model's: normal numbers of deviation 0.02, norms about 1."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = hub_shapes(MixtralShape.from_hf(config))
-    targets = [Target(name, (0,) * len(s), s, "bfloat16", ()) for name, s in shapes.items()]
-    units = hub.shards(targets, limit=5 * 10**9)
     random = np.random.default_rng(4)
     noise = random.standard_normal(32 << 20, np.float32) * np.float32(0.02)
     weights, norms = bf16(noise), bf16(1 + noise[: 1 << 16])
-    for unit in units:
-        with (folder / unit.file).open("wb") as stream:
-            stream.write(hub.header(unit.targets))
-            for target in unit.targets:
-                some, left = norms if len(target.sizes) == 1 else weights, target.nbytes // 2
-                at = int(random.integers(len(some)))  # another place for each, or all experts would be one
-                while left:
-                    part = some[at : at + left]
-                    stream.write(part.data)
-                    left, at = left - len(part), 0
-    (folder / hub.INDEX).write_text(hub.index(units))
-    return sum(unit.nbytes for unit in units)
+
+    def write(stream: BinaryIO, target: Target) -> None:
+        some, left = norms if len(target.sizes) == 1 else weights, target.nbytes // 2
+        at = int(random.integers(len(some)))  # another place for each, or all experts would be one
+        while left:
+            part = some[at : at + left]
+            stream.write(part.data)
+            left, at = left - len(part), 0
+
+    return make(folder, config, write)
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -132,7 +123,7 @@ def main() -> None:
     where = options.folder or (SHARED_MEMORY if roomy else Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(dir=where) as name:
         folder, begun = Path(name), time.perf_counter()
-        size = make(folder / "hub", TINY if options.tiny else MIXTRAL_8X7B)
+        size = make_fresh(folder / "hub", TINY if options.tiny else MIXTRAL_8X7B)
         print(f"{size / 1e9:.2f} GB made in {time.perf_counter() - begun:.1f} s")
         seconds, _ = converted(folder / "hub", folder / "megatron", "megatron", 2)
         print(f"converted by 2 processes in {seconds:.1f} s", flush=True)

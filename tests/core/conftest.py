@@ -35,21 +35,7 @@ def plain_server(served_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A converted model, and data in which each token tells the next: cycles of 64 tokens with varying strides."""
-    import json
+    """A small model to train, and data to train it on."""
+    from small import make_world
 
-    import numpy as np
-    from ranks import ranks
-    from small import SHAPE, make_weights
-
-    from megatron_mixtral import indexed
-
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-    ranks(1, make_weights, folder)
-    random = np.random.default_rng(1)
-    lengths = random.integers(40, 200, size=60).astype(np.int32)
-    tokens = [(np.arange(n) * 5 + random.integers(64)) % 64 for n in lengths]
-    np.concatenate(tokens).astype(np.uint16).tofile(folder / "data.bin")
-    indexed.write_index(folder / "data.idx", lengths, np.dtype(np.uint16))
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -1,4 +1,6 @@
-"""The smallest Mixtral that trains, and what is in a checkpoint of it; `world` in conftest is one with data."""
+"""The smallest Mixtral that trains, with data, and what is in a checkpoint of it; `world` in conftest is one."""
+
+import json
 
 SHAPE = {
     "model_type": "mixtral",
@@ -30,6 +32,39 @@ def make_weights(folder, poison="", value=float("nan")):
         if poison and poison in name:
             torch.nn.init.constant_(parameter, value)
     checkpoint.save(folder / "release", built, assets=folder)
+
+
+def make_world(folder, **changes):
+    """A converted model, and data in which each token tells the next: cycles of 64 tokens with varying strides."""
+    import numpy as np
+    from ranks import ranks
+
+    from megatron_mixtral import indexed
+
+    (folder / "config.json").write_text(json.dumps(SHAPE | changes))
+    ranks(1, make_weights, folder)
+    random = np.random.default_rng(1)
+    lengths = random.integers(40, 200, size=60).astype(np.int32)
+    tokens = [(np.arange(n) * 5 + random.integers(64)) % 64 for n in lengths]
+    np.concatenate(tokens).astype(np.uint16).tofile(folder / "data.bin")
+    indexed.write_index(folder / "data.idx", lengths, np.dtype(np.uint16))
+    return folder
+
+
+def training(world, **more):
+    """Eight steps of `finetune` in it."""
+    return {
+        "model": str(world),
+        "data": str(world / "data"),
+        "steps": 8,
+        "sequence_length": 32,
+        "micro_batch": 2,
+        "global_batch": 8,
+        "precision": "fp32",
+        "warmup_steps": 2,
+        "validation": 0.1,
+        **more,
+    }
 
 
 def tensors_of(folder):

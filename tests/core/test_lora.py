@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small
 from ranks import ranks
 
 from megatron_mixtral import adapters, convert, merging, weights_folder
@@ -12,22 +13,7 @@ from megatron_mixtral.adapters import Lora
 from megatron_mixtral.config import ConvertConfig, FinetuneConfig, MixtralShape
 from megatron_mixtral.errors import CheckpointError, InputError
 
-SHAPE = {
-    "model_type": "mixtral",
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,  # not hidden_size / heads
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 128,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.1,
-}
+SHAPE = small.SHAPE | {"head_dim": 16, "initializer_range": 0.1}  # head_dim isn't hidden_size / heads
 ADAPTED = {
     "attention": Lora(rank=4, alpha=6),  # a scale that isn't whole
     "experts": Lora(rank=2, alpha=5, experts=True),

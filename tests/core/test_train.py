@@ -7,28 +7,14 @@ import jobs
 import numpy as np
 import pytest
 from ranks import ranks
-from small import SHAPE, make_weights, tensors_of
+from small import SHAPE, make_weights, tensors_of, training
 
 EP2_PP2 = {"expert": 2, "pipeline": 2}
 
 
 @pytest.fixture
 def config(world):
-    return {
-        "model": str(world),
-        "data": str(world / "data"),
-        "steps": 8,
-        "sequence_length": 32,
-        "micro_batch": 2,
-        "global_batch": 8,
-        "precision": "fp32",
-        "lr": 0.01,
-        "warmup_steps": 2,
-        "validation": 0.1,
-        "eval_interval": 4,
-        "eval_steps": 2,
-        "save_interval": 100,
-    }
+    return training(world, lr=0.01, eval_interval=4, eval_steps=2, save_interval=100)
 
 
 def losses(job):

@@ -1,50 +1,26 @@
 """Training adapters as a job: they learn, nothing else changes, and a run goes on as if never stopped."""
 
-import json
 import shutil
 import signal
 
 import jobs
-import numpy as np
 import pytest
-from ranks import ranks
-from test_train import SHAPE, losses, make_weights, tensors_of
+from small import make_world, tensors_of, training
+from test_train import losses
 
-from megatron_mixtral import adapters, indexed
+from megatron_mixtral import adapters
 from megatron_mixtral.config import MixtralShape
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A converted model, and data in which each token tells the next."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "initializer_range": 0.1}))
-    ranks(1, make_weights, folder)
-    random = np.random.default_rng(1)
-    lengths = random.integers(40, 200, size=60).astype(np.int32)
-    tokens = [(np.arange(n) * 5 + random.integers(64)) % 64 for n in lengths]
-    np.concatenate(tokens).astype(np.uint16).tofile(folder / "data.bin")
-    indexed.write_index(folder / "data.idx", lengths, np.dtype(np.uint16))
-    return folder
+    """One whose weights are large enough for adapters to learn."""
+    return make_world(tmp_path_factory.mktemp("world"), initializer_range=0.1)
 
 
 @pytest.fixture
 def config(world):
-    return {
-        "model": str(world),
-        "data": str(world / "data"),
-        "steps": 8,
-        "sequence_length": 32,
-        "micro_batch": 2,
-        "global_batch": 8,
-        "precision": "fp32",
-        "lr": 0.02,
-        "warmup_steps": 2,
-        "validation": 0.1,
-        "eval_steps": 0,
-        "save_interval": 4,
-        "lora": 4,
-    }
+    return training(world, lr=0.02, eval_steps=0, save_interval=4, lora=4)
 
 
 def test_adapters_learn_and_any_layout_goes_on_with_them(config, tmp_path, world):
