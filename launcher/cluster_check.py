@@ -154,21 +154,10 @@ def _enough(what: str, asked: int | None, there: list[int], where: str, key: str
 
 
 def _time(profile: ClusterProfile, partition: Partition) -> Finding:
-    asked = limit_minutes(profile.time)
-    if partition.minutes is not None and asked > partition.minutes:
+    if partition.minutes is not None and slurm.seconds(profile.time) // 60 > partition.minutes:
         longest = f"{partition.minutes // 60}:{partition.minutes % 60:02}:00"
         return _failed("time limit", f"{profile.time} is more than {partition.name} gives: {longest}")
     return _ok("time limit", profile.time)
-
-
-def limit_minutes(limit: str) -> int:
-    """A profile's time limit in minutes: minutes alone, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    days, dash, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if dash:
-        hours, rest = (*parts, 0)[:2]
-        return (int(days) * 24 + hours) * 60 + rest
-    return parts[0] * 60 + parts[1] if len(parts) == 3 else parts[0]
 
 
 def _account(profile: ClusterProfile, cluster: Site) -> Finding:

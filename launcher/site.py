@@ -11,7 +11,6 @@ from launcher import slurm
 from launcher.errors import Fault
 
 GPU = re.compile(r"gpu(?::(?P<type>[A-Za-z][^:(,]*))?:(?P<count>\d+)")
-CLOCK = re.compile(r"(?:(?P<d>\d+)-)?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)")
 NOTHING = ("", "(null)", "N/A", "NONE", "None")
 GONE = re.compile(r"down|drain|fail|error|unknown|future|power", re.IGNORECASE)
 
@@ -24,7 +23,6 @@ class Partition:
     default: bool
     state: str
     minutes: int | None  # the longest job
-    default_minutes: int | None
     whole_nodes: bool
     nodes: int
     accounts: tuple[str, ...]  # empty: all
@@ -137,7 +135,6 @@ def _partition(line: str) -> Partition:
         default=told.get("Default") == "YES",
         state=told.get("State", ""),
         minutes=minutes(told.get("MaxTime", "")),
-        default_minutes=minutes(told.get("DefaultTime", "")),
         whole_nodes=told.get("OverSubscribe", "").startswith("EXCLUSIVE"),
         nodes=int(told.get("TotalNodes", "0")),
         accounts=_words(told.get("AllowAccounts", "")),
@@ -151,14 +148,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def minutes(text: str) -> int | None:
-    """`[D-][H:]M:S` or minutes, rounded down; None for UNLIMITED and what isn't a time."""
-    if text.isdecimal():
-        return int(text)
-    match = CLOCK.fullmatch(text)
-    if match is None:
+    """Slurm's time in whole minutes, rounded down; None for UNLIMITED and what isn't a time."""
+    try:
+        return slurm.seconds(text) // 60
+    except ValueError:
         return None
-    days, hours, rest = (int(match[part] or 0) for part in "dhm")
-    return (days * 24 + hours) * 60 + rest
 
 
 def kinds(text: str) -> Iterator[Kind]:

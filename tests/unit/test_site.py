@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher import cluster_check, cluster_new, site
+from launcher import cluster_new, site
 
 PARTITIONS = """
 PartitionName=boost AllowGroups=ALL AllowAccounts=nlp,vision AllowQos=normal,high AllocNodes=ALL Default=YES \
@@ -16,9 +16,9 @@ OverSubscribe=FORCE:4 State=DRAIN TotalNodes=2
 def test_partitions():
     boost, debug = site.partitions(PARTITIONS)
     assert (boost.name, boost.default, boost.state, boost.nodes) == ("boost", True, "UP", 3456)
-    assert (boost.minutes, boost.default_minutes, boost.whole_nodes) == (1440, 30, True)
+    assert (boost.minutes, boost.whole_nodes) == (1440, True)
     assert (boost.accounts, boost.denied, boost.qos) == (("nlp", "vision"), (), ("normal", "high"))
-    assert (debug.minutes, debug.default_minutes, debug.whole_nodes, debug.state) == (None, None, False, "DRAIN")
+    assert (debug.minutes, debug.whole_nodes, debug.state) == (None, False, "DRAIN")
     assert (debug.accounts, debug.denied, debug.qos) == ((), ("guest",), ())
     assert list(site.partitions("No partitions in the system\n")) == []
 
@@ -66,7 +66,7 @@ def test_nodes_that_are_gone(state, usable):
     ],
 )
 def test_limits_in_minutes(limit, minutes):
-    assert cluster_check.limit_minutes(limit) == minutes
+    assert site.minutes(limit) == minutes
 
 
 @pytest.mark.parametrize(
