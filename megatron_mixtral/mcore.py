@@ -57,7 +57,7 @@ def _uncompiled() -> Iterator[None]:
 
 @contextmanager
 def _without_tensorboard() -> Iterator[None]:
-    """While megatron-core is imported, which takes it along for timers of no use here: a tenth of a second a rank."""
+    """While megatron-core is imported: it takes it along, a tenth of a second a rank, for timers of no use here."""
     name = "torch.utils.tensorboard"
     sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     try:
