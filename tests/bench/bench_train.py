@@ -8,10 +8,7 @@ losses agree within 1e-4 and the last validation losses within 2 %.
 """
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
+
+import jobs
 
 from megatron_mixtral import batches, events, indexed
 
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "save_interval": 10**6,
 }
 BYTES, LAST = 256, 5
+MOST_SECONDS = 3600
 
 
 def make_model(folder: Path) -> Any:
@@ -73,23 +75,6 @@ def write_data(text: Path, prefix: Path) -> None:
     lengths = np.full(math.ceil(len(tokens) / DOCUMENT), DOCUMENT, dtype=np.int32)
     lengths[-1] = len(tokens) - DOCUMENT * (len(lengths) - 1)
     indexed.write_index(Path(f"{prefix}.idx"), lengths, np.dtype(np.uint16))
-
-
-def job(name: str, config: dict[str, Any], run_dir: Path, ranks: int) -> None:
-    """Run a job's ranks on this machine to their end."""
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(json.dumps(config))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-        argv = [sys.executable, "-m", "megatron_mixtral", name, "--config", str(run_dir / "config.yaml")]
-        with (run_dir / f"rank_{rank}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen(argv, env=os.environ | shared | place, stdout=log, stderr=subprocess.STDOUT)
-            )
-    if any([process.wait() for process in started]):
-        raise SystemExit((run_dir / "rank_0.log").read_text()[-2000:])
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -151,11 +136,12 @@ def compare(folder: Path, text: Path, steps: int) -> dict[str, Any]:
     """The losses of both, step by step, and their last validation losses."""
     model = make_model(folder / "hub")
     write_data(text, folder / "data")
-    job("convert", {"source": str(folder / "hub"), "output": str(folder / "megatron")}, folder / "convert", 1)
+    jobs.run("convert", {"source": str(folder / "hub"), "output": str(folder / "megatron")}, folder / "convert")
     settings = SETTINGS | {"steps": steps, "eval_interval": steps}
     settings |= {"model": str(folder / "megatron"), "data": str(folder / "data")}
     begun = time.monotonic()
-    job("finetune", settings | {"layout": {"expert": 2, "pipeline": 2}}, folder / "run", 4)
+    settings |= {"layout": {"expert": 2, "pipeline": 2}}
+    jobs.run("finetune", settings, folder / "run", ranks=4, timeout=MOST_SECONDS, env={"CUDA_VISIBLE_DEVICES": ""})
     seconds = time.monotonic() - begun
     told = events.read(folder / "run" / "events.jsonl")
     begun = time.monotonic()

@@ -91,9 +91,11 @@ class Job:
         self.close()
 
 
-def run(job, config, run_dir: Path, *, ranks: int = 1, timeout: float = 120.0) -> Job:
+def run(
+    job, config, run_dir: Path, *, ranks: int = 1, timeout: float = 120.0, env: dict[str, str] | None = None
+) -> Job:
     """Start, wait, and return the ended job; the test fails unless every rank ended with 0."""
-    done = Job(job, config, run_dir, ranks=ranks)
+    done = Job(job, config, run_dir, ranks=ranks, env=env)
     codes = done.wait(timeout)
     assert codes == [0] * ranks, done.output()
     return done
