@@ -265,7 +265,7 @@ def begin(
     """
     agreement.on_first_rank(lambda: _claim(folder), failure=SaveError)
     model_state = _model_state(model)
-    content: dict[str, Any] = {"model": model_state, **_for_upstream(model, step)}
+    content: dict[str, Any] = {"model": model_state, **_for_upstream(step)}
     if optimizer is not None:
         content["optimizer"] = optimizer.sharded_state_dict(
             _without_extra_states(model_state), metadata=dict(_CONTENT)
@@ -356,6 +356,6 @@ def _layout(config: Any) -> dict[str, int]:
     }
 
 
-def _for_upstream(model: Any, step: int | None) -> dict[str, Any]:
+def _for_upstream(step: int | None) -> dict[str, Any]:
     """What upstream Megatron's own loader looks up in every checkpoint."""
     return {"checkpoint_version": 3.0, "iteration": step or 0}

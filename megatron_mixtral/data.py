@@ -66,9 +66,20 @@ def run(config: PrepareConfig, run_dir: Path) -> None:
 
 
 def meta(prefix: Path) -> dict | None:
-    """The description `prepare` writes last, or None for data that isn't there or that another program made."""
+    """The description `prepare` writes last, or None for data that isn't there or that another program made.
+
+    `InputError` for one that can't be read.
+    """
     file = Path(f"{prefix}.json")
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        description = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file}: damaged: {error}; remove it and prepare the data again") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{file}: damaged: not an object; remove it and prepare the data again")
+    return description
 
 
 def _key(files: list[Path], fields: Fields, words: str) -> str:

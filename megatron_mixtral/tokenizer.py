@@ -24,8 +24,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no control token is added."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-
     def decode(self, ids: list[int]) -> str: ...
 
     def piece(self, index: int) -> str: ...
@@ -80,9 +78,6 @@ class PieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._words.encode(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts, num_threads=1)
-
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
@@ -115,9 +110,6 @@ class HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)

@@ -68,6 +68,8 @@ def test_everything_that_poisons_a_run_is_named_before_it_starts(world, tmp_path
     (tmp_path / "larger.json").write_text(json.dumps({"vocab_size": 32000, "tokenizer": "x"}))
     torn = write(tmp_path / "torn", plain)
     (tmp_path / "torn.idx").write_bytes((tmp_path / "torn.idx").read_bytes()[:60])
+    undescribed = write(tmp_path / "undescribed", plain)
+    (tmp_path / "undescribed.json").write_text('{"vocab_size": 6')
     empty = write(tmp_path / "empty", [np.array([], dtype=np.int64)])
     cases = {
         "strange token": ({"data": write(tmp_path / "strange", strange)}, "document 13 holds token 64, but"),
@@ -78,6 +80,7 @@ def test_everything_that_poisons_a_run_is_named_before_it_starts(world, tmp_path
         "tiny": ({"data": write(tmp_path / "tiny", [plain[0][:9]])}, "9 tokens in 1 documents are less than one"),
         "empty": ({"data": empty}, "empty.bin: no tokens in it"),
         "torn": ({"data": torn}, "torn.idx: damaged, it has no length for each of its 20 documents"),
+        "half a description": ({"data": undescribed}, "undescribed.json: damaged"),
         "no data": ({"data": "/nowhere/data"}, "/nowhere/data.idx: no such file"),
         "no model": ({"model": "/nowhere"}, "/nowhere: no such folder"),
         "nothing learnt": ({"data": write(tmp_path / "zeros", plain, 0)}, "no token is to be learnt"),
