@@ -3,6 +3,7 @@
 The `[INST]` form is token for token that of mistral-common's v1, the one Mixtral 8x7B Instruct was trained with.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,16 +13,19 @@ Turn = tuple[str, str]  # role, content
 ROLES = ("system", "user", "assistant")
 
 
-def from_messages(messages: Any) -> list[Turn]:
+def from_messages(messages: Any, *, blank: bool = False) -> list[Turn]:
     """Check and normalise a `messages` list; `ValueError` says what is wrong with it.
 
-    As in mistral-common: neighbours of one role are joined, and the system's words open the first user turn.
+    As in mistral-common: neighbours of one role are joined, and the system's words open the first user turn. A turn
+    without words is refused unless `blank`: it teaches nothing.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages isn't a non-empty list")
-    turns = _joined(_turn(message, index) for index, message in enumerate(messages))
+    turns = _joined(_turn(message, index, blank) for index, message in enumerate(messages))
+    if any(before[0] == "assistant" and turn[0] == "system" for before, turn in itertools.pairwise(turns)):
+        raise ValueError("a system message after an answer: Mixtral's form has no place for it")
     system = "\n\n".join(content for role, content in turns if role == "system")
-    turns = _joined(turn for turn in turns if turn[0] != "system")
+    turns = [turn for turn in turns if turn[0] != "system"]
     if not turns or turns[0][0] != "user":
         raise ValueError("the first turn after the system's must be the user's")
     if turns[-1][0] != "assistant":
@@ -43,13 +47,13 @@ def encode(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[int
     return ids, mask
 
 
-def _turn(message: Any, index: int) -> Turn:
+def _turn(message: Any, index: int, blank: bool) -> Turn:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         raise ValueError(f"messages[{index}] isn't an object with a text `content`")
     role, content = message.get("role"), message["content"]
     if role not in ROLES:
         raise ValueError(f"messages[{index}]: role {role!r} isn't one of {', '.join(ROLES)}")
-    if not content.strip():
+    if not (blank or content.strip()):
         raise ValueError(f"messages[{index}]: the {role}'s content is empty")
     return role, content
 

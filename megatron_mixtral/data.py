@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from megatron_mixtral.progress import Progress
 
 FORMAT = 1
 NAMED_BAD = 10  # bad lines named in an error
+SHOWN = 256  # tokens of a document that are shown from either end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class Part:
     tokens: int
     learnt: int  # tokens whose loss counts
     masked: int  # documents that are conversations
-    bad: list[Bad]
+    bad: int  # lines that are no document
+    named: list[Bad]  # the first of them
 
 
 def run(config: PrepareConfig, run_dir: Path) -> None:
@@ -53,16 +54,27 @@ def run(config: PrepareConfig, run_dir: Path) -> None:
         completion=config.completion_key,
     )
     key = _key(files, fields, tokenizer.digest(words))
-    if (done := meta(prefix)) and done.get("key") == key:
-        print(f"{prefix} is there already: {done['documents']} documents, {done['tokens']} tokens", flush=True)
-    else:
-        work = _work_folder(prefix, key)
+    events = EventLog(run_dir / "events.jsonl")
+    done, there = meta(prefix), " (there already)"
+    if done is None or done.get("key") != key:
+        work, there = _work_folder(prefix, key), ""
         cut = documents.pieces(files)
-        parts = _convert(config, cut, fields, work, EventLog(run_dir / "events.jsonl"))
-        _assemble(prefix, work, parts, key, words, files)
+        parts = _convert(config, cut, fields, work, events)
+        done = _assemble(prefix, work, parts, key, words, files)
         shutil.rmtree(work)
+    _say(
+        events,
+        f"{prefix}{there}: {done['documents']:,} documents, {done['masked']:,} of them conversations; "
+        f"{done['tokens']:,} tokens, {done['learnt'] / done['tokens']:.0%} of them learnt",
+    )
     for sample in _samples(prefix, words, config.show):
-        print(sample, flush=True)
+        _say(events, sample)
+
+
+def _say(events: EventLog, text: str) -> None:
+    """To the log, and to whoever watches the run."""
+    print(text, flush=True)
+    events.write("note", text=text)
 
 
 def meta(prefix: Path) -> dict | None:
@@ -105,18 +117,19 @@ def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path
     workers = min(config.workers or len(os.sched_getaffinity(0)), len(cut))
     task = partial(convert_piece, fields=fields, tokenizer_path=config.tokenizer, work=work)
     parts: list[Part] = []
-    bad: list[tuple[Piece, Bad]] = []
+    bad, named = 0, list[tuple[Piece, Bad]]()
     progress = Progress(sum(p.end - p.start for p in cut), label="prepare", events=events)
     with _mapper(workers) as run_all:
         for piece, part in zip(cut, run_all(task, enumerate(cut)), strict=True):
             parts.append(part)
-            bad += [(piece, b) for b in part.bad]
+            bad += part.bad
+            named += [(piece, b) for b in part.named[: NAMED_BAD - len(named)]]
             progress.add(piece.end - piece.start)
-            if len(bad) > config.max_bad:
-                raise InputError(_explain(bad, config.max_bad))
+            if bad > config.max_bad:
+                raise InputError(_explain(bad, named, config.max_bad))
     progress.finish()
     if bad:
-        print(f"warning: {_explain(bad, config.max_bad)}", file=sys.stderr, flush=True)
+        _say(events, f"warning: {_explain(bad, named, config.max_bad)}")
     return parts
 
 
@@ -142,7 +155,7 @@ def convert_piece(numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path
     done = base.with_suffix(".json")
     if done.is_file():
         raw = json.loads(done.read_text())
-        return Part(**{**raw, "bad": [Bad(**b) for b in raw["bad"]]})
+        return Part(**{**raw, "named": [Bad(**b) for b in raw["named"]]})
     words = _tokenizer(tokenizer_path)
     with (
         base.with_suffix(".bin").open("wb") as tokens,
@@ -170,10 +183,13 @@ def _encode(
 ) -> Part:
     """Stream documents into the three files: ids, a byte of mask a token, an int32 length a document."""
     dtype = indexed.token_dtype(words.vocab_size)
-    count, total, learnt, masked, bad = 0, 0, 0, 0, []
+    count = total = learnt = masked = bad = 0
+    named: list[Bad] = []
     for item in read:
         if isinstance(item, Bad):
-            bad.append(item)
+            bad += 1
+            if len(named) < NAMED_BAD:
+                named.append(item)
             continue
         ids, mask = _ids(item, words)
         tokens.write(np.asarray(ids, dtype=dtype).tobytes())
@@ -181,7 +197,7 @@ def _encode(
         lengths.write(np.int32(len(ids)).tobytes())
         count, total, learnt = count + 1, total + len(ids), learnt + mask.count(1)
         masked += bool(item.turns)
-    return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad)
+    return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad, named=named)
 
 
 def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:
@@ -195,7 +211,7 @@ def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:
 
 def _assemble(
     prefix: Path, work: Path, parts: list[Part], key: str, words: tokenizer.Tokenizer, files: list[Path]
-) -> None:
+) -> dict:
     """Join the parts, then put all files in place; a reader that comes in between finds no description."""
     totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked")}
     if not totals["documents"]:
@@ -215,11 +231,7 @@ def _assemble(
         Path(f"{prefix}{stale}").unlink(missing_ok=True)
     for name in [f"{n}{s}" for n, _, _ in kinds for s in (".bin", ".idx")] + [".json"]:
         (work / f"out{name}").replace(f"{prefix}{name}")
-    print(
-        f"{prefix}: {totals['documents']} documents, {totals['tokens']} tokens, "
-        f"{totals['learnt'] / totals['tokens']:.0%} of them learnt",
-        flush=True,
-    )
+    return description
 
 
 def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[str]:
@@ -229,16 +241,24 @@ def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[s
     stored = Documents(prefix) if count else None
     for index in range(min(count, len(stored) if stored else 0)):
         ids, mask = stored.read(index, 0, None)
-        shown, edges = "", np.flatnonzero(np.diff(mask, prepend=0, append=0))
-        for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
-            text = " ".join(words.piece(int(i)) for i in ids[begin:end])
-            shown += f"«{text}»" if end > begin and mask[begin] else text
+        shown = _marked(ids, mask, words)
+        if len(ids) > 2 * SHOWN:
+            ends = (slice(SHOWN), slice(-SHOWN, None))
+            shown = " ... ".join(_marked(ids[end], mask[end], words) for end in ends)
         yield f"document {index} ({len(ids)} tokens, {int(mask.sum())} learnt): {shown}"
 
 
-def _explain(bad: list[tuple[Piece, Bad]], allowed: int) -> str:
-    named = "\n".join(f"  {p.file}:{_line(p, b)}: {b.reason}" for p, b in bad[:NAMED_BAD])
-    return f"{len(bad)} bad line{'s' * (len(bad) != 1)} (at most {allowed} allowed, --max-bad):\n{named}"
+def _marked(ids: np.ndarray, mask: np.ndarray, words: tokenizer.Tokenizer) -> str:
+    shown, edges = "", np.flatnonzero(np.diff(mask, prepend=0, append=0))
+    for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        text = " ".join(words.piece(int(i)) for i in ids[begin:end])
+        shown += f"«{text}»" if end > begin and mask[begin] else text
+    return shown
+
+
+def _explain(bad: int, named: list[tuple[Piece, Bad]], allowed: int) -> str:
+    lines = "\n".join(f"  {p.file}:{_line(p, b)}: {b.reason}" for p, b in named)
+    return f"{bad} bad line{'s' * (bad != 1)} (at most {allowed} allowed, --max-bad):\n{lines}"
 
 
 def _line(piece: Piece, bad: Bad) -> int:

@@ -17,6 +17,7 @@ from megatron_mixtral.errors import InputError
 RANGE_BYTES = 8 << 20  # one unit of parallel work
 TEXT_BYTES = 16 << 10  # a document of a plain text file, about
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
+LONGEST_REASON = 200  # characters that say what is wrong with a line
 TEXT = (".txt", ".md", ".rst")
 
 
@@ -133,9 +134,12 @@ def _objects(piece: Piece, fields: Fields) -> Iterator[Document | Bad]:
         if not line.strip():
             continue
         try:
-            yield document(json.loads(line), fields)
-        except (ValueError, UnicodeDecodeError) as error:
-            yield Bad(line=number, reason=str(error))
+            found = document(json.loads(line), fields)
+            for text in (found.text, *(content for _, content in found.turns)):
+                text.encode()  # JSON can write half a character, which is no text
+            yield found
+        except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
+            yield Bad(line=number, reason=str(error)[:LONGEST_REASON])
 
 
 def document(value: Any, fields: Fields) -> Document:

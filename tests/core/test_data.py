@@ -2,15 +2,16 @@
 
 import gzip
 import importlib
+import itertools
 import json
+import random
 from dataclasses import replace
 
+import mistrals
 import numpy as np
 import pytest
 import torch
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.exceptions import MistralCommonException
 
 from megatron_mixtral import chat, data, documents, tokenizer
 from megatron_mixtral.batches import Documents
@@ -120,21 +121,36 @@ def test_compressed_files_and_folders_are_read(tmp_path, tokenizer_folder, words
     assert [ids for ids, _ in found] == [[1, *words.encode(t), 2] for t in ("one", "two", "three")]
 
 
-def reference_ids(turns):
-    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
-    messages = [kinds[m["role"]](content=m["content"]) for m in turns]
-    # mistral-common wants the user last; a question that follows the answer leaves its tokens as they are
-    request = ChatCompletionRequest(messages=[*messages, UserMessage(content="x")])
-    tokens = MistralTokenizer.v1().encode_chat_completion(request).tokens
-    tail = MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=[UserMessage(content="x")]))
-    return tokens[: -len(tail.tokens) + 1]
-
-
 def test_conversations_are_token_for_token_mistral_commons(words):
     ids, mask = chat.encode(words, chat.from_messages(TALK))
-    assert ids == reference_ids(TALK)
+    assert (ids, mask) == mistrals.ids_and_mask(TALK)
     learnt = [i for i, m in zip(ids, mask, strict=True) if m]
     assert learnt == [*words.encode("Hi there"), 2, *words.encode("A mixture."), 2]
+
+
+def test_any_order_of_turns_is_written_or_refused_as_mistral_common_does(words):
+    draw, seen = random.Random(3), {True: 0, False: 0}
+    for _ in range(500):
+        roles = [draw.choice(("system", "user")), *draw.choices(chat.ROLES, k=draw.randint(0, 4)), "assistant"]
+        if roles.index("assistant") < (roles.index("user") if "user" in roles else 9):
+            continue  # mistral-common puts an empty question first; here that's a mistake
+        if any(
+            pair == ["user", "system"] for pair in (roles[n : n + 2] for n in range(roles.index("assistant"), 9))
+        ):
+            continue  # goes to the front, before answers that didn't know it: no prefix to compare with
+        contents = draw.choices(("Hi", " lead", "trail ", "</s>", "[INST]", "é\n\n"), k=len(roles))
+        talk = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        try:
+            wanted = mistrals.ids_and_mask(talk)
+        except MistralCommonException:
+            wanted = None
+        try:
+            found = chat.encode(words, chat.from_messages(talk))
+        except ValueError:
+            found = None
+        assert found == wanted, talk
+        seen[wanted is None] += 1
+    assert min(seen.values()) > 20
 
 
 def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
@@ -153,6 +169,8 @@ def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
     ("line", "reason"),
     [
         ('{"text": ""}', "'text' is empty"),
+        (r'{"text": "half \ud83d"}', "surrogates not allowed"),
+        ("[" * 100_000, "recursion"),
         ('{"words": "x"}', "it has 'words'"),
         ("[1]", "expected a JSON object, got list"),
         ("{nope", "Expecting property name"),
@@ -160,6 +178,7 @@ def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
         ('{"messages": [{"role": "user", "content": "q"}]}', "the last turn must be the assistant's"),
         ('{"messages": [{"role": "bot", "content": "q"}]}', "'bot' isn't one of system, user, assistant"),
         ('{"messages": [{"role": "assistant", "content": "q"}]}', "must be the user's"),
+        ('{"messages": [{"role": "tool", "content": "q"}]}', "'tool' isn't one of"),
         ('{"prompt": "q", "completion": " "}', "content is empty"),
     ],
 )
@@ -179,7 +198,7 @@ def test_bad_lines_are_counted_across_pieces_and_may_be_allowed(tmp_path, tokeni
     file.write_text('{"text": "good"}\n' * 20 + "bad\n" + '{"text": "good"}\n' * 5)
     prefix = prepare(tmp_path, tokenizer_folder, file, max_bad=1)
     assert len(stored(prefix)) == 25
-    assert f"{file}:21: " in capsys.readouterr().err
+    assert f"{file}:21: " in capsys.readouterr().out
 
 
 def test_text_that_is_not_utf8_is_named_by_line(tmp_path, tokenizer_folder):
@@ -227,7 +246,7 @@ def test_prepared_data_is_not_prepared_again_until_its_input_changes(tmp_path, t
     before = prepare(tmp_path, tokenizer_folder, file).with_suffix(".bin").stat().st_mtime_ns
     prepare(tmp_path, tokenizer_folder, file)
     assert (tmp_path / "out.bin").stat().st_mtime_ns == before
-    assert "is there already" in capsys.readouterr().out
+    assert "(there already)" in capsys.readouterr().out
     write_jsonl(file, [{"text": "another"}])
     prepare(tmp_path, tokenizer_folder, file)
     assert (tmp_path / "out.bin").stat().st_mtime_ns != before

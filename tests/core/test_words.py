@@ -47,8 +47,8 @@ def test_awkward_text_is_encoded_as_a_whole(model, table, text):
 def test_any_text_is_encoded_as_a_whole(model, table, text):
     try:
         whole = model.encode(text)
-    except UnicodeEncodeError:
-        return  # lone surrogates are no text
+    except (UnicodeEncodeError, RuntimeError):
+        return  # lone surrogates are no text; which of the two depends on sentencepiece's version
     assert table.encode(text) == whole
 
 
