@@ -134,9 +134,7 @@ def test_any_order_of_turns_is_written_or_refused_as_mistral_common_does(words):
         roles = [draw.choice(("system", "user")), *draw.choices(chat.ROLES, k=draw.randint(0, 4)), "assistant"]
         if roles.index("assistant") < (roles.index("user") if "user" in roles else 9):
             continue  # mistral-common puts an empty question first; here that's a mistake
-        if any(
-            pair == ["user", "system"] for pair in (roles[n : n + 2] for n in range(roles.index("assistant"), 9))
-        ):
+        if ("user", "system") in itertools.pairwise(roles[roles.index("assistant") :]):
             continue  # goes to the front, before answers that didn't know it: no prefix to compare with
         contents = draw.choices(("Hi", " lead", "trail ", "</s>", "[INST]", "é\n\n"), k=len(roles))
         talk = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
