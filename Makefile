@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TEXT ?=
-FOLDER ?= demo
+export TEXT ?=
+export FOLDER ?= demo
 TESTS ?= tests
 BENCH ?= $(wildcard tests/bench/bench_*.py)
 
@@ -26,7 +26,7 @@ $(VENV)/.installed: setup.cfg constraints.txt constraints-cpu.txt
 	@touch $@
 
 demo: setup
-	@$(BIN)/mixlaunch demo --folder '$(FOLDER)' $(if $(TEXT),--text '$(TEXT)')
+	@$(BIN)/mixlaunch demo --folder "$$FOLDER" $${TEXT:+--text "$$TEXT"}
 
 test: setup debian
 	@$(BIN)/python -m pytest $(TESTS)

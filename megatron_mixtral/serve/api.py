@@ -121,7 +121,7 @@ def _add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(
         HTTPException, handler(lambda e: Problem(e.status_code, str(e.detail), headers=e.headers))
     )
-    for kind in (Problem, Refused, Unavailable):
+    for kind in (Problem, Refused, Unavailable, Exception):
         app.add_exception_handler(kind, handler(problems.from_exception))
 
     @app.exception_handler(ClientDisconnect)
@@ -139,6 +139,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # GET without the body, which uvicorn leaves out
+            scope = {**scope, "method": "GET"}
         request, body = HttpRequest(scope), _Body(receive)
         status = 0
 

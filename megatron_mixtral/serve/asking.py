@@ -62,7 +62,7 @@ async def chat_prompt(body: ChatBody, model: Model) -> list[int]:
     if messages[-1]["role"] != "user":
         raise Problem(400, "the last message must be the user's", param="messages")
     try:
-        turns = chat.from_messages([*messages, {"role": "assistant", "content": "."}])[:-1]
+        turns = chat.from_messages([*messages, {"role": "assistant", "content": "."}], blank=True)[:-1]
     except ValueError as error:
         raise Problem(400, str(error), param="messages") from error
     if sum(len(content) for _, content in turns) < LONG:

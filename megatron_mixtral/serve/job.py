@@ -91,6 +91,10 @@ def checked(config: ServeConfig) -> Setup:
     folder = weights_folder.find(Path(config.model))
     shape = MixtralShape.from_folder(folder)
     words = tokenizer.load(folder)
+    if words.vocab_size > shape.vocab_size:
+        raise InputError(
+            f"{folder}: its tokenizer has {words.vocab_size} tokens, but the model knows {shape.vocab_size}"
+        )
     config.layout.data_parallel(world)
     config.layout.check(shape)
     if config.layout.context > 1:
@@ -104,6 +108,8 @@ def checked_key(config: ServeConfig) -> str | None:
     key = os.environ.get("MIXLAUNCH_API_KEY") or None
     if config.host not in LOOPBACK and key is None:
         raise InputError(f"host {config.host} isn't this machine alone: set MIXLAUNCH_API_KEY, or use 127.0.0.1")
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError("MIXLAUNCH_API_KEY holds blanks or characters beyond ASCII, which clients can't send")
     return key
 
 

@@ -29,6 +29,7 @@ async def all_or_gone(
     finally:
         working.cancel()
         leaving.cancel()
+        await asyncio.wait({working})  # nobody else hears how it ended
         for stream in streams:
             stream.close()
 

@@ -19,7 +19,7 @@ from megatron_mixtral.serve.asking import Model
 from megatron_mixtral.serve.leaving import all_or_gone
 from megatron_mixtral.serve.schema import ChatBody, CompletionBody, Sampled
 from megatron_mixtral.serve.service import Service, Stream
-from megatron_mixtral.serve.text import Detokenizer, token_bytes, token_text
+from megatron_mixtral.serve.text import Detokenizer, readable, token_bytes, token_text
 from megatron_mixtral.tokenizer import Tokenizer
 
 WHOLE_OR_STREAMED: dict[int | str, dict[str, Any]] = {
@@ -166,7 +166,7 @@ class _CompletionShape:
         self._request = call.streams[index].request
         tokenizer, prompt = call.model.tokenizer, self._request.prompt
         echo = getattr(call.body, "echo", False)
-        self._echo = tokenizer.decode(prompt) if echo else ""
+        self._echo = tokenizer.decode(readable(tokenizer, prompt)) if echo else ""
         self._unscored = prompt[:1] if echo else []  # the first token follows nothing
         self._words = Detokenizer(tokenizer, [] if echo else prompt)
         self._offset = 0

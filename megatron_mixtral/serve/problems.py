@@ -1,5 +1,6 @@
 """Every refusal that a client can meet, as one exception with the OpenAI API's error body."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -80,18 +81,33 @@ def from_exception(error: Exception) -> Problem:
 
 
 def from_validation(error: RequestValidationError) -> Problem:
-    """The first of pydantic's findings, in the API's words."""
-    finding: dict[str, Any] = error.errors()[0]
-    where = [str(part) for part in finding["loc"] if part != "body"]
+    """The first field that pydantic found wrong, in the API's words."""
+    finding = _closest(error.errors())
+    where = _path(finding)
     if finding["type"] == "json_invalid":
         return Problem(400, f"the body isn't JSON: {finding.get('ctx', {}).get('error', 'syntax error')}")
     if not where and finding["type"] in ("model_attributes_type", "model_type", "dict_type", "missing"):
         return Problem(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    if finding["type"] == "extra_forbidden":
+    if finding["type"] in ("extra_forbidden", "none_required"):
         return Problem(400, f"unrecognized or unsupported request argument: {'.'.join(where)}", param=where[0])
     message = finding["msg"].removeprefix("Value error, ")
     place = f"{'.'.join(where)}: " if where else ""
     return Problem(400, f"{place}{message}", param=where[0] if where else None)
+
+
+def _closest(findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of all types that a field may have and hasn't, the one that what was given resembles most."""
+    field = findings[0]["loc"][:2]
+    same = (finding for finding in findings if finding["loc"][:2] == field)
+    return max(same, key=lambda finding: (len(finding["loc"]), not finding["type"].endswith("_type")))
+
+
+def _path(finding: dict[str, Any]) -> list[str]:
+    """Names and indices that lead to what was found, without pydantic's names of types in between."""
+    _body, *inner = (str(part) for part in finding["loc"])
+    last = inner.pop() if finding["type"] == "extra_forbidden" else None  # the client's own word, whatever it is
+    named = [part for part in inner if part not in ("str", "constrained-str") and "[" not in part]
+    return named if last is None else [*named, last]
 
 
 def openai_body(problem: Problem) -> JSONResponse:

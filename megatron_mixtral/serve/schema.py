@@ -1,6 +1,7 @@
 """The bodies that `/v1` accepts: OpenAI's names and ranges, plus `top_k` and `ignore_eos`.
 
-What this server can't honour is refused by name rather than ignored; fields without influence on the answer pass.
+What this server can't honour is refused by name rather than ignored; fields without influence on the answer pass,
+and so does null, by which clients leave a field out.
 """
 
 from typing import Annotated, Any, Literal
@@ -85,23 +86,26 @@ class CompletionBody(Sampled):
         return self
 
 
-Words = Annotated[str, Field(pattern=r"\S")]  # the model's chat form has no place for an empty turn
-
-
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: Words
+    text: str
 
 
 class Message(BaseModel):
+    """A turn; an answer may come back with all its fields, as the client got it."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Words | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
+    annotations: list[Any] | None = None
     refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:
@@ -121,6 +125,17 @@ class ChatBody(Sampled):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None  # from here on: not supported
+    function_call: None = None
+    functions: None = None
+    parallel_tool_calls: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    tool_choice: None = None
+    tools: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatBody":

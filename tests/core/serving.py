@@ -19,7 +19,7 @@ SHAPE = {
     "head_dim": 16,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "vocab_size": 32000,
+    "vocab_size": 32003,  # more than the tokenizer's, as models have that were padded
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
@@ -27,7 +27,7 @@ SHAPE = {
 ANSWER = 16  # tokens that the reference continues each prompt by
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, **changes) -> Path:
     """A random Mixtral in the hub's layout whose greedy answers hardly repeat, with the real tokenizer."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -36,7 +36,7 @@ def make_model(folder: Path) -> Path:
 
     torch.manual_seed(7)
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    model = MixtralForCausalLM(MixtralConfig(**SHAPE, rope_parameters=rope, initializer_range=0.2))
+    model = MixtralForCausalLM(MixtralConfig(**(SHAPE | changes), rope_parameters=rope, initializer_range=0.2))
     model.save_pretrained(folder)
     tiny.write_tokenizer(folder)
     return folder

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -12,6 +13,10 @@ import psutil
 import pytest
 import serving
 from jobs import Job
+
+from megatron_mixtral.config import ServeConfig
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.serve import job as serve_job
 
 KEY = "s3cret-for-this-test"
 LONG = {"prompt": "Once upon a time", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
@@ -129,6 +134,21 @@ def test_mistakes_end_with_2_and_one_line(served_model, tmp_path, config, says):
         assert says in output
         assert "\n" not in output
         assert not (tmp_path / "server.json").exists()
+
+
+@pytest.mark.parametrize("key", ["two words", "naïve", "ends\n"])
+def test_a_key_that_clients_cannot_send_is_refused(monkeypatch, key):
+    monkeypatch.setenv("MIXLAUNCH_API_KEY", key)
+    with pytest.raises(InputError, match="can't send"):
+        serve_job.checked_key(ServeConfig(model="x"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(served_model, tmp_path):
+    folder = shutil.copytree(served_model[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
+    with pytest.raises(InputError, match="32000 tokens, but the model knows 999"):
+        serve_job.checked(ServeConfig(model=str(folder)))
 
 
 def test_a_taken_port_is_said_at_once(served_model, tmp_path):

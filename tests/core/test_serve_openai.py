@@ -182,6 +182,32 @@ def test_chat_prompts_are_mistral_commons(client, words):
     assert whole.usage.prompt_tokens == len(theirs.tokens)
 
 
+def test_an_answer_comes_back_as_the_client_got_it(client):
+    """With all its fields, most of them null; and a turn without words is one."""
+    hello = {"role": "user", "content": "Hi"}
+    body = {"model": "tiny", "max_tokens": 2}
+    answer = client.chat.completions.create(**body, messages=[hello]).choices[0].message
+    for said in (answer, answer.model_dump(), {"role": "assistant", "content": ""}):
+        client.chat.completions.create(**body, messages=[hello, said, {"role": "user", "content": ""}])
+    nothing = {"role": "system", "content": ""}
+    lengths = {
+        client.chat.completions.create(**body, messages=messages, tools=None).usage.prompt_tokens
+        for messages in ([hello], [nothing, hello])
+    }
+    assert len(lengths) == 1
+
+
+def test_ids_without_text_have_a_name_all_the_same(client):
+    """Ids that only pad the model's vocabulary can be given, drawn and scored."""
+    body = {"model": "tiny", "prompt": [1, 32001, 5], "max_tokens": 2, "logit_bias": {"32002": 100}, "logprobs": 2}
+    choice = client.completions.create(**body, echo=True).choices[0]
+    assert choice.logprobs.tokens[1] == "<32001>"
+    assert choice.logprobs.tokens[3:] == ["<32002>", "<32002>"]
+    assert choice.text == "\x02"
+    streamed = client.completions.create(**body, stream=True)
+    assert [t for chunk in streamed for c in chunk.choices for t in c.logprobs.tokens] == ["<32002>"] * 2
+
+
 def test_greedy_ends_where_a_stop_string_begins(client):
     body = {"model": "tiny", "prompt": TEXT, "max_tokens": 12, "temperature": 0}
     free = client.completions.create(**body).choices[0].text
@@ -263,6 +289,13 @@ def test_an_answer_without_a_limit_goes_to_the_end_of_the_context(client, runnin
     assert reply.choices[0].finish_reason == "length"
 
 
+def test_head_is_get_without_a_body(running):
+    with running.client() as client:
+        for path, status in (("/health", 200), ("/", 200), ("/v1/models", 200), ("/v1/completions", 405)):
+            reply = client.head(path)
+            assert (reply.status_code, reply.content) == (status, b"")
+
+
 def test_models(client):
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").object == "model"
@@ -280,7 +313,9 @@ def test_models(client):
         ({"prompt": "x", "n": True}, "n", "integer"),
         ({"prompt": "x", "max_tokens": 300}, "max_tokens", "context is 256"),
         ({"prompt": "x" * 3000}, "max_tokens", "context is 256"),
-        ({"prompt": [1, 32000]}, "prompt", "vocabulary"),
+        ({"prompt": [1, 32003]}, "prompt", "vocabulary"),
+        ({"prompt": ["x", 5]}, "prompt", "prompt.1: "),
+        ({"prompt": "x", "stop": ["y", ""]}, "stop", "stop.1: "),
         ({"prompt": []}, "prompt", ""),
         ({"prompt": ["x"] * 8, "n": 65}, "n", "8 prompts x 65 choices are more than the 512"),
         ({"prompt": "x", "logit_bias": {"40000": 1}}, "logit_bias", "vocabulary"),
@@ -319,7 +354,8 @@ def test_what_is_no_json_object_is_told_so(running, content, kind):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": []}, "tools"),
         (
             {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
