@@ -10,7 +10,6 @@ rank, E experts of this rank, H hidden, F expert width of this rank.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-VARLEN = find_spec("torch.nn.attention.varlen") is not None  # from torch 2.10 on
+VARLEN = torch.__version__ >= (2, 11)  # has one kernel for stretches, with a scale and a window
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -122,13 +121,15 @@ class Attention(MegatronModule):
         return torch.cat(seen)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
-        ends, grouped = packed.cu_seqlens_q, query.shape[1] != key.shape[1]
+        ends = packed.cu_seqlens_q
         if varlen_serves(query):
             from torch.nn.attention.varlen import varlen_attn  # here: it brings in dynamo, 0.7 s a rank
 
             back = self.window - 1 if self.window else -1
             longest = packed.max_seqlen_q
-            settings: dict[str, Any] = {"scale": self.scale, "window_size": (back, 0), "enable_gqa": grouped}
+            settings: dict[str, Any] = {"scale": self.scale, "window_size": (back, 0)}
+            if torch.__version__ >= (2, 12):  # before, grouped queries went without saying
+                settings["enable_gqa"] = query.shape[1] != key.shape[1]
             return varlen_attn(query, key, value, ends, ends, longest, longest, **settings).flatten(1)
         lengths = ends.diff().tolist()
         parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
