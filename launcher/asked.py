@@ -34,6 +34,7 @@ def batch(chosen: Mapping[str, Any]) -> Batch:
         lora_experts=values["lora_experts"],
         first_stage_layers=values["first_stage_layers"],
         last_stage_layers=values["last_stage_layers"],
+        virtual_pipeline=values["virtual_pipeline"],
     )
 
 

@@ -31,6 +31,7 @@ class Batch:
     lora_experts: bool = False
     first_stage_layers: int = 0
     last_stage_layers: int = 0
+    virtual_pipeline: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +117,33 @@ def study(request: Request) -> Outlook:
 def _stages(request: Request) -> tuple[int, ...]:
     """Layers of each pipeline stage; none where the model isn't known."""
     shape, work = request.shape, request.work
+    if isinstance(work, Batch):
+        _check_chunks(request.layout, shape, work)
     if shape is None:
         return ()
     own = (work.first_stage_layers, work.last_stage_layers) if isinstance(work, Batch) else ()
     return shape.stages(request.layout.pipeline, *own)
 
 
+def _check_chunks(layout: Layout, shape: Shape | None, batch: Batch) -> None:
+    """`LayoutError` when stages can't work on so many chunks of layers in turn."""
+    chunks = batch.virtual_pipeline
+    if chunks == 1:
+        return
+    if layout.pipeline == 1:
+        raise LayoutError(f"--virtual-pipeline: {chunks}, but PP 1 has nothing to interleave; use 1")
+    if batch.first_stage_layers or batch.last_stage_layers:
+        raise LayoutError("--virtual-pipeline: its chunks are of one length; leave out --first/last-stage-layers")
+    if shape and shape.layers % (layout.pipeline * chunks):
+        raise LayoutError(
+            f"--virtual-pipeline: {shape.layers} layers / (PP {layout.pipeline} x {chunks} chunks) = "
+            f"{shape.layers / layout.pipeline / chunks:.3g}, not whole"
+        )
+
+
 def _training(outlook: Outlook, batch: Batch) -> Outlook:
     layout, shape = outlook.request.layout, outlook.request.shape
-    micro_batches = _micro_batches(batch, outlook.data)
+    micro_batches = _micro_batches(batch, outlook.data, rounds_of(layout, batch))
     _check_sequence(batch, layout)
     work = Training(
         sequence=batch.sequence,
@@ -135,8 +154,9 @@ def _training(outlook: Outlook, batch: Batch) -> Outlook:
         lora=batch.lora,
         lora_experts=batch.lora_experts,
         stages=outlook.stages,
+        virtual_pipeline=batch.virtual_pipeline,
     )
-    rounds = micro_batches + layout.pipeline - 1
+    rounds = micro_batches * batch.virtual_pipeline + layout.pipeline - 1
     return _with_verdict(
         replace(
             outlook,
@@ -148,16 +168,28 @@ def _training(outlook: Outlook, batch: Batch) -> Outlook:
     )
 
 
-def _micro_batches(batch: Batch, data: int) -> int:
-    """What one replica does in a step; whole, or `LayoutError` with the equation."""
+def rounds_of(layout: Layout, batch: Batch) -> int:
+    """Micro batches come in multiples of so many: stages take up their next chunk after PP of them."""
+    return layout.pipeline if batch.virtual_pipeline > 1 else 1
+
+
+def _micro_batches(batch: Batch, data: int, rounds: int) -> int:
+    """What one replica does in a step; whole, in whole `rounds`, or `LayoutError` with the equation."""
     per_round = batch.micro_batch * data
     if batch.global_batch % per_round:
         raise LayoutError(
             f"--global-batch: {batch.global_batch} = micro batch {batch.micro_batch} x DP {data} x "
             f"{batch.global_batch / per_round:.3g} accumulated steps, which isn't whole; "
-            f"use a multiple of {per_round}"
+            f"use a multiple of {per_round * rounds}"
         )
-    return batch.global_batch // per_round
+    count = batch.global_batch // per_round
+    if count % rounds:
+        raise LayoutError(
+            f"--virtual-pipeline: {batch.global_batch} = micro batch {batch.micro_batch} x DP {data} x {count} "
+            f"micro batches, and {count} / PP {rounds} = {count / rounds:.3g}, not whole; use a --global-batch "
+            f"that is a multiple of {per_round * rounds}"
+        )
+    return count
 
 
 def _check_sequence(batch: Batch, layout: Layout) -> None:

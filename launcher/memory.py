@@ -29,6 +29,7 @@ class Training:
     lora: int = 0  # rank of the adapters that are trained alone; 0: everything is
     lora_experts: bool = False
     stages: tuple[int, ...] = ()  # layers of each, where they aren't shared out evenly
+    virtual_pipeline: int = 1  # chunks of layers that each stage works on in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +131,22 @@ def tokens_kept(layout: Layout, work: Training) -> int:
 
 
 def in_flight(layout: Layout, work: Training, stage: int) -> int:
-    """Micro batches whose forward pass is done and whose backward pass isn't, under one-forward-one-backward."""
-    return min(layout.pipeline - stage, work.micro_batches)
+    """Micro batches whose forward pass is done and whose backward pass isn't, under one-forward-one-backward.
+
+    Where stages work on several chunks in turn each chunk counts by itself.
+    """
+    behind, chunks = layout.pipeline - stage - 1, work.virtual_pipeline
+    if chunks == 1:
+        return min(behind + 1, work.micro_batches)
+    return min(2 * behind + (chunks - 1) * layout.pipeline + 1, chunks * work.micro_batches)
 
 
 def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tuple[int, int]:
     """(kept for the backward pass, in use during it besides) of one stage."""
     a_number = tokens_kept(layout, work) * BYTES[work.precision]
-    layers = _layers(shape, layout, work, stage) * in_flight(layout, work, stage)
+    under_way = in_flight(layout, work, stage)
+    layers = _layers(shape, layout, work, stage) // work.virtual_pipeline * under_way
+    sent = under_way if work.virtual_pipeline > 1 else 0  # what a chunk hands on stays until it comes back
     hidden, width, chosen = shape.hidden, shape.expert_width, shape.experts_a_token
     queries, keys = shape.queries, shape.keys
     # Both norms' inputs, q, k, v, attention's output and the norm's.
@@ -149,8 +158,8 @@ def _activations(shape: Shape, layout: Layout, work: Training, stage: int) -> tu
         backward += 2 * chosen * hidden  # rows on their way to and from other ranks
     whole = attention + experts
     if work.recompute == "full":
-        return a_number * layers * hidden, a_number * (whole + backward)
-    return a_number * layers * whole, a_number * backward
+        return a_number * (layers + sent) * hidden, a_number * (whole + backward)
+    return a_number * (layers * whole + sent * hidden), a_number * backward
 
 
 def serving(shape: Shape, layout: Layout, work: Serving, tokens: int | None = None) -> tuple[Usage, ...]:

@@ -31,6 +31,7 @@ OPTIONS = {  # of what can be changed, in the order that people think of it
     "global_batch": "--global-batch",
     "sequence": "--sequence-length",
     "recompute": "--recompute",
+    "virtual_pipeline": "--virtual-pipeline",
     "first_stage_layers": "--first-stage-layers",
     "last_stage_layers": "--last-stage-layers",
     "requests": "--max-batch",
@@ -199,9 +200,12 @@ def _of_work(request: Request) -> dict[str, list[Any]]:
     if isinstance(work, Batch):
         return {
             "micro_batch": sorted({*_halves(work.micro_batch), *_powers_below(work.micro_batch)}),
-            "global_batch": _multiples(work.global_batch, work.micro_batch * _data(request)),
+            "global_batch": _multiples(
+                work.global_batch, work.micro_batch * _data(request) * fit.rounds_of(request.layout, work)
+            ),
             "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
             "recompute": ["full"],
+            "virtual_pipeline": list(range(1, work.virtual_pipeline)),
             "first_stage_layers": [0],
             "last_stage_layers": [0],
         }

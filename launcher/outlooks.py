@@ -70,7 +70,8 @@ def _batch(outlook: Outlook) -> Facts:
         ("tokens a step", f"{outlook.tokens_a_step:,} = {batch.global_batch} x {batch.sequence}"),
     ]
     if pipeline > 1:
-        waits = f"(PP {pipeline} - 1) / ({outlook.micro_batches} micro batches + PP {pipeline} - 1)"
+        chunks = f" x {batch.virtual_pipeline} chunks" if batch.virtual_pipeline > 1 else ""
+        waits = f"(PP {pipeline} - 1) / ({outlook.micro_batches} micro batches{chunks} + PP {pipeline} - 1)"
         found.append(("bubble", f"{outlook.bubble:.1%} of a step = {waits}"))
     return found
 

@@ -23,6 +23,7 @@ from launcher.sections import Binding, Container, Login, Paths
 SEQUENCE = 64
 NEVER = 1_000_000  # steps: the rehearsal ends the run, not the run itself
 ON_PROCESSORS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ONLY_THERE = ("fp8", "fp8_recipe", "wandb_project")  # settings that want a GPU or a key
 REASONS = {
     "container": "the ranks run in this machine's Python",
     "python": "the ranks run in this machine's Python",
@@ -83,18 +84,24 @@ def shape(plan: JobPlan) -> Shape:
     )
 
 
-def tiny(layout: Layout) -> Tiny:
-    """At least two layers, eight experts and two query groups, and more where the layout divides them further."""
+def tiny(layout: Layout, config: dict[str, Any]) -> Tiny:
+    """At least two layers, eight experts and two query groups, and more where they are divided further."""
     query_groups = math.lcm(2, layout.tensor)
     heads = math.lcm(4, query_groups)
     return Tiny(
-        layers=max(2, layout.pipeline),
+        layers=max(2, _fewest_layers(layout, config)),
         experts=math.lcm(8, layout.expert),
         heads=heads,
         kv_heads=query_groups,
         hidden=16 * heads,
         intermediate=math.lcm(64, layout.expert_tensor),
     )
+
+
+def _fewest_layers(layout: Layout, config: dict[str, Any]) -> int:
+    """One for each stage, or chunk of one, but where the first or the last has a number of its own."""
+    own: list[int] = [n for n in (config.get("first_stage_layers"), config.get("last_stage_layers")) if n]
+    return sum(own) + (layout.pipeline - len(own)) * int(config.get("virtual_pipeline", 1))
 
 
 def rehearsed(plan: JobPlan, *, folder: Path, slurm_conf: Path, python: str, model: Path, data: Path) -> JobPlan:
@@ -115,14 +122,15 @@ def rehearsed(plan: JobPlan, *, folder: Path, slurm_conf: Path, python: str, mod
             "extra": extra,
         }
     )
-    micro = int(plan.config.get("micro_batch", 1))
+    micro, interleaved = int(plan.config.get("micro_batch", 1)), plan.config.get("virtual_pipeline", 1) > 1
+    replicas = plan.layout.data_parallel(plan.world)
     config = {
-        **plan.config,
+        **{key: value for key, value in plan.config.items() if key not in ONLY_THERE},
         "model": str(model),
         "data": str(data),
         "steps": NEVER,
         "sequence_length": SEQUENCE,
-        "global_batch": micro * plan.layout.data_parallel(plan.world),
+        "global_batch": micro * replicas * (plan.layout.pipeline if interleaved else 1),
         "eval_interval": NEVER,
         "save_interval": NEVER,
         "log_interval": 1,

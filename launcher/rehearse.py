@@ -180,12 +180,15 @@ def _show_differences(plan: JobPlan, mirrored: JobPlan, path: Path) -> None:
     screen.say(
         "  nodes: all of them are this machine, at one address; the network and the file system aren't tried"
     )
-    screen.say(f"  model: {_described(mirrored)}; batches are one micro batch a replica")
+    left_out = [f"--{key.replace('_', '-')}" for key in rehearsal.ONLY_THERE if key in plan.config]
+    if left_out:
+        screen.say(f"  settings: without {', '.join(left_out)}, which want a GPU or a key")
+    screen.say(f"  model: {_described(mirrored)}; batches are as small as the layout allows")
 
 
 def _described(mirrored: JobPlan) -> str:
     assert mirrored.layout is not None
-    small = rehearsal.tiny(mirrored.layout)
+    small = rehearsal.tiny(mirrored.layout, mirrored.config)
     return f"{small.layers} layers of {small.hidden}, {small.experts} experts, random weights"
 
 
@@ -196,7 +199,7 @@ def _prepare(plan: JobPlan, folder: Path) -> tuple[Path, Path]:
         (folder / name).mkdir()
     hub, model, data = folder / "models" / "tiny", folder / "models" / "tiny-megatron", folder / "data" / "text"
     screen.heading("a tiny model and some text")
-    _core("tiny", rehearsal.tiny(plan.layout).config(hub), folder)
+    _core("tiny", rehearsal.tiny(plan.layout, plan.config).config(hub), folder)
     text = folder / "data" / "text.jsonl"
     _write_text(text)
     _core("prepare", {"inputs": [str(text)], "output": str(data), "tokenizer": str(hub)}, folder)

@@ -153,6 +153,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("log_interval", 1, "Steps between lines of the log."),
         _int("seed", 1234, "Seed of the data's order.", 0),
         _choice("recompute", "none", "Activations to compute again, not keep.", "none", "selective", "full"),
+        _int("virtual_pipeline", 1, "Chunks of layers that each pipeline stage works on in turn: interleaving."),
         _int("first_stage_layers", 0, "Layers of the first pipeline stage; 0 is as many as the others.", 0),
         _int("last_stage_layers", 0, "Layers of the last one.", 0),
         _on("overlap_grad_reduce", "Sum gradients while the backward pass still runs."),

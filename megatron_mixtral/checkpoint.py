@@ -6,7 +6,7 @@ rank before anything is read.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -144,9 +144,19 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def _chunks(model: Any) -> list[Any]:
+    """The GPTModels of this rank: of one that is given, or of a list of its chunks."""
+    return [unwrap(chunk) for chunk in (model if isinstance(model, list) else [model])]
+
+
+def _keyed(chunks: list[Any], state: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """`state` of each chunk under the name that upstream gives it; a tensor's own name doesn't depend on it."""
+    return {"model" if len(chunks) == 1 else f"model{i}": state(chunk) for i, chunk in enumerate(chunks)}
+
+
 def _model_state(model: Any) -> dict[str, Any]:
     """What a checkpoint of the model holds: its adapters alone where it has any."""
-    return _part_of_state(model, of_adapters=bool(unwrap(model).lora))
+    return _part_of_state(model, of_adapters=bool(model.lora))
 
 
 def _part_of_state(model: Any, *, of_adapters: bool) -> dict[str, Any]:
@@ -158,6 +168,11 @@ def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
 
 
+def _trained(model: Any) -> dict[str, Any]:
+    """What of that an optimizer may have state for."""
+    return _without_extra_states(_model_state(model))
+
+
 def weights_wanted(model: Any) -> dict[str, Any]:
     """What `model` asks of a weights folder: its parameters, but for adapters, as shards of the whole."""
     return _without_extra_states(_part_of_state(model, of_adapters=False))
@@ -166,13 +181,16 @@ def weights_wanted(model: Any) -> dict[str, Any]:
 def load_weights(model: Any, folder: Path, *, whole: bool = False) -> None:
     """Fill `model` from a weights folder or training checkpoint, whatever layout wrote it, in the model's dtype.
 
+    Where a rank holds several chunks of one, `model` is their list, here and below.
     `whole` reads every file through first, to compare it with its digest. When there is an optimizer already, call
     its `reload_model_params()` afterwards.
     """
-    model = unwrap(model)
-    _verify_together(folder, model.shape, whole=whole)
-    asked = {"model": weights_wanted(model)}
-    fill(model, _load(asked, folder)["model"], folder)
+    chunks = _chunks(model)
+    _verify_together(folder, chunks[0].shape, whole=whole)
+    asked = _keyed(chunks, weights_wanted)
+    loaded = _load(asked, folder)
+    for name, chunk in zip(asked, chunks, strict=True):
+        fill(chunk, loaded[name], folder)
 
 
 def _verify_together(folder: Path, shape: MixtralShape, lora: Lora | None = None, *, whole: bool) -> None:
@@ -213,20 +231,19 @@ def load_training(model: Any, optimizer: Any, folder: Path) -> State:
     Of a model with adapters only those: `load_weights` is for the rest.
     """
     marker = agreement.on_first_rank(lambda: read_marker(folder), failure=CheckpointError)
-    plain = unwrap(model)
+    chunks = _chunks(model)
+    plain = chunks[0]
     if marker["kind"] not in ("training", adapters.KIND):
         raise CheckpointError(f"{folder}: holds {marker['kind']} alone, no optimizer to resume")
     adapters.check_same(folder, marker, plain.lora)
     _verify_together(folder, plain.shape, plain.lora, whole=True)
-    state = _without_extra_states(_model_state(plain))
-    asked: dict[str, Any] = {
-        "model": state,
-        "optimizer": optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_CONTENT)),
-    }
+    state = _keyed(chunks, _trained)
+    asked = {**state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_CONTENT))}
     if same_world := marker["ranks"] == dist.get_world_size():
         asked["rank"] = _rank_object(None)
     loaded = _load(asked, folder)
-    fill(plain, loaded["model"], folder)
+    for name, chunk in zip(state, chunks, strict=True):
+        fill(chunk, loaded[name], folder)
     optimizer.load_state_dict(loaded["optimizer"])
     return State(step=marker["step"], common=loaded.get("state", {}), rank=loaded["rank"] if same_world else None)
 
@@ -264,15 +281,13 @@ def begin(
     must be alike on all ranks, `rank_state` is each one's own.
     """
     agreement.on_first_rank(lambda: _claim(folder), failure=SaveError)
-    model_state = _model_state(model)
-    content: dict[str, Any] = {"model": model_state, **_for_upstream(step)}
+    chunks = _chunks(model)
+    content: dict[str, Any] = {**_keyed(chunks, _model_state), **_for_upstream(step)}
     if optimizer is not None:
-        content["optimizer"] = optimizer.sharded_state_dict(
-            _without_extra_states(model_state), metadata=dict(_CONTENT)
-        )
+        content["optimizer"] = optimizer.sharded_state_dict(_keyed(chunks, _trained), metadata=dict(_CONTENT))
         content["rank"] = _rank_object(rank_state)
         content["state"] = common or {}
-    plain = unwrap(model)
+    plain = chunks[0]
     marker = {
         "format": FORMAT,
         "kind": adapters.KIND if plain.lora else "weights" if optimizer is None else "training",
@@ -350,6 +365,7 @@ def _layout(config: Any) -> dict[str, int]:
     return {
         "tensor": config.tensor_model_parallel_size,
         "pipeline": config.pipeline_model_parallel_size,
+        "virtual_pipeline": config.virtual_pipeline_model_parallel_size or 1,
         "expert": config.expert_model_parallel_size,
         "expert_tensor": config.expert_tensor_parallel_size,
         "context": config.context_parallel_size,

@@ -224,6 +224,7 @@ class FinetuneConfig:
     log_interval: int = 1
     seed: int = 1234
     recompute: str = "none"  # of activations: none, selective (attention's scores) or full (all but layers' inputs)
+    virtual_pipeline: int = 1  # chunks of layers that each pipeline stage works on in turn
     first_stage_layers: int = 0  # of the first pipeline stage; 0: as many as the others
     last_stage_layers: int = 0
     overlap_grad_reduce: bool = True  # while the backward pass still runs

@@ -62,15 +62,16 @@ def load(model: Any, folder: Path, *, base: str | None = None, progress: Callabl
     checkpoint.fill(plain, apply_factory_merges(state, factories), folder)
 
 
-def start(model: Any, folder: Path) -> None:
-    """Fill `model`, its adapters aside, to train it; files whose digests are known are compared with them first.
+def start(chunks: list[Any], folder: Path) -> None:
+    """Fill a model, its adapters aside, to train it; files whose digests are known are compared with them first.
 
     Adapters in `folder` are merged into their base.
     """
     if weights_folder.is_hub(folder) or merging.is_adapter(folder):
-        load(model, folder)
+        for chunk in chunks:
+            load(chunk, folder)
     else:
-        checkpoint.load_weights(model, folder, whole=True)
+        checkpoint.load_weights(chunks, folder, whole=True)
 
 
 def size(model: Any) -> int:

@@ -256,11 +256,11 @@ def _join(world: int, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
 
 
-def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0) -> None:
+def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0, virtual_pipeline: int = 1) -> None:
     """Join the ranks named by the environment and lay `layout` over them; `timeout` in seconds.
 
     `LayoutError` with the equation when it doesn't fit, before anything is opened. A second call in one process
-    with another layout rearranges the same ranks.
+    with another layout rearranges the same ranks. `virtual_pipeline` is how many chunks of the model a stage holds.
     """
     world, local_rank = _from_environment()
     layout.data_parallel(world)
@@ -273,6 +273,7 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0) -> N
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,

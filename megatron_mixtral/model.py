@@ -35,6 +35,7 @@ def build(
     lora: Lora | None = None,
     seed: int = 1234,
     split_sequence: bool = False,
+    vp_stage: int | None = None,
     **config: Any,
 ) -> GPTModel:
     """This rank's part of the model, after `mcore.initialize(layout)`.
@@ -44,6 +45,7 @@ def build(
     `fuse` asks for our own kernels or for none; by default they are used wherever they run on a GPU.
     `lora` freezes everything and puts adapters beside it, whose first values follow from `seed`.
     `split_sequence` allows context parallelism: each rank is then given its stretches of every sequence.
+    `vp_stage` is which of this rank's chunks to build where `mcore.initialize` was told of several.
     Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
     """
     layout.check(shape)
@@ -58,15 +60,18 @@ def build(
         )
         model = kind(
             config=settings,
-            transformer_layer_spec=layers.decoder_spec(settings, parts=parts, own=lora is not None),
+            transformer_layer_spec=layers.decoder_spec(
+                settings, parts=parts, vp_stage=vp_stage, own=lora is not None
+            ),
             vocab_size=padded_vocabulary(shape, layout),
             max_sequence_length=max_sequence_length or shape.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             parallel_output=parallel_output,
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
+            vp_stage=vp_stage,
         ).to(mcore.device())
     model.shape, model.fused = shape, kind is not GPTModel
     model.lora, model.base = lora, {}  # of `base` a trainer says which weights the adapters belong to

@@ -29,18 +29,23 @@ class Optimization:
     scheduler: OptimizerParamScheduler
 
 
-def build(config: FinetuneConfig, model: torch.nn.Module) -> Optimization:
-    """Wrap `model` (its weights are used as they are now) and make its optimizer and schedule."""
+def build(config: FinetuneConfig, *models: torch.nn.Module) -> Optimization:
+    """Wrap `models`, this rank's chunks with the weights they have now, and make their optimizer and schedule."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather and config.overlap_grad_reduce,
+        align_param_gather=len(models) > 1,  # the schedule of several chunks gathers for all stages at once
     )
-    chunk = DistributedDataParallel(model.config, settings, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    # Chunks after the first are one bucket each: they have other chunks' arithmetic to be sent behind.
+    chunks = [DistributedDataParallel(m.config, settings, m, disable_bucketing=i > 0) for i, m in enumerate(models)]
+    schedule = models[0].config  # whose settings are everyone's while a step runs
+    schedule.finalize_model_grads_func = finalize_model_grads
     if settings.overlap_grad_reduce:
-        model.config.no_sync_func = chunk.no_sync
+        schedule.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    if settings.overlap_param_gather and settings.align_param_gather:
+        schedule.param_sync_func = [c.start_param_sync for c in chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -53,18 +58,19 @@ def build(config: FinetuneConfig, model: torch.nn.Module) -> Optimization:
             use_distributed_optimizer=True,
             overlap_param_gather=settings.overlap_param_gather,
         ),
-        [chunk],
+        chunks,
     )
-    if model.fused and config.precision == "bf16":
-        _speed_up(chunk, optimizer)
-    return Optimization(chunks=[chunk], optimizer=optimizer, scheduler=_scheduler(config, optimizer))
+    if models[0].fused and config.precision == "bf16":
+        _speed_up(chunks, optimizer)
+    return Optimization(chunks=chunks, optimizer=optimizer, scheduler=_scheduler(config, optimizer))
 
 
-def _speed_up(chunk: DistributedDataParallel, optimizer: Any) -> None:
+def _speed_up(chunks: list[DistributedDataParallel], optimizer: Any) -> None:
     """Weight gradients added where they are kept, and an update in one pass over memory."""
     from megatron_mixtral.fused import adam, gradients  # imports triton
 
-    mcore.accumulate_in_place(chunk, gradients.extension)
+    for chunk in chunks:
+        mcore.accumulate_in_place(chunk, gradients.extension)
     mcore.norms_without_waiting()
     for part in optimizer.chained_optimizers:
         adam.take_over(part)

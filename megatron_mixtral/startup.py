@@ -59,13 +59,15 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
     corpus = feed.read(config, shape, source)
     begun = time.monotonic()
     lora = Lora.asked(config)
-    built = _build(config, shape, lora)
-    built.base = _base(config, source, shape, lora, resumes=resumes)
+    chunks = _build(config, shape, lora)
+    base = _base(config, source, shape, lora, resumes=resumes)
+    for chunk in chunks:
+        chunk.base = base
     progress = Progress()
     if resumes:
-        if built.base:
-            loading.start(built, Path(built.base["path"]))
-        parts = optimize.build(config, built)
+        if base:
+            loading.start(chunks, Path(base["path"]))
+        parts = optimize.build(config, *chunks)
         optimize.allocate_state(parts)
         state = _load_training(parts, source)
         progress = Progress(**state.common["progress"])
@@ -73,9 +75,9 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
         if state.rank:
             mcore.restore_random_state(state.rank)
     else:
-        loading.start(built, source)
-        parts = optimize.build(config, built)
-    _check_finite(built, source)
+        loading.start(chunks, source)
+        parts = optimize.build(config, *chunks)
+    _check_finite(chunks, source)
     events.write("load", path=str(source), seconds=round(time.monotonic() - begun, 2))
     return Started(
         source=source,
@@ -98,7 +100,13 @@ def _source(config: FinetuneConfig, checkpoints: Path) -> Path:
     return agreement.on_first_rank(find)
 
 
-def _build(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None) -> Any:
+def _build(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None) -> list[Any]:
+    """This rank's chunks of the model: one, unless its stage works on several in turn."""
+    several = config.virtual_pipeline > 1
+    return [_chunk(config, shape, lora, i if several else None) for i in range(config.virtual_pipeline)]
+
+
+def _chunk(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None, vp_stage: int | None) -> Any:
     built = model.build(
         shape,
         config.layout,
@@ -107,10 +115,11 @@ def _build(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None) -> An
         max_sequence_length=config.sequence_length,
         random_weights=False,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=vp_stage is None,  # of several chunks one may still be on its way
         lora=lora,
         seed=config.seed,
         split_sequence=True,
+        vp_stage=vp_stage,
         **tuning.model_options(config, shape),
     )
     if config.freeze_router:
@@ -136,14 +145,15 @@ def _base(
 def _load_training(parts: optimize.Optimization, source: Path) -> checkpoint.State:
     """The newest checkpoint; one that is damaged ends the run and says what there is to go on from."""
     try:
-        return checkpoint.load_training(parts.chunks[0], parts.optimizer, source)
+        return checkpoint.load_training(parts.chunks, parts.optimizer, source)
     except CheckpointError as error:
         older = [p.name for p in checkpoint.complete(source.parent) if p.name < source.name]
         hint = f"; to go on from {older[-1]} instead, remove {source}" if older else ""
         raise CheckpointError(f"{error}{hint}") from error
 
 
-def _check_finite(built: torch.nn.Module, source: Path) -> None:
+def _check_finite(chunks: list[torch.nn.Module], source: Path) -> None:
     """`InputError` naming a parameter that holds NaN or infinity, on whatever rank it is."""
-    wrong = next((name for name, value in built.named_parameters() if not value.isfinite().all()), None)
+    named = (item for chunk in chunks for item in chunk.named_parameters())
+    wrong = next((name for name, value in named if not value.isfinite().all()), None)
     agreement.raise_alike(wrong and f"{source}: parameter {wrong} holds NaN or infinity")

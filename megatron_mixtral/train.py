@@ -52,7 +52,9 @@ def run(config: FinetuneConfig, run_dir: Path) -> None:
     tuning.check(config)
     recorders.check(config)
     limits = (config.setup_timeout, config.step_timeout, config.save_timeout)
-    mcore.initialize(config.layout, seed=config.seed, timeout=max(limits) + 120)
+    mcore.initialize(
+        config.layout, seed=config.seed, timeout=max(limits) + 120, virtual_pipeline=config.virtual_pipeline
+    )
     # Beside the ranks' logs, where there are such; ranks that hang name each other there.
     folder = Path(os.environ.get("MIXLAUNCH_LOGS", run_dir))
     watch = Watchdog(folder, rank=dist.get_rank(), world=dist.get_world_size())
@@ -77,6 +79,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replica, self.replicas = mcore.data_parallel()
         batches.check_batch(config.global_batch, config.micro_batch, self.replicas)
+        tuning.check_rounds(config, self.replicas)
         self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
         self.started = startup.start(config, self.checkpoints, self.events)
         self.corpus, self.parts, self.progress = self.started.corpus, self.started.parts, self.started.progress
@@ -217,7 +220,7 @@ class Trainer:
         rows, length = made[0].ids.shape
         losses = get_forward_backward_func()(
             forward_step_func=_forward,
-            data_iterator=iter(made),
+            data_iterator=[iter(made) for _ in self.parts.chunks],
             model=self.parts.chunks,
             num_microbatches=len(made),
             seq_length=length * self.config.layout.context,
@@ -263,7 +266,7 @@ class Trainer:
         optimize.settle(self.parts)
         self.saver.save(
             self.progress.step,
-            self.parts.chunks[0],
+            self.parts.chunks,
             self.parts.optimizer,
             wait=wait,
             common={"progress": dataclasses.asdict(self.progress), "data": self.corpus.identity},

@@ -29,6 +29,7 @@ def check(config: FinetuneConfig) -> None:
             f"sequence_length {config.sequence_length} doesn't divide into 2 stretches for each of context "
             f"{context} x tensor {config.layout.tensor} ranks"
         )
+    _check_interleaving(config)
     if config.pad_to_capacity and not config.capacity_factor:
         raise InputError("pad_to_capacity: experts have no capacity unless capacity_factor gives them one")
 
@@ -43,6 +44,8 @@ def model_options(config: FinetuneConfig, shape: MixtralShape) -> dict[str, Any]
         options["moe_z_loss_coeff"] = config.z_loss
     if config.router_fp32:
         options["moe_router_dtype"] = "fp32"
+    if config.virtual_pipeline > 1:
+        options |= interleaved(config, shape.num_hidden_layers)
     if config.first_stage_layers or config.last_stage_layers:
         stages = stage_layers(config, shape.num_hidden_layers)
         layers = [["decoder"] * count for count in stages]
@@ -52,6 +55,41 @@ def model_options(config: FinetuneConfig, shape: MixtralShape) -> dict[str, Any]
             [*layers[-1], "loss"],
         ]
     return options
+
+
+def _check_interleaving(config: FinetuneConfig) -> None:
+    chunks, stages = config.virtual_pipeline, config.layout.pipeline
+    if chunks < 1:
+        raise InputError(f"virtual_pipeline {chunks}: a stage has at least one chunk of layers")
+    if chunks > 1 and stages == 1:
+        raise LayoutError(
+            f"virtual_pipeline {chunks}: there is one pipeline stage, so nothing to interleave; use 1"
+        )
+    if chunks > 1 and (config.first_stage_layers or config.last_stage_layers):
+        raise LayoutError("first_stage_layers, last_stage_layers: chunks of virtual_pipeline are all of one length")
+
+
+def interleaved(config: FinetuneConfig, layers: int) -> dict[str, Any]:
+    """Chunks of layers in turn; `LayoutError` when they don't come out whole."""
+    chunks, stages = config.virtual_pipeline, config.layout.pipeline
+    if layers % (stages * chunks):
+        raise LayoutError(
+            f"virtual_pipeline: {layers} layers / (pipeline {stages} x {chunks} chunks) = "
+            f"{layers / stages / chunks:.3g} isn't whole"
+        )
+    # Sent one by one: in a batch, two messages between the same two ranks could be taken for each other.
+    apart = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return {"virtual_pipeline_model_parallel_size": chunks, **apart}
+
+
+def check_rounds(config: FinetuneConfig, replicas: int) -> None:
+    """`LayoutError` when a step's micro batches aren't whole rounds of an interleaved pipeline."""
+    stages, micro_batches = config.layout.pipeline, config.global_batch // (config.micro_batch * replicas)
+    if config.virtual_pipeline > 1 and micro_batches % stages:
+        raise LayoutError(
+            f"virtual_pipeline: global_batch {config.global_batch} / (micro_batch {config.micro_batch} x "
+            f"data parallel {replicas}) = {micro_batches} micro batches / pipeline {stages} isn't whole"
+        )
 
 
 def stage_layers(config: FinetuneConfig, layers: int) -> list[int]:

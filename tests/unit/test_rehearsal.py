@@ -91,7 +91,7 @@ def test_the_sandbox_takes_the_names_that_the_script_asks_for():
 )
 def test_the_tiny_model_can_be_cut_by_the_layout(axes):
     cut = layout.Layout(**axes)
-    small = rehearsal.tiny(cut)
+    small = rehearsal.tiny(cut, {})
     layout.Shape(
         layers=small.layers,
         experts=small.experts,
