@@ -5,15 +5,16 @@ one begins, no two characters are ever joined, whatever stands before them. `ser
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 SPACE = "▁"  # SentencePiece's own sign for it
-LIMIT = 1 << 20  # words kept; then the table begins anew, so that memory is bounded whatever the text
+LIMIT = 1 << 17  # words kept, some 30 MB; then the table begins anew, so that memory is bounded whatever the text
 LONGEST = 64  # characters of a word that is kept
+STRETCH = 1 << 20  # characters, about, whose words are listed at a time
 # Every character is in exactly one: a word with the spaces before it, spaces at a line's end, or ends of lines.
 PARTS = re.compile(r" *[^ \n]+| +|\n+")
-
+AFTER_A_WORD = re.compile(r"(?<=[^ \n])(?= )")
 
 # Where a vocabulary's own ways with spaces and lines would show.
 PROBES = ("", "a", " a", "a ", "a  b", "   b", "\n", "a\nb", "\n\n a\n", "a \n b", "\t a", "Ab.c, d")
@@ -50,9 +51,11 @@ class Words:
         """Ids of `text`."""
         ids: list[int] = []
         known = self._known
-        for part in PARTS.findall(" " + text) if text else ():
-            found = known.get(part)
-            ids += self._learn(part) if found is None else found
+        spaced = f" {text}".replace(SPACE, " ")  # the same to SentencePiece
+        for stretch in _stretches(spaced) if text else ():
+            for part in PARTS.findall(stretch):
+                found = known.get(part)
+                ids += self._learn(part) if found is None else found
         return ids
 
     def _learn(self, part: str) -> list[int]:
@@ -67,3 +70,12 @@ class Words:
                 self._known.clear()
             self._known[part] = ids
         return ids
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """`text` in pieces that are cut between words."""
+    begin = 0
+    while (found := AFTER_A_WORD.search(text, begin + STRETCH)) is not None:
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:]

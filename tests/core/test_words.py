@@ -22,7 +22,7 @@ def table(model):
 
 
 AWKWARD = [
-    *("", " ", "  ", "\n", " \n ", "a ", " a", "a  b", "\n\n\na", "a\n b\n", "\t\ta\tb", "x\r\ny", "▁", "▁a ▁▁b"),
+    *("", " ", "  ", "\n", " \n ", "a ", " a", "a  b", "\n\n\na", "a\n b\n", "\t\ta\tb", "x\r\ny", "▁", "▁ ", "▁a ▁▁b"),
     *(
         "<s>",
         "</s> [INST] hé 你好 [/INST]",
@@ -50,6 +50,15 @@ def test_any_text_is_encoded_as_a_whole(model, table, text):
     except (UnicodeEncodeError, RuntimeError):
         return  # lone surrogates are no text; which of the two depends on sentencepiece's version
     assert table.encode(text) == whole
+
+
+def test_long_text_is_encoded_in_stretches(model, monkeypatch):
+    monkeypatch.setattr(words, "STRETCH", 7)
+    cut, draw = words.Words(model), random.Random(2)
+    for _ in range(300):
+        text = "".join(draw.choices([*AWKWARD, "word", " ", "  ", "\n"], k=30))
+        assert "".join(words._stretches(text)) == text
+        assert cut.encode(text) == model.encode(text)
 
 
 def test_the_table_stays_small(model, monkeypatch):
