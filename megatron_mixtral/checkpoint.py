@@ -182,7 +182,7 @@ def load_weights(model: Any, folder: Path, *, whole: bool = False) -> None:
     """Fill `model` from a weights folder or training checkpoint, whatever layout wrote it, in the model's dtype.
 
     Where a rank holds several chunks of one, `model` is their list, here and below.
-    `whole` reads every file through first, to compare it with its digest. When there is an optimizer already, call
+    `whole` reads everything through first, to compare it with its digest. When there is an optimizer already, call
     its `reload_model_params()` afterwards.
     """
     chunks = _chunks(model)
@@ -196,8 +196,8 @@ def load_weights(model: Any, folder: Path, *, whole: bool = False) -> None:
 def _verify_together(folder: Path, shape: MixtralShape, lora: Lora | None = None, *, whole: bool) -> None:
     """`verify` on every rank, one's error being everyone's; then the bytes of each file by one of them."""
     agreement.everywhere(lambda: verify(folder, shape, lora), failure=CheckpointError)
-    if whole and (recorded := read_marker(folder).get("files")):
-        digests.check(folder, recorded)
+    if whole:
+        digests.check(folder, read_marker(folder))
 
 
 def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The digest of every file of a checkpoint: recorded in its marker at the save, compared before the first step.
+"""Digests in a folder's marker, recorded as it was written, compared before the first step.
 
-Ranks share the files, so that a checkpoint is read through once, at the speed of memory or of the file system.
+A save records every file's, a conversion every tensor's. Ranks share the reading, so that all of it is read through
+once, at the speed of memory or of the file system.
 """
 
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import torch.distributed as dist
 from blake3 import blake3
 
-from megatron_mixtral import agreement
+from megatron_mixtral import agreement, verify
 from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.work import Crew
 
 
 def of(path: Path) -> dict[str, Any]:
@@ -20,8 +22,16 @@ def of(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "blake3": found.hexdigest()}
 
 
-def check(folder: Path, recorded: dict[str, dict[str, Any]]) -> None:
-    """All ranks: `CheckpointError` on each for a file of `recorded` that isn't as it was."""
+def check(folder: Path, marker: dict[str, Any]) -> None:
+    """All ranks: `CheckpointError` on each for a file or tensor whose digest isn't the one in `marker`."""
+    if "files" in marker:
+        _check_files(folder, marker["files"])
+    elif "digests" in marker:
+        crew = Crew(rank=dist.get_rank(), size=dist.get_world_size())
+        agreement.everywhere(lambda: verify.share(folder, marker, crew).check(), failure=CheckpointError)
+
+
+def _check_files(folder: Path, recorded: dict[str, dict[str, Any]]) -> None:
     largest_first = sorted(recorded, key=lambda name: -recorded[name]["bytes"])
     mine = largest_first[dist.get_rank() :: dist.get_world_size()]
     agreement.raise_alike(_wrong(folder, {n: recorded[n] for n in mine}), failure=CheckpointError)

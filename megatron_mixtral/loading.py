@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mixtral import checkpoint, merging, weights_folder
+from megatron_mixtral import checkpoint, digests, merging, weights_folder
 from megatron_mixtral.config import MixtralShape
 from megatron_mixtral.copying import Source, read_rows
 from megatron_mixtral.hub_rows import HubRows
@@ -68,6 +68,8 @@ def start(chunks: list[Any], folder: Path) -> None:
     Adapters in `folder` are merged into their base.
     """
     if weights_folder.is_hub(folder) or merging.is_adapter(folder):
+        if weights_folder.is_hub(folder) and (folder / weights_folder.MARKER).is_file():
+            digests.check(folder, weights_folder.read_marker(folder))
         for chunk in chunks:
             load(chunk, folder)
     else:

@@ -3,6 +3,8 @@
 Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
 """
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,57 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
     recorded = marker.get("digests")
     if not recorded:
         raise InputError(f"{folder}: records no digests; convert writes them, training doesn't")
+    mine = share(folder, marker, crew)
+    events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
+    progress = Progress(mine.bytes, label=f"rank {crew.rank}", events=events)
+    mine.check(progress.add)
+    progress.finish()
+    verdict = f"{folder}: {len(mine.runs)} tensors as they were converted"
+    print(verdict, flush=True)
+    events.write("note", text=verdict if crew.size == 1 else f"rank 0: {verdict}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The tensors that one of several processes looks at, the rows of each, and the digests they had."""
+
+    source: Source
+    runs: dict[str, list[Run]]
+    recorded: dict[str, str]
+    bytes: int
+
+    def check(self, progress: Callable[[int], Any] = int) -> None:
+        """Read them through; `CheckpointError` names a file and a tensor that isn't what was written."""
+        wrong = [
+            name for name in self.runs if digest(self.source, self.runs[name], progress) != self.recorded[name]
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            file = self.source.file_of(self.runs[wrong[0]][0].rows)
+            raise CheckpointError(
+                f"{file}: tensor {wrong[0]}{more}: not what was converted; the files have changed"
+            )
+
+
+def share(folder: Path, marker: dict[str, Any], crew: Crew) -> Share:
+    """This process's, as many bytes as any other's; `CheckpointError` for a tensor or shape that isn't there."""
+    recorded = marker["digests"]
+    _check_shape(folder, marker.get("shape", {}))
     source, runs = tensors_of(folder, marker)
     if missing := sorted(recorded.keys() - runs.keys()):
         raise CheckpointError(f"{folder}: tensor {missing[0]} has a digest and is missing")
     names = sorted(recorded)
     sizes = [sum(len(run.rows) * source.row_bytes(run.rows.name) for run in runs[name]) for name in names]
-    mine = [names[place] for place in crew.mine(sizes)]
-    events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
-    total = sum(size for name, size in zip(names, sizes, strict=True) if name in mine)
-    progress = Progress(total, label=f"rank {crew.rank}", events=events)
-    wrong = [name for name in mine if digest(source, runs[name], progress) != recorded[name]]
-    progress.finish()
-    verdict = f"{folder}: {len(mine)} tensors as they were converted"
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(f"{folder}: tensor {wrong[0]}{more}: not what was converted; the files have changed")
-    print(verdict, flush=True)
-    events.write("note", text=verdict if crew.size == 1 else f"rank 0: {verdict}")
+    places = crew.mine(sizes)
+    mine = {names[place]: runs[names[place]] for place in places}
+    return Share(source=source, runs=mine, recorded=recorded, bytes=sum(sizes[place] for place in places))
+
+
+def _check_shape(folder: Path, recorded: dict[str, Any]) -> None:
+    """`config.json` has no digest; what it says of the model must be what the conversion read."""
+    for name, now in asdict(MixtralShape.from_folder(folder)).items():
+        if (before := recorded.get(name, now)) != now:
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {now}, and was {before} at the conversion")
 
 
 def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:
@@ -60,7 +96,7 @@ def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, 
     return stored, {name: [Run(Rows(name, (), 0, found.shape[0]), name)] for name, found in stored.tensors.items()}
 
 
-def digest(source: Source, runs: list[Run], progress: Progress) -> str:
+def digest(source: Source, runs: list[Run], progress: Callable[[int], Any]) -> str:
     """BLAKE3 of a hub tensor put together from its rows."""
     found = blake3()
     for run in runs:
@@ -70,5 +106,5 @@ def digest(source: Source, runs: list[Run], progress: Progress) -> str:
             part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
             data = read_rows(source, part)
             found.update(data)
-            progress.add(len(data))
+            progress(len(data))
     return found.hexdigest()

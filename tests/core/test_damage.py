@@ -7,8 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import hub_folders
 import pytest
+import torch
 from ranks import ranks
+
+from megatron_mixtral import convert
+from megatron_mixtral.config import ConvertConfig
 
 
 def config_of(world):
@@ -154,6 +159,40 @@ def test_a_damaged_checkpoint_is_named_on_all_ranks_before_the_first_step(traine
         assert "to go on from iter_0000002 instead, remove" in words
         assert (copy / "events.jsonl").read_bytes() == (folder / "events.jsonl").read_bytes(), "something was done"
         assert contents(copy / "checkpoints/iter_0000002") == contents(folder / "checkpoints/iter_0000002")
+
+
+def train_from(raw, models, folder):
+    """What this rank says of starting from each of `models`."""
+    return [train_on(raw | {"model": model}, f"{folder}/{number}") for number, model in enumerate(models)]
+
+
+def spoil(folder, pattern, wanted, better):
+    """A copy of a converted folder in which the bytes `wanted` of the one file that has them are others."""
+    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}-{better.hex()[:8]}-spoilt"))
+    (path,) = [p for p in copy.rglob(pattern) if wanted in p.read_bytes()]
+    path.write_bytes(path.read_bytes().replace(wanted, better))
+    return str(copy)
+
+
+def test_converted_weights_that_have_changed_are_named_before_the_first_step(world, tmp_path):
+    hub_folders.write(tmp_path / "hub", num_hidden_layers=2, max_position_embeddings=32)
+    for source, to in (("hub", "megatron"), ("megatron", "hf")):
+        convert.run(ConvertConfig(source=str(tmp_path / source), output=str(tmp_path / to), to=to), tmp_path)
+    row = hub_folders.read(tmp_path / "hub")["model.layers.1.self_attn.v_proj.weight"][5]
+    sound = row.view(torch.uint8).numpy().tobytes()
+    flipped = bytes([sound[0] ^ 1]) + sound[1:]
+    models = [
+        str(tmp_path / "megatron"),
+        spoil(tmp_path / "megatron", "*.distcp", sound, flipped),
+        spoil(tmp_path / "hf", "*.safetensors", sound, flipped),
+        spoil(tmp_path / "megatron", "config.json", b'"num_experts_per_tok": 2', b'"num_experts_per_tok": 1'),
+    ]
+    words = ["", *["tensor model.layers.1.self_attn.v_proj.weight: not what was converted"] * 2]
+    words.append("config.json: num_experts_per_tok is 1, and was 2 at the conversion")
+    for said in ranks(2, train_from, config_of(world) | {"steps": 1}, models, str(tmp_path / "runs")):
+        for (code, told), wanted in zip(said, words, strict=True):
+            assert code == (2 if wanted else 0), told
+            assert wanted in told
 
 
 def train_on_a_full_disk(raw, folder, full, limit):
