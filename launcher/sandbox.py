@@ -26,7 +26,7 @@ from launcher.errors import Fault, UsageError
 from launcher.sandbox_config import Shape, Site
 from launcher.sandbox_state import MARK, STATE, Sandbox, read, write
 
-PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections
+PORTS = range(30_000, 32_768)  # above those of jobs, below Linux's range for outgoing connections
 LONGEST = (
     60  # characters of a folder for sockets: slurmstepd's lie deep in it, and a socket's path ends at 107 bytes
 )

@@ -7,11 +7,14 @@ The function is looked up by name in its file, which each rank imports anew: kee
 transformers and the like, or every rank pays for it.
 """
 
+import contextlib
 import faulthandler
 import gc
 import importlib.util
+import itertools
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
@@ -21,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+# Each worker's own, below those of jobs and sandboxes.
+PORTS = itertools.cycle(random.sample(range(6_000 + WORKER % 4 * 1_000, 7_000 + WORKER % 4 * 1_000), 1_000))
 GRACE = 3.0  # seconds for the other ranks to notice that one has failed
 
 
@@ -50,9 +56,12 @@ def ranks(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Not the kernel's choice, which may be others' before a rank, which imports torch first, takes it."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("PORTS has no end")
 
 
 def _start(folder: Path, rank: int, env: dict[str, str], timeout: float) -> subprocess.Popen[bytes]:

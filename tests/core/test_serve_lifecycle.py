@@ -175,6 +175,7 @@ def test_a_drain_lets_answers_end_and_takes_nothing_new(served_model, tmp_path):
         assert running.job.events("exit")[-1]["code"] == 0
 
 
+@pytest.mark.alone
 def test_without_time_to_drain_it_is_gone_within_4_seconds(served_model, tmp_path):
     with serving.server(tmp_path, served_model[1], ranks=2, layout={"pipeline": 2}, drain_seconds=0) as running:
         answers = [in_background(lambda: generate(running)) for _ in range(3)]
@@ -196,6 +197,7 @@ def test_any_rank_that_is_told_to_stop_stops_all(served_model, tmp_path):
         assert running.job.wait(15) == [0, 0]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", [{"pipeline": 2}, {"expert": 2}], ids=["PP2", "EP2"])
 def test_a_dead_rank_is_news_to_every_client_within_5_seconds(served_model, tmp_path, layout):
     with serving.server(tmp_path, served_model[1], ranks=2, layout=layout) as running:

@@ -39,6 +39,7 @@ def idle(running):
     return running.metric("requests_running") == 0 and running.metric("requests_queued") == 0
 
 
+@pytest.mark.alone
 def test_200_clients_that_leave_cost_the_next_one_nothing(running):
     async def leave(client, stream):
         try:
@@ -61,6 +62,7 @@ def test_200_clients_that_leave_cost_the_next_one_nothing(running):
     running.until(lambda: running.metric("kv_cache_used_ratio") == 0, 10)
 
 
+@pytest.mark.alone
 def test_a_client_that_leaves_frees_its_place_within_a_second(running):
     with (
         running.client() as client,
@@ -101,6 +103,7 @@ def probing_health(running):
             waits += [float(line) for line in probe.stdout.read().splitlines()]
 
 
+@pytest.mark.alone
 def test_500_clients_on_a_queue_of_16_get_an_answer_or_a_429(running):
     async def main():
         async with clients(running) as client:
@@ -122,6 +125,7 @@ def test_500_clients_on_a_queue_of_16_get_an_answer_or_a_429(running):
     assert idle(running)
 
 
+@pytest.mark.alone
 def test_answers_are_not_held_back(running):
     """40 ms each, where Nagle's algorithm waits for the client's delayed acknowledgement."""
     waits = []
@@ -133,6 +137,7 @@ def test_answers_are_not_held_back(running):
     assert sorted(waits)[10] < 0.03
 
 
+@pytest.mark.alone
 def test_slow_readers_and_idle_sockets_slow_nobody_much(running):
     """What is made for those who don't read waits for them, not the engine; they still get all of it."""
 

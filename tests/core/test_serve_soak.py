@@ -16,6 +16,7 @@ def check(found, *, growth):
     assert found.threads[-1] <= max(found.threads[:3]), found.threads
 
 
+@pytest.mark.alone
 def test_12_seconds_at_80_percent_leave_nothing_behind(served_model, tmp_path):
     with serving.server(tmp_path, served_model[1]) as running:
         check(soaking.soak(running, seconds=12, probe_seconds=3), growth=20)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import slurm, ssh
 
-SEPARATION = Path("/run/sshd")  # sshd as root wants it
+SEPARATION = Path("/run/sshd")  # sshd as root wants it; Debian makes it at boot, where sshd is a service
 
 
 @dataclass
@@ -73,9 +73,8 @@ def running(folder: Path, environment: dict[str, str]):
         port = probe.getsockname()[1]
     know(folder, port, folder / "host.pub")
     (folder / "config").write_text(configuration(folder, port, environment))
-    made = os.getuid() == 0 and not SEPARATION.exists()
-    if made:
-        SEPARATION.mkdir()
+    if os.getuid() == 0:
+        SEPARATION.mkdir(exist_ok=True)  # and left: tests beside this one may need it
     server = Server(folder, port, start(folder, port))
     try:
         yield server
@@ -83,8 +82,6 @@ def running(folder: Path, environment: dict[str, str]):
         ssh.close(server.login)
         server.process.terminate()
         server.process.wait()
-        if made:
-            SEPARATION.rmdir()
 
 
 def start(folder: Path, port: int) -> subprocess.Popen:

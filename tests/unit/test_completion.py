@@ -87,6 +87,7 @@ def test_every_shell_has_its_script():
     assert "complete --no-files --command mixlaunch" in completion.script("fish", cli)
 
 
+@pytest.mark.alone
 def test_it_answers_at_once(run):
     run(*(f"finetune-{n}" for n in range(200)))
 

@@ -14,7 +14,7 @@ import pytest
 
 from launcher import jobs, lint, processes, profile, render
 
-WAIT = 20
+WAIT = 40
 
 
 class Running:
