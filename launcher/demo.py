@@ -18,6 +18,7 @@ from launcher import screen
 from launcher.errors import Fault, UsageError
 
 TEXT_BYTES = 2 << 20  # enough English for the loss to fall, little enough for seconds of tokenizing
+LEAST_TEXT = 8000  # bytes: a batch and what is kept aside to test on
 QUESTION = "Return a list of the"
 # Small enough for two cores, and with all that makes a Mixtral one: grouped queries, 8 experts, 2 of them a token.
 MODEL = shlex.split("--hidden 128 --intermediate 256")
@@ -31,6 +32,8 @@ def run(text: Path | None, folder: Path) -> None:
     """The whole chain in `folder`, on `text` or on the standard library's docstrings; `Fault` where it breaks."""
     if text and not text.is_file():
         raise UsageError(f"--text: {text}: no such file")
+    if text and (size := text.stat().st_size) < LEAST_TEXT:
+        raise UsageError(f"--text: {text}: {size} bytes of text are too few to train on; give {LEAST_TEXT} or more")
     began = time.monotonic()
     folder = folder.resolve() / time.strftime("%Y%m%d-%H%M%S")
     models, runs = folder / "models", folder / "runs"

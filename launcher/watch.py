@@ -6,6 +6,7 @@ On a terminal one line moves; elsewhere a line comes now and then, for people an
 import contextlib
 import json
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,12 @@ def submit(
 
 
 def to_the_end(run: "Run", *, follow: bool) -> int:
-    """Watch `run` until it has ended. Ctrl-C ends a run on this machine, and only the watching of one elsewhere."""
+    """Watch `run` until it has ended.
+
+    Ctrl-C and SIGTERM end a run on this machine, which outlives its terminal all the same, but only the watching of
+    one elsewhere.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if follow:
             _print_log(run)
@@ -66,6 +72,8 @@ def to_the_end(run: "Run", *, follow: bool) -> int:
         else:
             screen.say(f"{run.name} goes on; mixlaunch logs -f {run.name}")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return verdict(run)
 
 

@@ -126,6 +126,7 @@ MISTAKES = [
     (["rehearse", "finetune", "--cluster", "local"], ["no scheduler to rehearse for"]),
     (["chat", "nowhere"], ["there are no runs in"]),
     (["demo", "--text", "/no/such/text"], ["/no/such/text: no such file"]),
+    (["demo", "--text", "/etc/os-release"], ["/etc/os-release", "bytes of text are too few", "8000"]),
 ]
 
 

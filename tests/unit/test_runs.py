@@ -94,6 +94,23 @@ def test_it_outlives_the_command_and_its_terminal(plan, tmp_path):
     assert (run.path / "late").exists()
 
 
+def test_a_command_that_is_told_to_end_takes_it_along(plan, tmp_path):
+    (tmp_path / "plan").write_bytes(pickle.dumps(plan("touch $MIXLAUNCH_RUN/ready; sleep 300")))
+    code = (
+        "import pickle, sys\nfrom pathlib import Path\nfrom launcher import watch\n"
+        "plan = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
+        "sys.exit(watch.submit(plan, asked=(), wait=None, follow=False))"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "plan")]
+    command = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    until(lambda: list(tmp_path.rglob("ready")))
+    command.terminate()
+    assert "cancelled" in command.communicate(timeout=20)[0]
+    assert command.returncode == 130
+    (ready,) = tmp_path.rglob("ready")
+    assert runs.state_of(runs.read(ready.parent)).state == "CANCELLED"
+
+
 def test_cancel_ends_every_process_of_it(plan, monkeypatch):
     monkeypatch.setattr(states, "FAREWELL", 2)  # the one that left its session doesn't hear of the end by itself
     run = runs.start(plan("setsid sleep 300 & touch $MIXLAUNCH_RUN/ready; exec sleep 300"))
