@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher import adapters, asked, megatron_files, places, quoting, secrets_env, settings, vllm
+from launcher import adapters, asked, blends, megatron_files, places, quoting, secrets_env, settings, tuning, vllm
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
 from launcher.fit import Outlook, Request
@@ -269,37 +269,38 @@ def plan_finetune(
     profile: ClusterProfile,
     *,
     model: str = MODEL,
-    data: str | None = None,
+    data: str | tuple[str, ...] | None = None,
     axes: Axes = Axes(),
     ask: Ask = Ask(),
     shape: Shape | None = None,
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
     """Training from converted weights or from another run's newest checkpoint, on prepared data."""
-    chosen = adapters.checked(settings.check("finetune", values))
+    shape = shape or layouts.known_shape(model)
+    chosen = tuning.checked(adapters.checked(settings.check("finetune", values)), shape)
     request = Request(
         cluster=profile,
         layout=axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM),
         nodes=ask.nodes,
-        shape=shape or layouts.known_shape(model),
+        shape=shape,
         work=asked.batch(chosen),
     )
     if chosen.get("lora") and not profile.is_local:
         request = replace(request, layout=adapters.layout(request, axes.over))
     layout, outlook = request.layout, asked.outlook(request)
     weights = places.weights(profile, model)
-    prefix = places.path(data, "--data") if data is not None else places.data_prefix(profile)
+    blend, hint = blends.read(profile, data), "" if data else "`mixlaunch prepare FILES` makes it"
     return JobPlan(
         **_common("finetune", profile, ask),
         placement=outlook.placement,
         layout=layout,
         outlook=outlook,
         gpus_per_node=_gpus(profile, outlook.placement),
-        config={"model": weights, "data": prefix, "layout": asdict(layout), **chosen},
+        config={"model": weights, "data": blend.written, "layout": asdict(layout), **chosen},
         resumable=True,
         inputs=(
             Input(path=weights, what="weights", hint=places.hint("convert --model", model)),
-            Input(path=f"{prefix}.idx", what="data", hint="" if data else "`mixlaunch prepare FILES` makes it"),
+            *(Input(path=f"{prefix}.idx", what="data", hint=hint) for prefix in blend.prefixes),
         ),
     )
 

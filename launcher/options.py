@@ -228,7 +228,18 @@ def _processes() -> click.Option:
 
 
 def _finetune() -> list[click.Parameter]:
-    return [_model(), _what("--data", "What `prepare` wrote.", "finetune, in the data folder", metavar="PREFIX")]
+    help = "What `prepare` wrote; repeat it to blend, by weight if given."
+    return [
+        _model(),
+        _what(
+            "--data",
+            help,
+            "finetune, in the data folder",
+            metavar="PREFIX[:WEIGHT]",
+            multiple=True,
+            callback=lambda _context, _option, given: given[0] if len(given) == 1 else given or None,
+        ),
+    ]
 
 
 def _serve() -> list[click.Parameter]:

@@ -52,7 +52,7 @@ def plan(
     *,
     files: tuple[str, ...] = (),
     model: str = MODEL,
-    data: str | None = None,
+    data: str | tuple[str, ...] | None = None,
     output: str | None = None,
     axes: Axes,
     ask: Ask,
@@ -63,6 +63,8 @@ def plan(
     draft = _Draft(profile, ask)
     weights = draft.weights(model)
     if files:
+        if isinstance(data, tuple):
+            raise UsageError("--data: FILES are prepared into one prefix; give one, or prepare them before")
         prepared = jobs.plan_prepare(profile, files=files, model=model, output=data, ask=draft.ask("prepare"))
         draft.add("prepare", prepared, makes=f"{prepared.config['output']}.idx")
     trained = jobs.plan_finetune(

@@ -33,13 +33,12 @@ def require_whole_paths(profile: "ClusterProfile", given: dict[str, Any]) -> Non
     if (login := profile.login_node) is None:
         return
     for name in ("model", *WHOLE):
-        value = given.get(name)
-        if isinstance(value, str) and (
-            value.startswith((".", "~")) or (name in WHOLE and not value.startswith("/"))
-        ):
-            raise UsageError(
-                f"--{name}: {value!r} starts from a folder of this machine; give a path of {login.host}"
-            )
+        values = given.get(name) or ()
+        for value in (values,) if isinstance(values, str) else values:
+            if value.startswith((".", "~")) or (name in WHOLE and not value.startswith("/")):
+                raise UsageError(
+                    f"--{name}: {value!r} starts from a folder of this machine; give a path of {login.host}"
+                )
 
 
 def source(profile: "ClusterProfile", path: str) -> Path | None:

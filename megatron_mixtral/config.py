@@ -202,7 +202,7 @@ class FinetuneConfig:
     """Train; values unless given are those of upstream's Mixtral example."""
 
     model: str  # a converted folder, or a run whose newest checkpoint to start from
-    data: str  # the prefix that `prepare` wrote
+    data: str | list[str]  # the prefix that `prepare` wrote, or several to blend, PREFIX:WEIGHT
     layout: Layout = field(default_factory=Layout)
     steps: int = 500
     sequence_length: int = 4096
@@ -313,8 +313,8 @@ def _value(hint: Any, value: Any, *, where: str) -> Any:
         return parse(hint, value, where=where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    allowed = get_args(hint) if get_origin(hint) is not list else (list,)
-    kinds = tuple(allowed) or (hint,)
+    allowed = get_args(hint) if get_origin(hint) is not list else (hint,)
+    kinds = tuple(get_origin(kind) or kind for kind in allowed or (hint,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
         raise InputError(f"{where}: {value!r} isn't {names}")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mixtral import agreement, batches, data, mcore, scan, tokenizer
+from megatron_mixtral import agreement, batches, blend, data, mcore, scan, tokenizer
 from megatron_mixtral.batches import Documents, Sample, Samples
+from megatron_mixtral.blend import Blend
 from megatron_mixtral.config import FinetuneConfig, MixtralShape
 from megatron_mixtral.errors import InputError, LayoutError
 from megatron_mixtral.packing import PackedSamples
@@ -20,13 +21,15 @@ from megatron_mixtral.packing import PackedSamples
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
+Sequences = Samples | PackedSamples | Blend
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
     """Training and validation samples. `identity` tells which data in which order: a resumed run must have it."""
 
-    train: Samples | PackedSamples
-    validation: Samples | PackedSamples | None
+    train: Sequences
+    validation: Sequences | None
     identity: dict[str, Any]
     masked: bool  # whether some tokens aren't learnt
     notes: tuple[str, ...]
@@ -56,7 +59,27 @@ class Batch:
 
 def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
     """Open and check the data; all ranks call it. `InputError` for data that doesn't go with the model or batch."""
-    prefix = Path(config.data).expanduser()
+    given = blend.parse(config.data)
+    parts = [_part(config, Path(prefix).expanduser(), shape, source) for prefix, _ in given]
+    weights = [
+        part.train.tokens if weight is None else weight for part, (_, weight) in zip(parts, given, strict=True)
+    ]
+    notes = tuple(note for part in parts for note in part.notes)
+    corpus = parts[0]
+    if len(parts) > 1:
+        corpus = _blended(config, parts, weights)
+        notes += (_tell_blend(given, parts, weights),)
+    train, prefixes = corpus.train, ", ".join(prefix for prefix, _ in given)
+    if train.per_epoch < config.global_batch:
+        raise InputError(
+            f"{prefixes}: {train.per_epoch} sequences of {config.sequence_length} tokens are less than one batch "
+            f"of {config.global_batch}; give more data, a smaller global_batch or a shorter sequence_length"
+        )
+    return replace(corpus, notes=notes)
+
+
+def _part(config: FinetuneConfig, prefix: Path, shape: MixtralShape, source: Path) -> Corpus:
+    """One data set of those that a run reads."""
 
     def look() -> str:
         Documents(prefix)  # by one rank first: what is wrong with it is everyone's error
@@ -72,11 +95,6 @@ def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
         )
     divided = batches.split(len(documents), config.validation, config.seed)
     train = _samples(config, documents, divided.train, packing, pad=False)
-    if train.per_epoch < config.global_batch:
-        raise InputError(
-            f"{prefix}: {train.per_epoch} sequences of {config.sequence_length} tokens are less than one batch of "
-            f"{config.global_batch}; give more data, a smaller global_batch or a shorter sequence_length"
-        )
     if isinstance(train, PackedSamples):
         notes.append(_tell_packing(train, packing))
     validation = None
@@ -94,14 +112,37 @@ def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
     )
 
 
+def _blended(config: FinetuneConfig, parts: list[Corpus], weights: list[float]) -> Corpus:
+    """All parts as one; its identity holds what each is and weighs."""
+    held = [(p.validation, w) for p, w in zip(parts, weights, strict=True) if p.validation]
+    shares = {"weights": [float(weight) for weight in weights]}
+    each = {name: [part.identity[name] for part in parts] for name in ("digest", "packing")}
+    return Corpus(
+        train=Blend([part.train for part in parts], weights),
+        validation=Blend([v for v, _ in held], [w for _, w in held]) if held else None,
+        identity={**parts[0].identity, **each, **shares},
+        masked=any(part.masked for part in parts),
+        notes=(),
+    )
+
+
+def _tell_blend(given: list[tuple[str, float | None]], parts: list[Corpus], weights: list[float]) -> str:
+    told = ", ".join(
+        f"{weight / sum(weights):.1%} {prefix} ({part.train.per_epoch:,} sequences)"
+        for (prefix, _), part, weight in zip(given, parts, weights, strict=True)
+    )
+    return f"blend: {told}"
+
+
 def same(config: FinetuneConfig, found: dict[str, Any], saved: dict[str, Any]) -> None:
     """`InputError` when a resumed run would not go on with the data, in the order, that it began with."""
     for name, before in saved.items():
         if found.get(name) == before:
             continue
         what = "other tokens" if name == "digest" else f"{name} {found.get(name)} in place of {before}"
+        where = config.data if isinstance(config.data, str) else ", ".join(config.data)
         raise InputError(
-            f"{config.data}: {what} than when this run began, so it can't be resumed; put it back, or start a new "
+            f"{where}: {what} than when this run began, so it can't be resumed; put it back, or start a new "
             "run with this one as its model"
         )
 
@@ -140,9 +181,7 @@ def _check_tokenizer(prefix: Path, shape: MixtralShape, source: Path) -> str:
 class Feed:
     """Batches of one data-parallel replica, those of the next step made in a thread while this one's are used."""
 
-    def __init__(
-        self, samples: Samples | PackedSamples, config: FinetuneConfig, replica: int, replicas: int
-    ) -> None:
+    def __init__(self, samples: Sequences, config: FinetuneConfig, replica: int, replicas: int) -> None:
         self._samples, self._config, self._place = samples, config, (replica, replicas)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None

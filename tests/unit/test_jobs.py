@@ -72,6 +72,30 @@ def test_paths_follow_one_another_without_being_named(cluster):
     assert jobs.plan_serve(cluster).config["model"] == finetune.config["model"]
 
 
+def test_data_is_a_prefix_or_several_to_blend(cluster):
+    plan = jobs.plan_finetune(cluster, data=("/d/a:0.7", "/d/b:3"))
+    assert plan.config["data"] == ["/d/a:0.7", "/d/b:3.0"]
+    assert [given.path for given in plan.inputs][1:] == ["/d/a.idx", "/d/b.idx"]
+    core.parse(core.FinetuneConfig, yaml.safe_load(render.config_text(plan)), where="config")
+    assert jobs.plan_finetune(cluster, data=("/d/a", "/d/b:c")).config["data"] == ["/d/a", "/d/b:c"]
+    assert jobs.plan_finetune(cluster, data="/d/a:0.7").config["data"] == "/d/a:0.7"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (("/a:1", "/b"), "give every part a weight"),
+        (("/a:-1", "/b:1"), "a weight is a number above 0"),
+        (("/a:inf", "/b:1"), "a weight is a number above 0"),
+        (("/a:1", "/a:2"), "/a is there twice"),
+        (("/a\n:1", "/b:1"), "character"),
+    ],
+)
+def test_a_wrong_blend_is_named(cluster, data, said):
+    with pytest.raises(UsageError, match=said):
+        jobs.plan_finetune(cluster, data=data)
+
+
 def test_a_model_is_a_repository_a_path_or_a_run(cluster):
     assert jobs.plan_serve(cluster, model="me/Mine").config["model"] == "/shared/models/Mine-megatron"
     assert jobs.plan_serve(cluster, model="/x/y").config["model"] == "/x/y"
