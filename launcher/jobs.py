@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher import adapters, asked, blends, megatron_files, places, quoting, secrets_env, settings, vllm
+from launcher import adapters, asked, blends, megatron_files, places, quoting, secrets_env, settings, tuning, vllm
 from launcher import layout as layouts
 from launcher.errors import LayoutError, UsageError
 from launcher.fit import Outlook, Request
@@ -277,7 +277,7 @@ def plan_finetune(
 ) -> JobPlan:
     """Training from converted weights or from another run's newest checkpoint, on prepared data."""
     shape = shape or layouts.known_shape(model)
-    chosen = adapters.checked(settings.check("finetune", values))
+    chosen = tuning.checked(adapters.checked(settings.check("finetune", values)), shape)
     request = Request(
         cluster=profile,
         layout=axes.over(Layout() if profile.is_local else FINETUNE_ON_SLURM),

@@ -143,6 +143,13 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _float("weight_decay", 0.1, "AdamW's weight decay."),
         _float("clip_grad", 1.0, "Largest gradient norm; 0 doesn't clip."),
         _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
+        _choice("fp8", "none", "Products in FP8 by Transformer Engine.", "none", "hybrid", "e4m3"),
+        _choice(
+            "fp8_recipe",
+            "delayed",
+            "How its scales are found.",
+            *("delayed", "tensorwise", "blockwise", "mxfp8"),
+        ),
         _float("aux_loss", 1e-2, "Weight of the load-balancing loss."),
         _float("validation", 0.01, "Share of the documents kept for validation.", 1),
         _int("eval_interval", 100, "Steps between evaluations."),
@@ -160,6 +167,9 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _on("overlap_param_gather", "Gather parameters while the forward pass already runs."),
         _float("capacity_factor", 0.0, "Tokens an expert takes, in even shares; the rest is dropped; 0 is all."),
         _flag("pad_to_capacity", "Give every expert always as many tokens."),
+        _choice(
+            "drop_policy", "probs", "Whom an expert drops: the least probable, or by position.", "probs", "position"
+        ),
         _float("z_loss", 0.0, "Weight of the router's z-loss."),
         _flag("router_fp32", "Route in fp32."),
         _flag("freeze_router", "Leave the routers as they are."),

@@ -214,6 +214,8 @@ class FinetuneConfig:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     precision: str = "bf16"  # or "fp32"
+    fp8: str = "none"  # of Transformer Engine's products: hybrid (e4m3 forward, e5m2 backward) or e4m3
+    fp8_recipe: str = "delayed"  # how its scales are found: delayed, tensorwise, blockwise or mxfp8
     aux_loss: float = 1e-2
     validation: float = 0.01  # share of the documents
     eval_interval: int = 100
@@ -231,6 +233,7 @@ class FinetuneConfig:
     overlap_param_gather: bool = True  # while the forward pass already runs
     capacity_factor: float = 0.0  # an expert takes so many times its even share of tokens; 0: all that come
     pad_to_capacity: bool = False  # and always as many, so that shapes never change
+    drop_policy: str = "probs"  # who is dropped: the least probable, or by position
     z_loss: float = 0.0
     router_fp32: bool = False
     freeze_router: bool = False

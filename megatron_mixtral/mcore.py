@@ -183,6 +183,24 @@ def have_transformer_engine() -> bool:
     return bool(gpt_layer_specs.HAVE_TE)
 
 
+FP8_NEEDS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}  # compute capability
+
+
+def fp8_missing(recipe: str) -> str | None:
+    """What stands in the way of products in FP8 here; None when Transformer Engine and the GPU can do them."""
+    if not have_transformer_engine():
+        return "Transformer Engine computes in FP8, and it isn't installed where the job runs"
+    if not HAVE_GPU:
+        return "there is no GPU here to compute in it"
+    found, needed = torch.cuda.get_device_capability(), FP8_NEEDS[recipe]
+    if found < needed:
+        has, wants = (".".join(map(str, capability)) for capability in (found, needed))
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {has}; recipe {recipe} needs {wants} or newer"
+        )
+    return None
+
+
 def transformer_engine_block(config: Any, *, vp_stage: int | None) -> Any:
     """Transformer Engine's own layers for this pipeline stage."""
     return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)

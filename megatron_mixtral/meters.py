@@ -76,7 +76,10 @@ class ExpertLoad:
         if not router.training or not torch.is_grad_enabled():
             return  # validation, or a pass that will be computed again and counted then
         with torch.no_grad():
-            self._counts[router.layer_number - 1] += routed[1].reshape(-1, self._counts.shape[1]).sum(0)
+            sent = routed[1].reshape(-1, self._counts.shape[1])
+            if router.config.moe_pad_expert_input_to_capacity:
+                sent = sent & (routed[0].reshape(sent.shape) > 0)  # the rest only fills up what an expert must get
+            self._counts[router.layer_number - 1] += sent.sum(0)
 
     def take(self) -> list[float]:
         """This rank's counts since the last time, layer after layer."""

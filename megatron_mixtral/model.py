@@ -104,7 +104,10 @@ def ways(model: GPTModel) -> str:
         return f"layers by our kernels; experts with adapters in plain torch{one_by_one}"
     from megatron_mixtral.fused import products
 
-    return f"layers by our kernels; {products.describe()}"
+    routed = "; routing by megatron-core, as experts have a capacity" * bool(
+        model.config.moe_expert_capacity_factor
+    )
+    return f"layers by our kernels; {products.describe()}{routed}"
 
 
 def transformer_config(

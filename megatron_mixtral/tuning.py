@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_mixtral import mcore
 from megatron_mixtral.config import FinetuneConfig, MixtralShape
 from megatron_mixtral.errors import InputError, LayoutError
 
@@ -30,16 +31,23 @@ def check(config: FinetuneConfig) -> None:
             f"{context} x tensor {config.layout.tensor} ranks"
         )
     _check_interleaving(config)
-    if config.pad_to_capacity and not config.capacity_factor:
-        raise InputError("pad_to_capacity: experts have no capacity unless capacity_factor gives them one")
+    _check_fp8(config)
+    if config.drop_policy not in ("probs", "position"):
+        raise InputError(f"drop_policy: {config.drop_policy!r} isn't one of probs, position")
+    if not config.capacity_factor and (config.pad_to_capacity or config.drop_policy != "probs"):
+        raise InputError("pad_to_capacity, drop_policy: experts have no capacity unless capacity_factor gives one")
 
 
 def model_options(config: FinetuneConfig, shape: MixtralShape) -> dict[str, Any]:
     """Fields of megatron-core's TransformerConfig."""
     options: dict[str, Any] = {**RECOMPUTE[config.recompute]}
     if config.capacity_factor:
+        _check_padding(config, shape)
         options["moe_expert_capacity_factor"] = config.capacity_factor
         options["moe_pad_expert_input_to_capacity"] = config.pad_to_capacity
+        options["moe_token_drop_policy"] = config.drop_policy
+    if config.fp8 != "none":
+        options |= {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe}
     if config.z_loss:
         options["moe_z_loss_coeff"] = config.z_loss
     if config.router_fp32:
@@ -55,6 +63,32 @@ def model_options(config: FinetuneConfig, shape: MixtralShape) -> dict[str, Any]
             [*layers[-1], "loss"],
         ]
     return options
+
+
+def _check_padding(config: FinetuneConfig, shape: MixtralShape) -> None:
+    """`InputError` for experts that would have to be filled up with more tokens than there are."""
+    experts, chosen = shape.num_local_experts, shape.num_experts_per_tok
+    if config.pad_to_capacity and config.capacity_factor > experts / chosen:
+        raise InputError(
+            f"capacity_factor {config.capacity_factor:g}: with pad_to_capacity at most {experts} experts / "
+            f"{chosen} a token = {experts / chosen:g}, where each gets every token"
+        )
+
+
+def _check_fp8(config: FinetuneConfig) -> None:
+    """`InputError` where FP8 is asked for and can't be had: nothing else is computed in its place."""
+    if config.fp8 not in ("none", "hybrid", "e4m3"):
+        raise InputError(f"fp8: {config.fp8!r} isn't one of none, hybrid, e4m3")
+    if config.fp8_recipe not in mcore.FP8_NEEDS:
+        raise InputError(f"fp8_recipe: {config.fp8_recipe!r} isn't one of {', '.join(mcore.FP8_NEEDS)}")
+    if config.fp8 == "none":
+        return
+    if config.precision != "bf16":
+        raise InputError(f"fp8: goes with precision bf16, not {config.precision}")
+    if config.lora:
+        raise InputError("fp8: adapters are computed by our own layers, which have none; leave out lora or fp8")
+    if missing := mcore.fp8_missing(config.fp8_recipe):
+        raise InputError(f"fp8: {missing}")
 
 
 def _check_interleaving(config: FinetuneConfig) -> None:

@@ -34,6 +34,7 @@ def alone(world, tmp_path_factory):
         "selective": {"recompute": "selective"},
         "capacity": {"capacity_factor": 0.5},
         "padded": {"capacity_factor": 0.5, "pad_to_capacity": True},
+        "by_position": {"capacity_factor": 0.5, "drop_policy": "position"},
         "roomy": {"capacity_factor": 4.0},
         "z_loss": {"z_loss": 0.1},
         "router_fp32": {"router_fp32": True},
@@ -58,8 +59,61 @@ def test_a_capacity_drops_tokens_and_tells_how_many(alone):
     assert all(share > 0.2 for share in of_kind(told["capacity"], "step", "tokens_dropped"))
     assert losses(told["capacity"]) != losses(told["plain"])
     assert losses(told["padded"]) == pytest.approx(losses(told["capacity"]), abs=1e-4)
+    assert losses(told["by_position"]) != losses(told["capacity"])
+    for name in ("padded", "by_position"):  # how many are dropped follows from where they want to go
+        assert (
+            of_kind(told[name], "step", "tokens_dropped")[0]
+            == of_kind(told["capacity"], "step", "tokens_dropped")[0]
+        )
     assert of_kind(told["plain"], "step", "tokens_dropped") == [0.0] * 3
     assert of_kind(told["roomy"], "step", "tokens_dropped") == [0.0] * 3
+
+
+def counted(folder):
+    """For each way to drop: what the meter counts, and what follows from the router's own logits."""
+    from pathlib import Path
+
+    import torch
+
+    from megatron_mixtral import checkpoint, mcore, meters, model
+    from megatron_mixtral.config import Layout, MixtralShape
+
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    folder, found = Path(folder) / "release", []
+    mcore.initialize(Layout())
+    shape = MixtralShape.from_folder(folder)
+    for factor, padded, policy in (
+        (0.6, False, "probs"),
+        (0.6, True, "probs"),
+        (0.6, True, "position"),
+        (2.0, True, "probs"),
+    ):
+        options = {"moe_expert_capacity_factor": factor, "moe_pad_expert_input_to_capacity": padded}
+        built = model.build(shape, Layout(), precision="fp32", **options, moe_token_drop_policy=policy)
+        checkpoint.load_weights(built, folder)
+        meter, wanted = meters.ExpertLoad([built], shape), []
+
+        def count(router, given, _, factor=factor, wanted=wanted):
+            tokens = given[0].flatten(0, 1)
+            chosen = (tokens @ router.weight.t()).topk(2).indices
+            capacity = -(-len(tokens) * 2 * factor // 4)
+            wanted.extend(min(int((chosen == expert).sum()), capacity) for expert in range(4))
+
+        for router in (m for m in built.modules() if isinstance(m, TopKRouter)):
+            router.register_forward_hook(count)
+        ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
+        built(ids, torch.arange(32).expand(2, -1), None)
+        found.append((meter.take(), wanted))
+    mcore.shutdown()
+    return found
+
+
+def test_tokens_kept_are_counted_as_the_router_s_logits_say(world):
+    for told, wanted in ranks(1, counted, str(world))[0]:
+        assert told == wanted
+        assert 0 < sum(wanted) <= 2 * 64 * 2
+    assert sum(wanted) == 2 * 64 * 2, "nothing is dropped where there is room for all"
 
 
 def test_the_z_loss_pulls_on_the_router(alone):
@@ -138,8 +192,12 @@ def test_the_ways_of_overlapping_change_nothing(world, tmp_path):
 def test_stages_of_uneven_length_change_nothing(world, tmp_path):
     raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "layout": {"pipeline": 2}}
     variants = {"even": {}, "uneven": {"first_stage_layers": 1}, "wrong": {"first_stage_layers": 2}}
+    variants |= {"fp8": {"fp8": "hybrid", "precision": "bf16"}}
+    variants |= {"full": {"capacity_factor": 2.5, "pad_to_capacity": True}}
     told = ranks(2, finetuned_together, raw, variants, str(tmp_path))[0]
     assert losses(told["uneven"]) == losses(told["even"])
+    assert "with pad_to_capacity at most 4 experts / 2 a token = 2" in told["full"]
+    assert told["fp8"] == "fp8: Transformer Engine computes in FP8, and it isn't installed where the job runs"
     assert (
         told["wrong"]
         == "2 layers - first 2 - last 0 = 0 for 1 stages of 2: not the same whole number, at least 1, for each"
