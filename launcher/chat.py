@@ -4,6 +4,7 @@ In a conversation a line that ends in a backslash goes on in the next one, and s
 lines of three quotes; lines with a slash are commands.
 """
 
+import io
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ HELP = """\
 /retry         ask the last question again
 /save FILE     write the conversation as JSON
 /new           begin again
-/quit          or Ctrl-D; Ctrl-C stops an answer
+/quit          or Ctrl-D; Ctrl-C stops an answer, or drops a line
 A line that ends in \\ goes on in the next one; so does all between two lines of three quotes."""
 
 
@@ -102,6 +103,7 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
 
     `raw` continues the text instead of answering it.
     """
+    _tolerate_any_bytes()
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt:
@@ -115,13 +117,23 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
         _converse(conversation)
 
 
+def _tolerate_any_bytes() -> None:
+    """Not all that is typed is text, and not every terminal can show what a model says."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def _converse(conversation: Conversation) -> None:
     _line_editing()
     print(f"{conversation.server.name or 'model'} at {conversation.server.url}; /help lists the commands")
     while True:
         try:
             line = _read()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:  # drops the line, as a shell does
+            print()
+            continue
+        except EOFError:
             print()
             return
         if line in ("/quit", "/exit"):
@@ -171,14 +183,17 @@ def _obey(conversation: Conversation, line: str) -> None:
     command, _, argument = line.partition(" ")
     if command == "/system":
         conversation.system = argument.strip() or None
+        print("system prompt set" if conversation.system else "no system prompt")
     elif command == "/retry":
         _print(conversation.retry())
     elif command == "/save":
         if not argument.strip():
             raise UsageError("/save needs a file's name")
-        conversation.save(Path(argument.strip()).expanduser())
+        conversation.save(path := Path(argument.strip()).expanduser())
+        print(f"saved to {path}")
     elif command == "/new":
         conversation.turns.clear()
+        print("a new conversation")
     elif command == "/help":
         print(HELP)
     else:
@@ -213,6 +228,8 @@ def _stream(server: Server, route: str, body: dict[str, Any]) -> Iterator[dict[s
                 if "error" in chunk:
                     raise Fault(f"{server.url}: {chunk['error']['message']}")
                 yield from chunk["choices"][:1]
+    except UnicodeEncodeError as error:
+        raise UsageError("what was asked isn't text in this terminal's encoding") from error
     except httpx.HTTPError as error:
         raise Fault(f"{server.url}: {error or type(error).__name__}; is the server running?") from error
 

@@ -41,6 +41,8 @@ class Server:
         """An HTTP client for it; waits for answers as long as they take."""
         import httpx
 
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise UsageError(f"the key of {self.url} ({KEY}) holds characters that can't be sent")
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
 
@@ -50,7 +52,7 @@ def find(where: str | None, roots: Iterable[Path]) -> Server:
     if where is None:
         return newest(roots)
     if where.startswith(("http://", "https://")):
-        return Server(url=where.rstrip("/"), key=os.environ.get(KEY))
+        return Server(url=where.rstrip("/").removesuffix("/v1"), key=os.environ.get(KEY))
     if ADDRESS.fullmatch(where):
         return Server(url=f"http://{where}", key=os.environ.get(KEY))
     return of_run(runs.find(where, roots))

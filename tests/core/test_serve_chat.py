@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -53,15 +54,19 @@ def typed(monkeypatch, *lines):
     def answer(mark):
         shown.append(mark)
         try:
-            return next(rest)
+            line = next(rest)
         except StopIteration:
             raise EOFError from None
+        if line == CTRL_C:
+            raise KeyboardInterrupt
+        return line
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     return shown
 
 
+CTRL_C = "\x03"
 SHORT = chat.Settings(max_tokens=6, temperature=0.0)
 
 
@@ -78,6 +83,7 @@ def test_addresses_are_taken_as_they_are(monkeypatch):
     assert servers.find("node7:5000", []) == servers.Server(url="http://node7:5000", key="mine")
     assert servers.find("[::1]:80", []).url == "http://[::1]:80"
     assert servers.find("https://a.example/x/", []).url == "https://a.example/x"
+    assert servers.find("http://a.example/v1", []).url == "http://a.example"  # what OpenAI clients are given
 
 
 def test_what_is_not_there_is_said(running, root):
@@ -115,7 +121,7 @@ def test_raw_continues_a_text(server, capsys):
 
 def test_a_conversation_remembers_retries_and_saves(server, tmp_path, capsys, monkeypatch):
     saved = tmp_path / "talk.json"
-    lines = ["/system Be brief.", "", "Hello \\", "there", "And now?", "/retry", f"/save {saved}"]
+    lines = ["/system Be brief.", "", CTRL_C, "Hello \\", "there", "And now?", "/retry", f"/save {saved}"]
     shown = typed(monkeypatch, *lines, "/nonsense", "/save")
     chat.run(server, prompt=None, system=None, settings=SHORT)
     talk = json.loads(saved.read_text())
@@ -126,6 +132,7 @@ def test_a_conversation_remembers_retries_and_saves(server, tmp_path, capsys, mo
     assert "/nonsense isn't a command" in output.err
     assert "/save needs" in output.err
     assert output.out.count(talk[-1]["content"]) == 2  # greedy says the same again
+    assert f"saved to {saved}\n" in output.out
 
 
 def test_all_between_quotes_is_one_question(server, tmp_path, capsys, monkeypatch, state):
@@ -156,6 +163,10 @@ def test_refusals_and_absences_are_one_line(server, monkeypatch):
         list(chat.Conversation(server=servers.Server(url=server.url)).ask("Hi"))
     with pytest.raises(Fault, match="is the server running"):
         list(chat.Conversation(server=servers.Server(url="http://127.0.0.1:9")).ask("Hi"))
+    with pytest.raises(UsageError, match="can't be sent"):
+        list(chat.Conversation(server=servers.Server(url=server.url, key="clé")).ask("Hi"))
+    with pytest.raises(UsageError, match="isn't text"):
+        list(chat.Conversation(server=server).ask(os.fsdecode(b"caf\xe9")))
     talk = chat.Conversation(server=server, settings=chat.Settings(max_tokens=9999))
     with pytest.raises(Fault, match="context is 256"):
         list(talk.ask("Hi"))
