@@ -1,6 +1,10 @@
 """Shared by the core's tests: the real Mixtral tokenizer in a hub folder, made once."""
 
 import pytest
+import torch
+
+# Models are small: threads that wait for one another on busy cores took most of the time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
