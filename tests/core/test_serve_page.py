@@ -107,6 +107,21 @@ def test_words_come_as_they_are_made_and_escape_stops_them(visit, running):
     assert "stopped" in page.locator("article.assistant footer").inner_text()
 
 
+@pytest.mark.parametrize("words", [r"[\s\S]{20}", ""], ids=["amid an answer", "before its first word"])
+def test_a_new_conversation_forgets_the_one_that_is_still_answered(visit, words):
+    page = visit()
+    ask(page, "Tell me everything")
+    if words:
+        playwright.expect(page.locator("article.assistant div")).to_have_text(re.compile(words))
+    page.get_by_role("button", name="New").click()
+    until_answered(page)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "Hi")
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "Hi"}]
+    page.keyboard.press("Escape")
+    until_answered(page)
+
+
 def test_a_system_prompt_and_a_stop_string_are_sent(visit):
     page = visit()
     page.get_by_role("button", name="Settings").click()
@@ -128,6 +143,7 @@ def test_what_the_server_refuses_is_shown_and_what_is_wrong_is_not_sent(visit):
     page.keyboard.press("Enter")
     playwright.expect(page.locator("article.problem div")).to_contain_text("context is 256")
     playwright.expect(page.locator("#question")).to_have_value("word " * 399 + "word")  # to be made shorter
+    playwright.expect(page.locator("article.problem div")).to_be_in_viewport(ratio=1)
     page.locator("#question").fill("")
     page.get_by_role("button", name="Settings").click()
     page.locator("#temperature").fill("9")
