@@ -19,6 +19,7 @@ from launcher.settings import MODEL
 API_KEY = "MIXLAUNCH_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CONVERTERS = 8  # processes a node that convert, unless told otherwise
+MISTRAL = "mistral"  # Mixtral's own way to write conversations, in place of a chat template
 PRESETS = {  # of `convert`, by what the weights are for
     "train": Layout(pipeline=4, expert=8),
     "inference": Layout(pipeline=2),
@@ -199,6 +200,9 @@ def plan_prepare(
         **settings.check("prepare", values),
     }
     inputs = [Input(path=p, what="text") for p in config["inputs"]]
+    if (template := config.get("chat_template")) not in (None, MISTRAL):
+        config["chat_template"] = places.path(template, "--chat-template")
+        inputs.append(Input(path=config["chat_template"], what="chat template"))
     inputs.append(Input(path=tokenizer, what="tokenizer", hint=places.hint("download", model)))
     folder = os.path.dirname(prefix)
     return _single("prepare", profile, ask, config, inputs=tuple(inputs), outputs=(folder,), resumable=True)

@@ -145,6 +145,8 @@ def understood(job: str, typed: dict[str, Any]) -> "tuple[ClusterProfile, dict[s
     uploads.require_whole_paths(cluster, given)
     if "files" in given:
         given["files"] = uploads.redirect(cluster, given["files"])
+    if given.get("chat_template") not in (None, jobs.MISTRAL):
+        given["chat_template"] = uploads.redirect(cluster, (given["chat_template"],))[0]
     asked = {name: given.pop(name) for name in ("name", "nodes", "time") if name in given}
     options: dict[str, Any] = {
         "ask": jobs.Ask(secrets=given.pop("env"), **asked),

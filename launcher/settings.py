@@ -108,6 +108,12 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _text("messages_key", "messages", "Key of a conversation."),
         _text("prompt_key", "prompt", "Key of a prompt, whose answer is learnt."),
         _text("completion_key", "completion", "Key of that answer."),
+        Setting(
+            name="chat_template",
+            default=None,
+            kind=str,
+            help="Jinja file that writes conversations, or mistral; the model's own unless given.",
+        ),
         _int("max_bad", 0, "Bad lines to leave out before giving up.", 0),
         _int("show", 0, "Documents to print with their mask.", 0),
     ),

@@ -5,7 +5,7 @@ The `[INST]` form is token for token that of mistral-common's v1, the one Mixtra
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_mixtral.tokenizer import Tokenizer
 
@@ -66,3 +66,30 @@ def _joined(turns: Iterable[Turn]) -> list[Turn]:
         else:
             joined.append((role, content))
     return joined
+
+
+class Form(Protocol):
+    """A way to write conversations; `source` is its Jinja template, if it has one."""
+
+    source: str | None
+
+    def from_messages(self, messages: Any) -> list[Turn]:
+        """Checked and in turns, the assistant's being learnt; `ValueError` says what is wrong."""
+
+    def question(self, messages: list[dict[str, Any]]) -> list[Turn]:
+        """The turns up to where the assistant speaks."""
+
+    def encode(self, tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[int]]:
+        """Ids and mask."""
+
+
+class Instruct:
+    """Mixtral's own form."""
+
+    source: str | None = None
+    from_messages = staticmethod(from_messages)
+    encode = staticmethod(encode)
+
+    @staticmethod
+    def question(messages: list[dict[str, Any]]) -> list[Turn]:
+        return from_messages([*messages, {"role": "assistant", "content": "."}], blank=True)[:-1]

@@ -165,6 +165,7 @@ class PrepareConfig:
     messages_key: str = "messages"
     prompt_key: str = "prompt"
     completion_key: str = "completion"
+    chat_template: str | None = None  # a Jinja file, or "mistral"; None: the tokenizer's own, else mistral's
     max_bad: int = 0  # bad lines tolerated
     show: int = 0  # documents to print with their mask
 

@@ -4,6 +4,7 @@ Parallel over byte ranges of the inputs, in bounded memory; killed and started a
 that aren't done. Output is the same for any number of workers, and `PREFIX.json`, written last, says it is whole.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_mixtral import chat, documents, indexed, tokenizer
+from megatron_mixtral import chat, chat_template, documents, indexed, tokenizer
 from megatron_mixtral.config import PrepareConfig
 from megatron_mixtral.documents import Bad, Document, Fields, Piece
 from megatron_mixtral.errors import InputError
@@ -53,14 +54,15 @@ def run(config: PrepareConfig, run_dir: Path) -> None:
         prompt=config.prompt_key,
         completion=config.completion_key,
     )
-    key = _key(files, fields, tokenizer.digest(words))
+    form = chat_template.form(words, config.chat_template)
+    key = _key(files, fields, tokenizer.digest(words), form.source)
     events = EventLog(run_dir / "events.jsonl")
     done, there = meta(prefix), " (there already)"
     if done is None or done.get("key") != key:
         work, there = _work_folder(prefix, key), ""
         cut = documents.pieces(files)
         parts = _convert(config, cut, fields, work, events)
-        done = _assemble(prefix, work, parts, key, words, files)
+        done = _assemble(prefix, work, parts, {"key": key, "chat_template": form.source}, words, files)
         shutil.rmtree(work)
     _say(
         events,
@@ -94,10 +96,10 @@ def meta(prefix: Path) -> dict | None:
     return description
 
 
-def _key(files: list[Path], fields: Fields, words: str) -> str:
-    """Changes whenever the output would: inputs by path, size and time; fields; vocabulary; format."""
+def _key(files: list[Path], fields: Fields, words: str, template: str | None) -> str:
+    """Changes whenever the output would: inputs by path, size and time; fields; vocabulary; template; format."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    text = json.dumps([FORMAT, stats, asdict(fields), words])
+    text = json.dumps([FORMAT, stats, asdict(fields), words, template])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -115,7 +117,8 @@ def _work_folder(prefix: Path, key: str) -> Path:
 def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path, events: EventLog) -> list[Part]:
     """Every piece's part, in order, made or found; stops at the first bad line over the allowed number."""
     workers = min(config.workers or len(os.sched_getaffinity(0)), len(cut))
-    task = partial(convert_piece, fields=fields, tokenizer_path=config.tokenizer, work=work)
+    ways = {"tokenizer_path": config.tokenizer, "template": config.chat_template}
+    task = partial(convert_piece, fields=fields, work=work, **ways)
     parts: list[Part] = []
     bad, named = 0, list[tuple[Piece, Bad]]()
     progress = Progress(sum(p.end - p.start for p in cut), label="prepare", events=events)
@@ -148,7 +151,9 @@ class _mapper:
             self._pool.shutdown(cancel_futures=True)
 
 
-def convert_piece(numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path: str, work: Path) -> Part:
+def convert_piece(
+    numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path: str, template: str | None, work: Path
+) -> Part:
     """Encode one piece into `work/NUMBER.{bin,mask,len}`; `NUMBER.json`, last and by rename, says it's done."""
     number, piece = numbered
     base = work / f"{number:08d}"
@@ -156,30 +161,32 @@ def convert_piece(numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path
     if done.is_file():
         raw = json.loads(done.read_text())
         return Part(**{**raw, "named": [Bad(**b) for b in raw["named"]]})
-    words = _tokenizer(tokenizer_path)
+    words, form = _loaded(tokenizer_path, template)
     with (
         base.with_suffix(".bin").open("wb") as tokens,
         base.with_suffix(".mask").open("wb") as masks,
         base.with_suffix(".len").open("wb") as lengths,
     ):
-        part = _encode(documents.read(piece, fields), words, tokens, masks, lengths)
+        part = _encode(documents.read(piece, fields, form), words, form, tokens, masks, lengths)
     half = done.with_suffix(".half")
     half.write_text(json.dumps(asdict(part)))
     half.replace(done)
     return part
 
 
-_loaded: dict[str, tokenizer.Tokenizer] = {}
-
-
-def _tokenizer(path: str) -> tokenizer.Tokenizer:
-    if path not in _loaded:
-        _loaded[path] = tokenizer.load(Path(path).expanduser())
-    return _loaded[path]
+@functools.cache
+def _loaded(path: str, template: str | None) -> tuple[tokenizer.Tokenizer, chat.Form]:
+    words = tokenizer.load(Path(path).expanduser())
+    return words, chat_template.form(words, template)
 
 
 def _encode(
-    read: Iterator[Document | Bad], words: tokenizer.Tokenizer, tokens: BinaryIO, masks: BinaryIO, lengths: BinaryIO
+    read: Iterator[Document | Bad],
+    words: tokenizer.Tokenizer,
+    form: chat.Form,
+    tokens: BinaryIO,
+    masks: BinaryIO,
+    lengths: BinaryIO,
 ) -> Part:
     """Stream documents into the three files: ids, a byte of mask a token, an int32 length a document."""
     dtype = indexed.token_dtype(words.vocab_size)
@@ -191,7 +198,7 @@ def _encode(
             if len(named) < NAMED_BAD:
                 named.append(item)
             continue
-        ids, mask = _ids(item, words)
+        ids, mask = _ids(item, words, form)
         tokens.write(np.asarray(ids, dtype=dtype).tobytes())
         masks.write(mask)
         lengths.write(np.int32(len(ids)).tobytes())
@@ -200,9 +207,9 @@ def _encode(
     return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad, named=named)
 
 
-def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:
+def _ids(item: Document, words: tokenizer.Tokenizer, form: chat.Form) -> tuple[list[int], bytes]:
     if item.turns:
-        ids, mask = chat.encode(words, list(item.turns))
+        ids, mask = form.encode(words, list(item.turns))
         return ids, bytes(mask)
     ids = words.encode(item.text)
     ids = ([words.bos] if item.opens else []) + ids + ([words.eos] if item.closes else [])
@@ -210,7 +217,7 @@ def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:
 
 
 def _assemble(
-    prefix: Path, work: Path, parts: list[Part], key: str, words: tokenizer.Tokenizer, files: list[Path]
+    prefix: Path, work: Path, parts: list[Part], known: dict, words: tokenizer.Tokenizer, files: list[Path]
 ) -> dict:
     """Join the parts, then put all files in place; a reader that comes in between finds no description."""
     totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked")}
@@ -218,7 +225,7 @@ def _assemble(
         raise InputError(f"no document in {', '.join(map(str, files[:5]))}: every input is empty")
     bases = [work / f"{n:08d}" for n in range(len(parts))]
     lengths = np.concatenate([np.fromfile(b.with_suffix(".len"), dtype=np.int32) for b in bases])
-    description = {"format": FORMAT, "key": key, **totals, "vocab_size": words.vocab_size}
+    description = {"format": FORMAT, **known, **totals, "vocab_size": words.vocab_size}
     description |= {"tokenizer": tokenizer.digest(words), "inputs": [str(f) for f in files]}
     kinds = [("", ".bin", indexed.token_dtype(words.vocab_size))]
     if totals["masked"]:

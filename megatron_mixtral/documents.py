@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from megatron_mixtral import chat
 from megatron_mixtral.errors import InputError
 
+INSTRUCT = chat.Instruct()
 RANGE_BYTES = 8 << 20  # one unit of parallel work
 TEXT_BYTES = 16 << 10  # a document of a plain text file, about
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
@@ -89,10 +90,10 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
     return cut
 
 
-def read(piece: Piece, fields: Fields) -> Iterator[Document | Bad]:
-    """The documents that begin in `piece`, in order."""
+def read(piece: Piece, fields: Fields, form: chat.Form = INSTRUCT) -> Iterator[Document | Bad]:
+    """The documents that begin in `piece`, in order; conversations in the turns that `form` makes of them."""
     if piece.file.name.endswith(JSONL):
-        yield from _objects(piece, fields)
+        yield from _objects(piece, fields, form)
     else:
         yield from _texts(piece)
 
@@ -129,12 +130,12 @@ def _open(file: Path) -> BinaryIO:
     return file.open("rb", buffering=1 << 20)
 
 
-def _objects(piece: Piece, fields: Fields) -> Iterator[Document | Bad]:
+def _objects(piece: Piece, fields: Fields, form: chat.Form) -> Iterator[Document | Bad]:
     for number, line in enumerate(lines(piece), start=1):
         if not line.strip():
             continue
         try:
-            found = document(json.loads(line), fields)
+            found = document(json.loads(line), fields, form)
             for text in (found.text, *(content for _, content in found.turns)):
                 text.encode()  # JSON can write half a character, which is no text
             yield found
@@ -142,15 +143,15 @@ def _objects(piece: Piece, fields: Fields) -> Iterator[Document | Bad]:
             yield Bad(line=number, reason=str(error)[:LONGEST_REASON])
 
 
-def document(value: Any, fields: Fields) -> Document:
+def document(value: Any, fields: Fields, form: chat.Form) -> Document:
     """One JSON object as a document; `ValueError` lists the fields that would have made it one."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     if fields.messages in value:
-        return Document(turns=tuple(chat.from_messages(value[fields.messages])))
+        return Document(turns=tuple(form.from_messages(value[fields.messages])))
     if fields.prompt in value and fields.completion in value:
         pair = [("user", value[fields.prompt]), ("assistant", value[fields.completion])]
-        return Document(turns=tuple(chat.from_messages([{"role": r, "content": c} for r, c in pair])))
+        return Document(turns=tuple(form.from_messages([{"role": r, "content": c} for r, c in pair])))
     text = value.get(fields.text)
     if not isinstance(text, str):
         raise ValueError(

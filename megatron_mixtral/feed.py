@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mixtral import agreement, batches, blend, data, mcore, scan, tokenizer
+from megatron_mixtral import agreement, batches, blend, chat_template, data, mcore, scan, tiny, tokenizer
 from megatron_mixtral.batches import Documents, Sample, Samples
 from megatron_mixtral.blend import Blend
 from megatron_mixtral.config import FinetuneConfig, MixtralShape
@@ -33,6 +33,15 @@ class Corpus:
     identity: dict[str, Any]
     masked: bool  # whether some tokens aren't learnt
     notes: tuple[str, ...]
+    forms: frozenset[str | None] = frozenset()  # chat templates that conversations are written by; None: Mixtral's
+
+    def assets(self, source: Path) -> dict[str, bytes]:
+        """What goes with the trained weights so that they are asked as they learnt; nothing where `source` does."""
+        words = tokenizer.find(source)
+        for template in self.forms:
+            if words and template != chat_template.form(words).source:
+                return {"chat_template.jinja": (template or tiny.CHAT_TEMPLATE).encode()}
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,14 @@ def _part(config: FinetuneConfig, prefix: Path, shape: MixtralShape, source: Pat
         identity={"digest": digest, "packing": packing, **order},
         masked=documents.masks is not None or isinstance(train, PackedSamples),
         notes=tuple(note for note in notes if note),
+        forms=_forms(prefix),
     )
+
+
+def _forms(prefix: Path) -> frozenset[str | None]:
+    described = data.meta(prefix) or {}
+    talks = described.get("masked") and "chat_template" in described
+    return frozenset({described["chat_template"]} if talks else ())
 
 
 def _blended(config: FinetuneConfig, parts: list[Corpus], weights: list[float]) -> Corpus:
@@ -117,12 +133,16 @@ def _blended(config: FinetuneConfig, parts: list[Corpus], weights: list[float]) 
     held = [(p.validation, w) for p, w in zip(parts, weights, strict=True) if p.validation]
     shares = {"weights": [float(weight) for weight in weights]}
     each = {name: [part.identity[name] for part in parts] for name in ("digest", "packing")}
+    forms = frozenset().union(*(part.forms for part in parts))
+    if len(forms) > 1:
+        raise InputError(f"{', '.join(config.data)}: their conversations are written by different chat templates")
     return Corpus(
         train=Blend([part.train for part in parts], weights),
         validation=Blend([v for v, _ in held], [w for _, w in held]) if held else None,
         identity={**parts[0].identity, **each, **shares},
         masked=any(part.masked for part in parts),
         notes=(),
+        forms=forms,
     )
 
 

@@ -57,6 +57,8 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
     resumes = source.parent == checkpoints
     shape = MixtralShape.from_folder(source)
     corpus = feed.read(config, shape, source)
+    # The rank that writes checkpoints has what goes with them.
+    assets = checkpoint.read_assets(source) | corpus.assets(source) if dist.get_rank() == 0 else {}
     begun = time.monotonic()
     lora = Lora.asked(config)
     chunks = _build(config, shape, lora)
@@ -84,7 +86,7 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
         resumes=resumes,
         shape=shape,
         lora=lora,
-        assets=checkpoint.read_assets(source) if dist.get_rank() == 0 else {},  # the rank that writes them
+        assets=assets,
         corpus=corpus,
         parts=parts,
         progress=progress,

@@ -20,6 +20,7 @@ class Tokenizer(Protocol):
     bos: int
     eos: int
     chat_template: str | None
+    control: dict[str, int]  # its control tokens by name
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no control token is added."""
@@ -68,12 +69,13 @@ class PieceTokenizer:
         except RuntimeError as error:
             raise InputError(f"{file}: not a SentencePiece model: {error}") from error
         self._words = words.Words(self._model) if words.serves(self._model) else self._model
-        self.vocab_size: int = self._model.vocab_size()
         self.bos: int = self._model.bos_id()
         self.eos: int = self._model.eos_id()
         self.chat_template: str | None = settings.get("chat_template")
         if self.bos < 0 or self.eos < 0:
             raise InputError(f"{file}: has no begin or end token")
+        self.control = {self.piece(index): index for index in (self.bos, self.eos)}
+        self.vocab_size: int = self._model.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         return self._words.encode(text)
@@ -100,6 +102,9 @@ class HubTokenizer:
         self.chat_template: str | None = settings.get("chat_template")
         self.bos = self._named(file, settings.get("bos_token") or "<s>")
         self.eos = self._named(file, settings.get("eos_token") or "</s>")
+        added = self._model.get_added_tokens_decoder().items()
+        self.control = {token.content: index for index, token in added if token.special}
+        self.control |= {self.piece(index): index for index in (self.bos, self.eos)}
 
     def _named(self, file: Path, token: str | dict[str, Any]) -> int:
         content = token["content"] if isinstance(token, dict) else token
@@ -120,9 +125,14 @@ class HubTokenizer:
 
 @functools.cache
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json of the folder, or nothing."""
-    file = folder / "tokenizer_config.json"
+    """tokenizer_config.json of the folder, or nothing; its chat template may lie in a file of its own."""
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
+        found = json.loads(file.read_text()) if file.is_file() else {}
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: {error}") from error
+    if template.is_file():
+        found["chat_template"] = template.read_text()
+    if isinstance(named := found.get("chat_template"), list):  # several for several purposes
+        found["chat_template"] = next((t["template"] for t in named if t.get("name") == "default"), None)
+    return found

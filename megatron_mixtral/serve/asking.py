@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mixtral import chat
+from megatron_mixtral.chat import Form
 from megatron_mixtral.serve.problems import Problem
 from megatron_mixtral.serve.schema import MOST_ANSWERS, ChatBody, CompletionBody, Sampled
 from megatron_mixtral.serve.service import Service
@@ -21,6 +21,7 @@ class Model:
 
     name: str
     tokenizer: Tokenizer
+    form: Form
     vocab_size: int
     created: int
 
@@ -55,19 +56,19 @@ async def completion_prompts(body: CompletionBody, model: Model) -> list[list[in
 
 
 async def chat_prompt(body: ChatBody, model: Model) -> list[int]:
-    """`<s> [INST] ... [/INST]` up to where the assistant speaks."""
+    """The conversation as the model writes it, up to where the assistant speaks."""
     messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
     for message in messages:
         _refuse_surrogates(message["content"])
     if messages[-1]["role"] != "user":
         raise Problem(400, "the last message must be the user's", param="messages")
     try:
-        turns = chat.from_messages([*messages, {"role": "assistant", "content": "."}], blank=True)[:-1]
+        turns = model.form.question(messages)
     except ValueError as error:
         raise Problem(400, str(error), param="messages") from error
     if sum(len(content) for _, content in turns) < LONG:
-        return chat.encode(model.tokenizer, turns)[0]
-    return (await asyncio.to_thread(chat.encode, model.tokenizer, turns))[0]
+        return model.form.encode(model.tokenizer, turns)[0]
+    return (await asyncio.to_thread(model.form.encode, model.tokenizer, turns))[0]
 
 
 def requests(

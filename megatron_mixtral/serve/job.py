@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral import tokenizer, weights_folder
+from megatron_mixtral import chat_template, tokenizer, weights_folder
+from megatron_mixtral.chat import Form
 from megatron_mixtral.config import MixtralShape, ServeConfig
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.events import EventLog
@@ -41,6 +42,7 @@ class Setup:
     folder: Path  # of the weights
     shape: MixtralShape
     words: tokenizer.Tokenizer
+    form: Form
     rank: int
     world: int
     key: str | None
@@ -100,7 +102,8 @@ def checked(config: ServeConfig) -> Setup:
     if config.layout.context > 1:
         raise InputError(f"context parallel {config.layout.context}: answers are made token by token; use 1")
     config = within_context(config, shape)
-    return Setup(config=config, folder=folder, shape=shape, words=words, rank=rank, world=world, key=key)
+    form = chat_template.form(words)
+    return Setup(config=config, folder=folder, shape=shape, words=words, form=form, rank=rank, world=world, key=key)
 
 
 def checked_key(config: ServeConfig) -> str | None:
@@ -215,6 +218,7 @@ class Server:
         model = asking.Model(
             name=self._setup.name,
             tokenizer=self._setup.words,
+            form=self._setup.form,
             vocab_size=self._setup.shape.vocab_size,
             created=int((self._setup.folder / "config.json").stat().st_mtime),
         )
