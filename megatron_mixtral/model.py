@@ -107,7 +107,8 @@ def ways(model: GPTModel) -> str:
     routed = "; routing by megatron-core, as experts have a capacity" * bool(
         model.config.moe_expert_capacity_factor
     )
-    return f"layers by our kernels; {products.describe()}{routed}"
+    packed = "" if layers.VARLEN else "; packed conversations one by one, as torch is older than 2.11"
+    return f"layers by our kernels; {products.describe()}{routed}{packed}"
 
 
 def transformer_config(
