@@ -113,8 +113,8 @@ class Template:
         tokens = {"bos_token": t.piece(t.bos), "eos_token": t.piece(t.eos)}
         try:
             return self._template.render(messages=self._guarded(messages), add_generation_prompt=prompt, **tokens)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template: {error}") from error
+        except Exception as error:  # whatever its expressions come to with these words
+            raise ValueError(f"the chat template: {error or type(error).__name__}") from error
 
     def _guarded(self, value: Any) -> Any:
         """`value` with every control token's name in its words broken by a character that `encode` takes out."""

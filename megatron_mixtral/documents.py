@@ -6,6 +6,7 @@ A line of JSONL is a document; a plain text file is cut at blank lines into docu
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from megatron_mixtral.errors import InputError
 
 INSTRUCT = chat.Instruct()
 RANGE_BYTES = 8 << 20  # one unit of parallel work
+ZSTD_BYTES = 16 << 10  # decompressed at a time
 TEXT_BYTES = 16 << 10  # a document of a plain text file, about
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
+COMPRESSED = ("", ".gz", ".zst")
+JSONL = tuple(kind + how for how in COMPRESSED for kind in (".jsonl", ".ndjson", ".json"))
 LONGEST_REASON = 200  # characters that say what is wrong with a line
-TEXT = (".txt", ".md", ".rst")
+TEXT = tuple(kind + how for how in COMPRESSED for kind in (".txt", ".md", ".rst"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +64,13 @@ class Bad:
 
 
 def find(inputs: list[str]) -> list[Path]:
-    """Files named by `inputs`, a folder standing for the files in it; `InputError` names what isn't there."""
+    """Files named by `inputs`, a folder standing for those in it that aren't hidden; `InputError` names one that
+    isn't there."""
     found: list[Path] = []
     for name in inputs:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith((*JSONL, *TEXT)))
+            inside = sorted(p for p in path.rglob("*") if _is_input(p.relative_to(path)) and p.is_file())
             if not inside:
                 raise InputError(f"{path}: no {', '.join((*JSONL, *TEXT))} in this folder")
             found += inside
@@ -77,6 +81,10 @@ def find(inputs: list[str]) -> list[Path]:
     if not found:
         raise InputError("inputs: nothing to prepare")
     return found
+
+
+def _is_input(path: Path) -> bool:
+    return path.name.lower().endswith((*JSONL, *TEXT)) and not any(part.startswith(".") for part in path.parts)
 
 
 def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
@@ -92,10 +100,13 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
 
 def read(piece: Piece, fields: Fields, form: chat.Form = INSTRUCT) -> Iterator[Document | Bad]:
     """The documents that begin in `piece`, in order; conversations in the turns that `form` makes of them."""
-    if piece.file.name.endswith(JSONL):
-        yield from _objects(piece, fields, form)
-    else:
-        yield from _texts(piece)
+    try:
+        if piece.file.name.lower().endswith(JSONL):
+            yield from _objects(piece, fields, form)
+        else:
+            yield from _texts(piece)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{piece.file}: damaged: {error}") from error
 
 
 def lines(piece: Piece) -> Iterator[bytes]:
@@ -122,12 +133,47 @@ def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if file.suffix == ".zst":
+        return io.BufferedReader(_Zstd(file), 1 << 20)
+    return file.open("rb", buffering=1 << 20)
+
+
+class _Zstd(io.RawIOBase):
+    """The frames of a file, one after another; `EOFError` where the last one is cut short."""
+
+    def __init__(self, file: Path) -> None:
         try:
             import zstandard
         except ImportError as error:
             raise InputError(f"{file}: reading .zst needs `pip install zstandard`") from error
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
-    return file.open("rb", buffering=1 << 20)
+        self._file, self._failure = file.open("rb"), zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None  # one that is under way
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._frame.unused_data if self._frame and self._frame.eof else b""
+            if not (block := block or self._file.read(ZSTD_BYTES)):
+                if self._frame and not self._frame.eof:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new_frame()
+            try:
+                self._ready = memoryview(self._frame.decompress(block))
+            except self._failure as error:
+                raise EOFError(str(error)) from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _objects(piece: Piece, fields: Fields, form: chat.Form) -> Iterator[Document | Bad]:
@@ -146,14 +192,17 @@ def _objects(piece: Piece, fields: Fields, form: chat.Form) -> Iterator[Document
 def document(value: Any, fields: Fields, form: chat.Form) -> Document:
     """One JSON object as a document; `ValueError` lists the fields that would have made it one."""
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"expected a JSON object on each line, got {type(value).__name__}")
+    value = {name: one for name, one in value.items() if one is not None}
     if fields.messages in value:
         return Document(turns=tuple(form.from_messages(value[fields.messages])))
     if fields.prompt in value and fields.completion in value:
         pair = [("user", value[fields.prompt]), ("assistant", value[fields.completion])]
         return Document(turns=tuple(form.from_messages([{"role": r, "content": c} for r, c in pair])))
     text = value.get(fields.text)
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{fields.text!r} is {type(text).__name__}, not text")
+    if text is None:
         raise ValueError(
             f"has none of: {fields.text!r} (text), {fields.messages!r}, {fields.prompt!r} with "
             f"{fields.completion!r}; it has {', '.join(map(repr, list(value)[:8])) or 'nothing'}"

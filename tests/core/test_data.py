@@ -11,6 +11,7 @@ import mistrals
 import numpy as np
 import pytest
 import torch
+import zstandard
 from mistral_common.exceptions import MistralCommonException
 
 from megatron_mixtral import chat, data, documents, tokenizer
@@ -121,6 +122,47 @@ def test_compressed_files_and_folders_are_read(tmp_path, tokenizer_folder, words
     assert [ids for ids, _ in found] == [[1, *words.encode(t), 2] for t in ("one", "two", "three")]
 
 
+def one_a_line(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b"\xef\xbb\xbf" + one_a_line("one", "two").replace(b"\n", b"\r\n\r\n")),
+        ("a.JSON", b'{"messages": null, "text": "one"}\n{"text": "x", "text": "two"}'),
+        ("a.jsonl.gz", gzip.compress(one_a_line("one")) + gzip.compress(one_a_line("two"))),
+        ("a.ndjson.zst", zstandard.compress(one_a_line("one")) + zstandard.compress(one_a_line("two"))),
+        ("deep/a.jsonl.zst", zstandard.compress(one_a_line("one", "two"))),
+    ],
+)
+def test_files_as_they_are_found(tmp_path, tokenizer_folder, words, name, content):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/.hidden.jsonl").write_text("no JSON")
+    (tmp_path / "in" / name).write_bytes(content)
+    found = stored(prepare(tmp_path, tokenizer_folder, tmp_path / "in"))
+    assert [ids for ids, _ in found] == [[1, *words.encode(t), 2] for t in ("one", "two")]
+
+
+NOISE = one_a_line(*(str(np.random.default_rng(n).bytes(20)) for n in range(2000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", b"hello"),
+        ("a.jsonl.gz", gzip.compress(NOISE)[:-9]),
+        ("a.jsonl.zst", b"hello"),
+        ("a.jsonl.zst", zstandard.compress(NOISE)[:-9]),
+        ("a.jsonl.zst", zstandard.compress(NOISE) + zstandard.compress(NOISE)[:6]),
+    ],
+)
+def test_a_damaged_compressed_file_is_named(tmp_path, tokenizer_folder, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: damaged: "):
+        prepare(tmp_path, tokenizer_folder, tmp_path / name)
+
+
 def test_conversations_are_token_for_token_mistral_commons(words):
     ids, mask = chat.encode(words, chat.from_messages(TALK))
     assert (ids, mask) == mistrals.ids_and_mask(TALK)
@@ -170,7 +212,8 @@ def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
         (r'{"text": "half \ud83d"}', "surrogates not allowed"),
         ("[" * 100_000, "recursion"),
         ('{"words": "x"}', "it has 'words'"),
-        ("[1]", "expected a JSON object, got list"),
+        ("[1]", "expected a JSON object on each line, got list"),
+        ('{"text": 3}', "'text' is int, not text"),
         ("{nope", "Expecting property name"),
         ('{"messages": []}', "non-empty list"),
         ('{"messages": [{"role": "user", "content": "q"}]}', "the last turn must be the assistant's"),
