@@ -6,7 +6,7 @@ import pytest
 from test_data import TALK, prepare, stored, write_jsonl
 from transformers import AutoTokenizer
 
-from megatron_mixtral import chat, chat_template, tiny, tokenizer
+from megatron_mixtral import chat, chat_template, feed, tiny, tokenizer
 from megatron_mixtral.chat_template import Template
 from megatron_mixtral.errors import InputError
 
@@ -110,3 +110,22 @@ def test_prepare_writes_by_a_template_and_says_so(tmp_path, tokenizer_folder, wo
     assert json.loads((tmp_path / "out.json").read_text())["chat_template"] == ROUNDS
     prepare(tmp_path, tokenizer_folder, file)
     assert stored(prefix)[0] == chat.encode(words, chat.from_messages(TALK))
+
+
+def test_the_form_goes_with_the_weights_where_theirs_is_another(tokenizer_folder, tmp_path):
+    def assets(form, source):
+        corpus = feed.Corpus(
+            train=None, validation=None, identity={}, masked=True, notes=(), forms=frozenset({form})
+        )
+        return {name: text.decode() for name, text in corpus.assets(source).items()}
+
+    (tmp_path / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
+    assert assets(ROUNDS, tokenizer_folder) == {"chat_template.jinja": ROUNDS}
+    assert assets(None, tokenizer_folder) == assets(None, tmp_path) == {}
+    (tmp_path / "chat_template.jinja").write_text(ROUNDS)
+    tokenizer._settings.cache_clear()
+    assert assets(ROUNDS, tmp_path) == {}
+    assert isinstance(chat_template.form(tokenizer.load(tmp_path)), Template)
+    (tmp_path / "chat_template.jinja").write_text(assets(None, tmp_path)["chat_template.jinja"])
+    tokenizer._settings.cache_clear()
+    assert isinstance(chat_template.form(tokenizer.load(tmp_path)), chat.Instruct)

@@ -72,6 +72,15 @@ def test_paths_follow_one_another_without_being_named(cluster):
     assert jobs.plan_serve(cluster).config["model"] == finetune.config["model"]
 
 
+def test_a_chat_template_is_an_input_unless_it_is_mixtrals_own(cluster):
+    own = jobs.plan_prepare(cluster, files=("/x/a.jsonl",), values={"chat_template": "/x/../y/own.jinja"})
+    assert own.config["chat_template"] == "/y/own.jinja"
+    assert ("chat template", "/y/own.jinja") in [(given.what, given.path) for given in own.inputs]
+    mixtrals = jobs.plan_prepare(cluster, files=("/x/a.jsonl",), values={"chat_template": "mistral"})
+    assert mixtrals.config["chat_template"] == "mistral"
+    assert len(mixtrals.inputs) == len(own.inputs) - 1
+
+
 def test_data_is_a_prefix_or_several_to_blend(cluster):
     plan = jobs.plan_finetune(cluster, data=("/d/a:0.7", "/d/b:3"))
     assert plan.config["data"] == ["/d/a:0.7", "/d/b:3.0"]
