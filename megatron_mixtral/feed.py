@@ -124,8 +124,7 @@ def _part(config: FinetuneConfig, prefix: Path, shape: MixtralShape, source: Pat
 
 def _forms(prefix: Path) -> frozenset[str | None]:
     described = data.meta(prefix) or {}
-    talks = described.get("masked") and "chat_template" in described
-    return frozenset({described["chat_template"]} if talks else ())
+    return frozenset({described.get("chat_template")} if described.get("masked") else ())
 
 
 def _blended(config: FinetuneConfig, parts: list[Corpus], weights: list[float]) -> Corpus:
