@@ -89,6 +89,7 @@ class Trainer:
         )
         self.load = meters.ExpertLoad(self.parts.chunks, self.started.shape)
         self.spikes = optimize.Spikes(config.spike)
+        self.save_due = False
         self.saver = Saver(
             self.checkpoints,
             keep=config.keep_checkpoints,
@@ -258,7 +259,9 @@ class Trainer:
         if self.validation and config.eval_steps and (last or at % config.eval_interval == 0) and not outcome.stop:
             self.watch.enter(f"validation after step {at}", config.step_timeout * (config.eval_steps + 1))
             self.report.evaluation(at, self._evaluate())
-        if last or outcome.stop or at % config.save_interval == 0:
+        self.save_due = self.save_due or at % config.save_interval == 0
+        if last or outcome.stop or (self.save_due and outcome.updated):  # a skipped step has nothing new to keep
+            self.save_due = False
             self.watch.enter(f"saving step {at}", config.save_timeout)
             self._save(wait=last or outcome.stop)
 

@@ -67,12 +67,24 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         rough = self._mine.with_suffix(".rough")
-        rough.write_text(json.dumps({"phase": self._phase, **whereabouts(sys._current_frames()[self._main])}))
+        rough.write_text(json.dumps({"phase": self._phase, **whereabouts(at_work(self._main))}))
         rough.replace(self._mine)
         if self._over.wait(GRACE):
             return
         print(f"error: {summary(self._folder, self._world)}", file=sys.stderr, flush=True)
         os._exit(EXIT)
+
+
+def at_work(main: int | None) -> FrameType | None:
+    """The stack of thread `main`, or of the one that saves while that waits for it."""
+    frames = sys._current_frames()
+    found = inner = frames.get(main or 0)
+    while inner and "megatron_mixtral" not in inner.f_code.co_filename:
+        if inner.f_code.co_filename.endswith("concurrent/futures/_base.py"):
+            saving = next((t.ident for t in threading.enumerate() if t.name.startswith("save_")), None)
+            return frames.get(saving or 0, found)
+        inner = inner.f_back
+    return found
 
 
 def whereabouts(frame: FrameType | None) -> dict[str, Any]:

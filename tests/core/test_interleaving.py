@@ -13,7 +13,6 @@ CHUNKS = {**STAGES, "virtual_pipeline": 2}
 RUNS = [  # name, whose copy it goes on from, what is changed
     ("plain", "", STAGES),
     ("interleaved", "", CHUNKS),
-    ("waited", "", {**CHUNKS, "overlap_grad_reduce": False}),
     ("stopped", "", {**CHUNKS, "steps": 2}),
     ("again", "stopped", CHUNKS),
     ("in_stages", "stopped", STAGES),
@@ -83,13 +82,14 @@ def trained(tmp_path_factory):
     return results[0][0], [most for _, most in results], folder
 
 
-@pytest.mark.parametrize("name", ["interleaved", "waited"])
-def test_chunks_in_turn_learn_what_whole_stages_do(trained, name):
+def test_chunks_in_turn_learn_what_whole_stages_do(trained):
     told, _, _ = trained
     for kind, field in (("step", "loss"), ("step", "aux_loss"), ("step", "grad_norm"), ("eval", "loss")):
-        assert of_kind(told[name], kind, field) == pytest.approx(of_kind(told["plain"], kind, field), abs=1e-5)
+        assert of_kind(told["interleaved"], kind, field) == pytest.approx(
+            of_kind(told["plain"], kind, field), abs=1e-5
+        )
     for field in ("expert_load", "expert_load_worst", "tokens_dropped"):
-        assert of_kind(told[name], "step", field) == of_kind(told["plain"], "step", field)
+        assert of_kind(told["interleaved"], "step", field) == of_kind(told["plain"], "step", field)
     assert losses(told["plain"])[-1] < losses(told["plain"])[0] - 0.3, "it learns nothing, so it can tell nothing"
 
 
@@ -104,9 +104,6 @@ def test_a_run_goes_on_bit_for_bit_and_at_any_other_layout(trained):
     assert all((value == whole[key]).all() for key, value in tensors(folder, "again").items())
     for name in ("in_stages", "in_experts", "from_stages"):
         assert losses(told[name])[-2:] == pytest.approx(losses(told["plain"])[2:], abs=1e-5), name
-        found = tensors(folder, name)
-        assert found.keys() == whole.keys()
-        assert max(float((value - whole[key]).abs().max()) for key, value in found.items()) < 1e-3
 
 
 def test_it_exports_what_whole_stages_export(trained):

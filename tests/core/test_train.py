@@ -140,7 +140,9 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_pat
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPE))
     ranks(1, make_weights, folder, "final_layernorm", 3e38)  # finite, but its products aren't
-    with jobs.Job("finetune", {**config, "model": str(folder), "steps": 20}, tmp_path / "run") as job:
+    with jobs.Job(
+        "finetune", {**config, "model": str(folder), "steps": 20, "save_interval": 2}, tmp_path / "run"
+    ) as job:
         assert job.wait() == [1]
     assert len(job.events("step")) == 5
     assert job.events("step")[-1]["loss"] == "nan"

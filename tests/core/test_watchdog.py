@@ -1,13 +1,17 @@
 """A rank that stops making progress ends the job, with the stacks of all and the name of the slow one."""
 
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jobs
 import pytest
 from ranks import RanksFailed, ranks
 from test_options import PLAIN
+
+from megatron_mixtral import watchdog
 
 
 def raw_config(world):
@@ -29,6 +33,24 @@ def test_a_rank_that_is_stopped_dead_is_named_by_the_others(world, tmp_path):
     assert "takes longer than 3 s; stacks follow" in said
     assert "most recent call first" in said
     assert "slow is rank 1, which says nothing; 1 of 2 ranks wait for others" in said
+
+
+def test_where_a_save_is_stuck_is_told_of_the_thread_that_saves():
+    over = threading.Event()
+
+    def stuck_in_a_save():
+        over.wait()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="save") as saver:
+        written = saver.submit(stuck_in_a_save)
+        main = threading.Thread(target=written.result)
+        main.start()
+        try:
+            time.sleep(0.1)
+            assert watchdog.whereabouts(watchdog.at_work(main.ident))["at"].endswith("stuck_in_a_save")
+        finally:
+            over.set()
+            main.join()
 
 
 def get_stuck(raw, folder):
