@@ -188,13 +188,13 @@ def _hide_padding(model: GPTModel, shape: MixtralShape) -> None:
     """Logits of rows that are no tokens become the smallest number, so that no loss or sample counts them."""
     if not model.post_process or model.vocab_size == shape.vocab_size:
         return
-    ranks = 1 if not model.parallel_output else parallel_state.get_tensor_model_parallel_world_size()
-    first = parallel_state.get_tensor_model_parallel_rank() * model.vocab_size // ranks if ranks > 1 else 0
-    keep = shape.vocab_size - first
+    rows, tokens = model.vocab_size, shape.vocab_size
+    rank = parallel_state.get_tensor_model_parallel_rank()
 
     def hide(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        columns = torch.arange(logits.shape[-1], device=logits.device)
-        return logits.masked_fill(columns >= keep, torch.finfo(logits.dtype).min), bias
+        width = logits.shape[-1]  # this rank's part of them, or all where the call gathered them
+        columns = torch.arange(width, device=logits.device) + (0 if width == rows else rank * width)
+        return logits.masked_fill(columns >= tokens, torch.finfo(logits.dtype).min), bias
 
     model.output_layer.register_forward_hook(hide)

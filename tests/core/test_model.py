@@ -189,6 +189,11 @@ def compare(folder, layout):
     if logits is not None:
         wanted = expected["logits"][:, :-1]
         off["logits"] = float((logits[..., : wanted.shape[-1]] - wanted).abs().max())
+    if model.pre_process and model.post_process:  # as engines ask for them
+        ids = expected["tokens"][:, :-1].contiguous()
+        with torch.no_grad():
+            logits = model(ids, torch.arange(ids.shape[1]).expand_as(ids), None, runtime_gather_output=True)
+        off["gathered logits"] = float((logits[..., : wanted.shape[-1]] - wanted).abs().max())
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     model.config.finalize_model_grads_func = finalize_model_grads
     losses = run_pipeline(wrapped, expected["tokens"], "losses", forward_only=False)
