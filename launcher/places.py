@@ -22,7 +22,9 @@ def hint(command: str, model: str) -> str:
     if is_path(model) or "/" not in model:
         return ""
     verb, *option = command.split()
-    return f"`mixlaunch {' '.join([verb] if model == MODEL else [verb, *option, model])}` makes it"
+    if model == MODEL:
+        return f"`mixlaunch {verb}` makes it"
+    return f"`mixlaunch {' '.join([verb, *option, model])}` makes it; a folder here is written ./{model}"
 
 
 def is_path(model: str) -> bool:

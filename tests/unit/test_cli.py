@@ -97,6 +97,7 @@ MISTAKES = [
     (["finetun"], ["No such command 'finetun'", "finetune"]),
     (["finetune", "--cluster", "selen"], ["unknown cluster 'selen'; did you mean 'selene'?", "local"]),
     (["finetune", "--cluster", "./none.yaml"], ["./none.yaml: no such file"]),
+    (["serve", "--model", "no/such"], ["convert --model no/such` makes it", "a folder here is written ./no/such"]),
     (
         ["finetune", "--cluster", "selene", "--nodes", "3"],
         ["DP = 24 / (TP 1 x PP 4 x CP 1) = 6", "0.75", "nearest 4"],
