@@ -1,6 +1,7 @@
 """Its presence puts this folder on the path: what several kinds of tests share lies here.
 
-`make test` runs files of tests side by side; a test that is marked `alone` has the machine to itself all the same.
+`make test` runs files of tests side by side; a test that is marked `alone` has the machine to itself all the same,
+and of those that are marked `many_ranks` one runs at a time.
 """
 
 import contextlib
@@ -14,18 +15,26 @@ def pytest_runtest_protocol(item):
     """First of all hooks, so that no test's time limit runs while it waits for the others."""
     if not hasattr(item.config, "workerinput"):  # no pytest-xdist: there are no others
         return (yield)
-    with machine(item.config.cache.mkdir("machine"), alone=item.get_closest_marker("alone") is not None):
+    folder = item.config.cache.mkdir("machine")
+    alone, many = (item.get_closest_marker(name) is not None for name in ("alone", "many_ranks"))
+    with locked(folder / "many_ranks") if many else contextlib.nullcontext(), machine(folder, alone=alone):
         return (yield)
 
 
 @contextlib.contextmanager
 def machine(folder, *, alone: bool):
     """The machine, for one or for all who don't want it for themselves; one that waits for it is next."""
-    with open(folder / "turn", "w") as turn, open(folder / "work", "w") as work:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(work, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    with contextlib.ExitStack() as held:
+        with locked(folder / "turn"):
+            held.enter_context(locked(folder / "work", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        yield
+
+
+@contextlib.contextmanager
+def locked(path, how=fcntl.LOCK_EX):
+    with open(path, "w") as file:
+        fcntl.flock(file, how)
         try:
             yield
         finally:
-            fcntl.flock(work, fcntl.LOCK_UN)  # by name: a child that a test forked may hold it open
+            fcntl.flock(file, fcntl.LOCK_UN)  # by name: a child that a test forked may hold it open

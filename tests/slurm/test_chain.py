@@ -125,7 +125,7 @@ def make_model(folder: Path) -> None:
     tiny.write_tokenizer(folder)
 
 
-@pytest.mark.alone
+@pytest.mark.many_ranks
 @pytest.mark.timeout(600)
 def test_32_ranks_over_four_nodes_train_at_ep8_pp4(chain, trained):
     start = next(event for event in logs.events(trained.path) if event["event"] == "start")

@@ -211,6 +211,7 @@ HOW = {
 }
 
 
+@pytest.mark.many_ranks
 @pytest.mark.timeout(600)
 def test_every_command_in_the_readme(reader):
     profile = next(text for kind, text in BLOCKS if kind == "yaml")

@@ -45,7 +45,7 @@ def temporary(tmp_path):
     return folder
 
 
-@pytest.mark.alone
+@pytest.mark.many_ranks
 @pytest.mark.timeout(600)
 def test_selene_is_rehearsed_with_all_its_ranks(tmp_path, temporary):
     done = rehearse(tmp_path, temporary, *COMMAND.split()[1:])

@@ -206,7 +206,6 @@ def test_secrets_are_their_owners_over_there_and_nowhere_else(laptop, stub, tmp_
     assert "s3cr3t" not in said
 
 
-@pytest.mark.alone
 def test_the_status_of_twenty_runs_takes_a_few_round_trips(laptop, finish):
     laptop.trains()
     [run] = laptop.there()

@@ -59,12 +59,10 @@ def seconds(*words: str) -> float:
     return min(once() for _ in range(5))
 
 
-@pytest.mark.alone
 def test_help_is_quick():
     assert seconds("--help") < 0.2
 
 
-@pytest.mark.alone
 def test_export_is_quick():
     assert seconds("export", "finetune", "--cluster", "selene") < 0.5
 
@@ -87,7 +85,6 @@ def test_planning_imports_no_part_of_the_job(job):
     assert launched("export", job, "--cluster", "selene", code=code).stderr.strip() == "[]"
 
 
-@pytest.mark.alone
 def test_mistakes_are_told_within_a_second():
     assert seconds("finetune", "--cluster", "selene", "--nodes", "3") < 1
 

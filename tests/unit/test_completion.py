@@ -87,7 +87,6 @@ def test_every_shell_has_its_script():
     assert "complete --no-files --command mixlaunch" in completion.script("fish", cli)
 
 
-@pytest.mark.alone
 def test_it_answers_at_once(run):
     run(*(f"finetune-{n}" for n in range(200)))
 
