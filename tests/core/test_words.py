@@ -22,8 +22,9 @@ def table(model):
 
 
 AWKWARD = [
-    *("", " ", "  ", "\n", " \n ", "a ", " a", "a  b", "\n\n\na", "a\n b\n", "\t\ta\tb", "x\r\ny", "▁", "▁ ", "▁a ▁▁b"),
+    *("", " ", "  ", "\n", " \n ", "a ", " a", "a  b", "\n\n\na", "a\n b\n", "\t\ta\tb", "x\r\ny", "▁", "▁ "),
     *(
+        "▁a ▁▁b",
         "<s>",
         "</s> [INST] hé 你好 [/INST]",
         "ﬁ ¨ x",
