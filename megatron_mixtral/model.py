@@ -17,6 +17,12 @@ from megatron_mixtral.errors import LayoutError
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Precision = Literal["bf16", "fp32"]
@@ -75,6 +81,7 @@ def build(
         ).to(mcore.device())
     model.shape, model.fused = shape, kind is not GPTModel
     model.lora, model.base = lora, {}  # of `base` a trainer says which weights the adapters belong to
+    _mark_cut(model)
     _set_experts_apart(model)
     _hide_padding(model, shape)
     if lora:
@@ -171,6 +178,19 @@ def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None
 def padded_vocabulary(shape: MixtralShape, layout: Layout) -> int:
     """Rows of the embedding: the vocabulary, and as few more as make it divide over tensor-parallel ranks."""
     return -(-shape.vocab_size // layout.tensor) * layout.tensor
+
+
+def _mark_cut(model: GPTModel) -> None:
+    """Every rank's own part of a tensor counts in the gradient's norm.
+
+    megatron-core marks parts as it draws random values: without those it would count the first rank's alone.
+    """
+    cuts = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        cut = next((axis for kind, axis in cuts.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if cut is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, cut, 1)
 
 
 def _set_experts_apart(model: GPTModel) -> None:

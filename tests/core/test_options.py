@@ -189,6 +189,14 @@ def test_the_ways_of_overlapping_change_nothing(world, tmp_path):
     assert of_kind(told["overlapped"], "eval", "loss") == of_kind(told["waited"], "eval", "loss")
 
 
+def test_gradients_have_one_norm_however_tensors_are_cut(world, tmp_path):
+    raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "steps": 2}
+    variants = {"whole": {}, "cut": {"layout": {"tensor": 2}}}
+    told = ranks(2, finetuned_together, raw, variants, str(tmp_path))[0]
+    for field in ("grad_norm", "loss"):
+        assert of_kind(told["cut"], "step", field) == pytest.approx(of_kind(told["whole"], "step", field), abs=1e-5)
+
+
 def test_stages_of_uneven_length_change_nothing(world, tmp_path):
     raw = {**PLAIN, "model": str(world), "data": str(world / "data"), "layout": {"pipeline": 2}}
     variants = {"even": {}, "uneven": {"first_stage_layers": 1}, "wrong": {"first_stage_layers": 2}}
