@@ -229,6 +229,8 @@ class Server:
         """SIGTERM or the early warning, here or on another rank."""
         if self._site is None:
             os._exit(0)  # still loading: nobody waits for anything
+        if self._lost.is_set():
+            return  # `_give_up` ends it; whoever starts the ranks tells all of them to go when one has died
         self._site.drain(self._setup.config.drain_seconds)
 
     def _rank_lost(self, rank: int) -> None:

@@ -207,8 +207,11 @@ def test_a_dead_rank_is_news_to_every_client_within_5_seconds(served_model, tmp_
         running.job.signal(1, signal.SIGKILL)
         begin = time.monotonic()
         assert running.until(lambda: running.client().get("/health").status_code == 503, 5) < 5
+        running.job.signal(0, signal.SIGTERM)  # as the script and srun do once a rank has died
         assert [answer().status_code for answer in whole] == [503] * 3
         assert "service_unavailable_error" in streamed().text
+        time.sleep(0.5)
+        assert running.client().get("/health").status_code == 503
         assert time.monotonic() - begin < 5
         assert all(code != 0 for code in running.job.wait(10))
         assert not (tmp_path / "server.json").exists()
