@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 export TEXT ?=
 export FOLDER ?= demo
 TESTS ?= tests
-# Three at a time keep two cores busy: half of the tests wait, mostly for Slurm.
+# Three files at a time keep two cores busy, since many tests wait for Slurm; in the order of their names, so that
+# the short tests of the launcher come last.
 WORKERS ?= 3
 BENCH ?= $(wildcard tests/bench/bench_*.py)
 

@@ -6,8 +6,9 @@ from launcher import capabilities, slurm
 from launcher.errors import Fault
 
 
-def test_the_table_is_what_sbatch_takes(site):
+def test_the_table_is_what_sbatch_takes(site, tmp_path, monkeypatch):
     """A word that sbatch doesn't know is told before the controller is asked for anything."""
+    monkeypatch.chdir(tmp_path)  # `--wrap --usage` is a job, and its output comes here
     said = slurm.call("sbatch", "--version", environment=site.environment)
     version = ".".join(said.split()[1].split(".")[:2])
     if capabilities.number(version) > capabilities.number(capabilities.NEWEST):
