@@ -16,7 +16,7 @@ from launcher.errors import Fault
 
 SCRIPT = "job.sbatch"
 MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, with the run directory as its value
-FAREWELL = 15  # seconds that a cancelled local run gets: its script gives the ranks ten
+FAREWELL = 35  # seconds that a cancelled local run gets: its script gives the ranks thirty
 LOOK_TIMEOUT = 15
 LAST_WORD = re.compile(r"^mixlaunch: (?P<reason>.*?)(?:; exit (?P<code>\d+)|; (?P<again>requeued|starting again))$")
 ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")

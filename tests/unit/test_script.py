@@ -210,6 +210,16 @@ def test_told_to_end_it_ends_and_leaves_nothing(start, signum):
     assert "told to end" in script.log()
 
 
+def test_told_to_end_it_has_the_time_to_save_or_to_answer(start):
+    script = start(
+        'trap \'sleep 11; touch "$MIXLAUNCH_RUN/whole"; exit 0\' TERM; touch "$MIXLAUNCH_RUN/up"; sleep 60 & wait'
+    )
+    script.until("up")
+    script.process.send_signal(signal.SIGTERM)
+    assert script.ended() == 143
+    assert (script.run / "whole").exists()
+
+
 def test_secrets_reach_the_ranks_and_nothing_else(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "secrets.env").write_text("TOKEN='ca na$ry'\n")

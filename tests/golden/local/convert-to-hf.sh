@@ -39,9 +39,9 @@ to_ranks() {
 }
 
 launch() {
-  local rank status interrupted code=0 ranks=()
+  local rank status interrupted code=0 leave=10 ranks=()
   trap "interrupted=1; to_ranks USR2 ''" USR2
-  trap "interrupted=1; code=143" TERM INT
+  trap "interrupted=1; code=143 leave=30" TERM INT
   set -m
   for ((rank = 0; rank < WORLD_SIZE; rank++)); do
     RANK=$rank LOCAL_RANK=$rank \
@@ -88,9 +88,9 @@ END_OF_RANK
     status=$?
     [ -n "$interrupted" ] || [ "$status" -eq 127 ] || code=$status
   done
-  # One rank that fails ends them all: ten seconds to leave, then by force.
+  # One rank that fails ends them all: ten seconds to leave, then by force. Told to end they get Slurm's thirty.
   [ "$code" -eq 0 ] || to_ranks TERM ""
-  for ((rank = 0; rank < 100; rank++)); do
+  for ((rank = 0; rank < leave * 10; rank++)); do
     [ -n "$(jobs -pr)" ] || break
     sleep 0.1
   done
