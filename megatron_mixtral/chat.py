@@ -48,14 +48,25 @@ def encode(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[int
 
 
 def _turn(message: Any, index: int, blank: bool) -> Turn:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+    content = _text(message.get("content")) if isinstance(message, dict) else None
+    if content is None:
         raise ValueError(f"messages[{index}] isn't an object with a text `content`")
-    role, content = message.get("role"), message["content"]
+    role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"messages[{index}]: role {role!r} isn't one of {', '.join(ROLES)}")
     if not (blank or content.strip()):
         raise ValueError(f"messages[{index}]: the {role}'s content is empty")
     return role, content
+
+
+def _text(content: Any) -> str | None:
+    """Text as it is or in parts, which mistral-common sets apart by a line; None for all else."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) and content else [None]
+    if all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        return "\n\n".join(part["text"] for part in parts)
+    return None
 
 
 def _joined(turns: Iterable[Turn]) -> list[Turn]:

@@ -109,7 +109,7 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
 
 
 class ResponseFormat(BaseModel):

@@ -168,6 +168,9 @@ def test_conversations_are_token_for_token_mistral_commons(words):
     assert (ids, mask) == mistrals.ids_and_mask(TALK)
     learnt = [i for i, m in zip(ids, mask, strict=True) if m]
     assert learnt == [*words.encode("Hi there"), 2, *words.encode("A mixture."), 2]
+    parts = [{"type": "text", "text": text} for text in ("Look", "at this.")]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes"}]
+    assert chat.encode(words, chat.from_messages(talk)) == mistrals.ids_and_mask(talk)
 
 
 def test_any_order_of_turns_is_written_or_refused_as_mistral_common_does(words):
@@ -217,6 +220,7 @@ def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
         ("{nope", "Expecting property name"),
         ('{"messages": []}', "non-empty list"),
         ('{"messages": [{"role": "user", "content": "q"}]}', "the last turn must be the assistant's"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "isn't an object with a text"),
         ('{"messages": [{"role": "bot", "content": "q"}]}', "'bot' isn't one of system, user, assistant"),
         ('{"messages": [{"role": "assistant", "content": "q"}]}', "must be the user's"),
         ('{"messages": [{"role": "tool", "content": "q"}]}', "'tool' isn't one of"),
