@@ -37,7 +37,7 @@ class Corpus:
 
     def assets(self, source: Path) -> dict[str, bytes]:
         """What goes with the trained weights so that they are asked as they learnt; nothing where `source` does."""
-        words = tokenizer.find(source)
+        words = tokenizer.find(source) if self.forms else None
         for template in self.forms:
             if words and template != chat_template.form(words).source:
                 return {"chat_template.jinja": (template or tiny.CHAT_TEMPLATE).encode()}

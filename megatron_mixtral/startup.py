@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mixtral import adapters, agreement, checkpoint, feed, loading, mcore, merging, model, optimize, tuning
 from megatron_mixtral.adapters import Lora
@@ -57,8 +56,8 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
     resumes = source.parent == checkpoints
     shape = MixtralShape.from_folder(source)
     corpus = feed.read(config, shape, source)
-    # The rank that writes checkpoints has what goes with them.
-    assets = checkpoint.read_assets(source) | corpus.assets(source) if dist.get_rank() == 0 else {}
+    assets: dict[str, bytes] = {}  # what goes with checkpoints, on the rank that writes them
+    agreement.on_first_rank(lambda: assets.update(checkpoint.read_assets(source) | corpus.assets(source)))
     begun = time.monotonic()
     lora = Lora.asked(config)
     chunks = _build(config, shape, lora)

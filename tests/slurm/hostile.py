@@ -88,7 +88,8 @@ def fields(job: str) -> Iterator[tuple[str, str, str | None]]:
     known = {**FIELDS[job], **EVERY_JOB}
     for setting in SETTINGS[job]:
         if setting.kind is str and not setting.choices:
-            known.setdefault(setting.option, (PATH if setting.name == "base" else TEXT, setting.name))
+            kind = PATH if setting.name in ("base", "chat_template") else TEXT
+            known.setdefault(setting.option, (kind, setting.name))
     for option, (kind, key) in known.items():
         yield option, kind, key
 
