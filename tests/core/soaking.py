@@ -95,7 +95,8 @@ async def _one(client, steady, kind, draw, found) -> None:
         elif kind < 0.6:
             chat = {**body, "messages": [{"role": "user", "content": text}], "stream": True}
             lines = (await client.post("/v1/chat/completions", json=chat)).raise_for_status().text.strip()
-            if not lines.endswith("data: [DONE]") or '"error"' in lines:
+            # Not the word alone: the model may say it.
+            if not lines.endswith("data: [DONE]") or 'data: {"error"' in lines:
                 found.errors.append(lines[-200:])
         else:
             more = {"prompt": [text, "x"], "n": 2, "logprobs": 2, "echo": draw.random() < 0.5}
