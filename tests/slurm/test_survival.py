@@ -186,8 +186,9 @@ def test_a_whole_node_lost(place, undisturbed, site, which):
     roots = [state.processes[node]]
     on_node = [*roots, *processes.descendants(roots), *processes.marked(SLURMD_NODENAME=node)]
     steps = [pid for pid in processes.descendants([1]) if is_stepd_of(pid, run.job_id, node)]
-    for pid in {*on_node, *steps}:
-        kill(pid)
+    for signum in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none lives to tell Slurm of another's end
+        for pid in {*on_node, *steps}:
+            kill(pid, signum)
     slurm.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost", environment=run.environment)
     try:
         check(run, undisturbed, attempts=2)
@@ -207,12 +208,12 @@ def is_stepd_of(pid, job_id, node):
         return False
 
 
-def kill(pid):
+def kill(pid, signum):
     import contextlib
     import os
 
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signum)
 
 
 def node_is_back(node, environment):
