@@ -73,7 +73,7 @@ def kill_in_a_save(config, run_dir, count, draw):
 def killed(world, folder, *, kills, count, layout, seed):
     """A run that is killed `kills` times, saved in both ways by turns, ends as the one that was left alone."""
     draw = random.Random(seed)
-    config = config_of(world, layout=layout, steps=4 + 2 * kills)
+    config = config_of(world, layout=layout, steps=4 + 6 * kills)  # however far each attempt gets
     whole = jobs.run("finetune", config | {"save_interval": 1000}, folder / "whole", ranks=count)
     run_dir = folder / "run"
     resumed = 0
