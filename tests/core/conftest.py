@@ -17,6 +17,13 @@ def tokenizer_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def words(tokenizer_folder):
+    from megatron_mixtral import tokenizer
+
+    return tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
 def served_model(tmp_path_factory):
     """(hub folder, converted folder) of the small Mixtral that servers are tested with."""
     import jobs

@@ -67,7 +67,7 @@ def free_port() -> int:
 def _start(folder: Path, rank: int, env: dict[str, str], timeout: float) -> subprocess.Popen[bytes]:
     with (folder / f"output_{rank}").open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(timeout - GRACE)],  # time to tell where it hangs
+            [sys.executable, __file__, str(folder), str(timeout)],
             env={**os.environ, "OMP_NUM_THREADS": "1", **env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from ranks import ranks
+from small import training
 from test_packing import finetuned, of_kind, write_chats
 
 from megatron_mixtral import blend
@@ -71,18 +72,8 @@ def test_wrong_weights_are_named(data, said):
 
 def test_text_and_chats_train_together_and_a_resume_must_have_the_same_blend(world, tmp_path):
     write_chats(tmp_path / "chats", [40] * 30)
-    raw = {
-        "model": str(world),
-        "data": [f"{world}/data:0.75", f"{tmp_path}/chats:0.25"],
-        "steps": 2,
-        "sequence_length": 32,
-        "micro_batch": 2,
-        "global_batch": 8,
-        "precision": "fp32",
-        "warmup_steps": 0,
-        "validation": 0.1,
-        "eval_interval": 2,
-    }
+    mix = [f"{world}/data:0.75", f"{tmp_path}/chats:0.25"]
+    raw = training(world, data=mix, steps=2, warmup_steps=0, eval_interval=2)
     told = ranks(1, finetuned, raw, {"blend": {}}, str(tmp_path))[0]["blend"]
     assert len(of_kind(told, "step", "loss")) == 2
     assert of_kind(told, "eval", "loss")[0] > 0

@@ -34,11 +34,6 @@ AWKWARD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def words(tokenizer_folder):
-    return tokenizer.load(tokenizer_folder)
-
-
 def written(source, words, talk):
     template = Template(source, words, where="x")
     return template.encode(words, template.from_messages(talk))

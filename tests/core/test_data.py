@@ -29,11 +29,6 @@ TALK = [
 ]
 
 
-@pytest.fixture(scope="module")
-def words(tokenizer_folder):
-    return tokenizer.load(tokenizer_folder)
-
-
 def write_jsonl(path, objects):
     path.write_text("".join(json.dumps(o) + "\n" for o in objects))
     return path
