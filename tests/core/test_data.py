@@ -130,6 +130,7 @@ def one_a_line(*texts):
         ("a.ndjson.zst", zstandard.compress(one_a_line("one")) + zstandard.compress(one_a_line("two"))),
         ("deep/a.jsonl.zst", zstandard.compress(one_a_line("one", "two"))),
     ],
+    ids=["from-windows", "null-and-twice", "gzip-in-parts", "zstd-in-parts", "in-a-folder"],  # gzip tells the time
 )
 def test_files_as_they_are_found(tmp_path, tokenizer_folder, words, name, content):
     (tmp_path / "in/deep").mkdir(parents=True)
@@ -151,6 +152,7 @@ NOISE = one_a_line(*(str(np.random.default_rng(n).bytes(20)) for n in range(2000
         ("a.jsonl.zst", zstandard.compress(NOISE)[:-9]),
         ("a.jsonl.zst", zstandard.compress(NOISE) + zstandard.compress(NOISE)[:6]),
     ],
+    ids=["not-gzip", "gzip-cut", "not-zstd", "zstd-cut", "second-zstd-cut"],
 )
 def test_a_damaged_compressed_file_is_named(tmp_path, tokenizer_folder, name, content):
     (tmp_path / name).write_bytes(content)
