@@ -4,6 +4,7 @@ Names and defaults are those of the job's configuration; a test holds the two to
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,9 @@ class Setting:
             return value
         try:
             number = int(value) if self.kind is int else float(value)
-        except (TypeError, ValueError):
+            if not math.isfinite(number):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             expected = "a whole number" if self.kind is int else "a number"
             raise UsageError(f"{self.option}: {value!r} isn't {expected}") from None
         low, high = self.minimum, self.maximum
@@ -55,8 +58,8 @@ class Setting:
         return quoting.checked(str(value), self.option)
 
 
-def _int(name: str, default: int | None, help: str, minimum: int = 1) -> Setting:
-    return Setting(name=name, default=default, help=help, minimum=minimum)
+def _int(name: str, default: int | None, help: str, minimum: int = 1, maximum: int | None = None) -> Setting:
+    return Setting(name=name, default=default, help=help, minimum=minimum, maximum=maximum)
 
 
 def _float(name: str, default: float, help: str, maximum: float | None = None) -> Setting:
@@ -85,6 +88,7 @@ _BASE = Setting(
     kind=str,
     help="Where the base of a run of adapters is, if not where it was.",
 )
+LARGEST_SEED = 2**31 - 1
 MODEL = "mistralai/Mixtral-8x7B-v0.1"  # what every job works on unless told otherwise
 
 SETTINGS: dict[str, tuple[Setting, ...]] = {
@@ -99,7 +103,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("max_positions", 4096, "Longest sequence."),
         _choice("dtype", "bfloat16", "Precision of the weights.", "bfloat16", "float16", "float32"),
         _int("shards", 2, "Safetensors files."),
-        _int("seed", 1234, "Seed of the random weights.", 0),
+        _int("seed", 1234, "Seed of the random weights.", 0, LARGEST_SEED),
     ),
     "download": (),
     "prepare": (
@@ -164,7 +168,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         _int("keep_checkpoints", 2, "Newest checkpoints to keep.", 2),
         _flag("async_save", "Write checkpoints while training goes on."),
         _int("log_interval", 1, "Steps between lines of the log."),
-        _int("seed", 1234, "Seed of the data's order.", 0),
+        _int("seed", 1234, "Seed of the data's order.", 0, LARGEST_SEED),
         _choice("recompute", "none", "Activations to compute again, not keep.", "none", "selective", "full"),
         _int("virtual_pipeline", 1, "Chunks of layers that each pipeline stage works on in turn: interleaving."),
         _int("first_stage_layers", 0, "Layers of the first pipeline stage; 0 is as many as the others.", 0),

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+from launcher import settings
 from launcher.errors import UsageError
 from launcher.layout import Shape
 
 
 def checked(chosen: dict[str, Any], shape: Shape | None) -> dict[str, Any]:
     """`chosen`, finetune's settings, unless one of them says nothing without another, or against it."""
+    told = settings.complete("finetune", chosen)
+    if told["min_lr"] > told["lr"]:
+        raise UsageError(f"--lr: {told['lr']:g} is below --min-lr, {told['min_lr']:g}, where it ends")
     for name in ("pad_to_capacity", "drop_policy"):
         if chosen.get(name, "probs") not in (False, "probs") and not chosen.get("capacity_factor"):
             raise UsageError(f"{_option(name)}: experts have no capacity unless --capacity-factor gives them one")

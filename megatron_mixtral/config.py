@@ -5,6 +5,7 @@ The launcher writes `config.yaml` with exactly these names; an unknown or missin
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -286,6 +287,19 @@ JOBS: dict[str, type] = {
 
 
 def load(job: str, path: Path) -> Any:
+# What numbers make sense, by name, of whichever job; none is below 0. The launcher's settings say the same.
+AT_LEAST = {
+    **dict.fromkeys(("tensor", "pipeline", "expert", "expert_tensor", "context"), 1),
+    **dict.fromkeys(("layers", "hidden", "intermediate", "heads", "kv_heads", "experts", "top_k"), 1),
+    **dict.fromkeys(("max_positions", "shards", "make_vocab_size_divisible_by", "max_batch", "max_tokens"), 1),
+    **dict.fromkeys(("steps", "sequence_length", "micro_batch", "global_batch", "virtual_pipeline"), 1),
+    **dict.fromkeys(("eval_interval", "save_interval", "log_interval", "max_skipped"), 1),
+    **dict.fromkeys(("setup_timeout", "step_timeout", "save_timeout"), 1),
+    "keep_checkpoints": 2,
+}
+AT_MOST = {"validation": 1, "lora_dropout": 1, "seed": 2**31 - 1}
+
+
     """Read `path` as the configuration of `job`; `InputError` names the key and lists the valid ones."""
     try:
         raw = yaml.safe_load(path.read_text())
@@ -309,7 +323,20 @@ def parse(cls: type[T], raw: Any, *, where: str) -> T:
     if missing:
         raise InputError(f"{where}: {', '.join(missing)} missing")
     hints = get_type_hints(cls)
-    return cls(**{name: _value(hints[name], value, where=f"{where}: {name}") for name, value in raw.items()})
+    values = {name: _value(hints[name], value, where=f"{where}: {name}") for name, value in raw.items()}
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            _check_range(name, value, where)
+    return cls(**values)
+
+
+def _check_range(name: str, value: float, where: str) -> None:
+    least, most = AT_LEAST.get(name, 0), AT_MOST.get(name, math.inf)
+    if not -math.inf < value < math.inf:  # which NaN isn't either
+        raise InputError(f"{where}: {name}: {value} isn't a number")
+    if not least <= value <= most:
+        span = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+        raise InputError(f"{where}: {name}: {value} must be {span}")
 
 
 def _value(hint: Any, value: Any, *, where: str) -> Any:

@@ -62,7 +62,22 @@ def build(config: FinetuneConfig, *models: torch.nn.Module) -> Optimization:
     )
     if models[0].fused and config.precision == "bf16":
         _speed_up(chunks, optimizer)
+    _allocate_state(optimizer)
     return Optimization(chunks=chunks, optimizer=optimizer, scheduler=_scheduler(config, optimizer))
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Give torch's Adam the zero state of its first step; other Adams make it by themselves.
+
+    megatron-core describes what is saved, and what it wants loaded, from the state that is there.
+    """
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
 
 def _speed_up(chunks: list[DistributedDataParallel], optimizer: Any) -> None:
@@ -156,17 +171,3 @@ def step(parts: Optimization, spikes: Spikes | None = None) -> tuple[bool, float
         else:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     return optimizer.step_with_ready_grads(), norm
-
-
-def allocate_state(parts: Optimization) -> None:
-    """Give torch's Adam the zero state of its first step, into which a checkpoint is then loaded.
-
-    megatron-core describes what it wants loaded from the state that is there; other Adams make it by themselves.
-    """
-    for part in parts.optimizer.chained_optimizers:
-        if not isinstance(part.optimizer, torch.optim.Adam):
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}

@@ -69,7 +69,6 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
         if base:
             loading.start(chunks, Path(base["path"]))
         parts = optimize.build(config, *chunks)
-        optimize.allocate_state(parts)
         state = _load_training(parts, source)
         progress = Progress(**state.common["progress"])
         feed.same(config, corpus.identity, state.common["data"])

@@ -20,6 +20,10 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 def check(config: FinetuneConfig) -> None:
     """`InputError` for options that contradict each other or don't exist."""
+    if config.precision not in ("bf16", "fp32"):
+        raise InputError(f"precision: {config.precision!r} isn't one of bf16, fp32")
+    if config.min_lr > config.lr:
+        raise InputError(f"lr: {config.lr:g} is below min_lr, {config.min_lr:g}, where it ends")
     if config.recompute not in RECOMPUTE:
         raise InputError(f"recompute: {config.recompute!r} isn't one of {', '.join(RECOMPUTE)}")
     if config.packing not in (None, "stream", "documents", "none"):

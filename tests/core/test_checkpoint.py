@@ -189,10 +189,9 @@ def train_and_save(folder):
 
 def resume(folder, layout):
     """Load that save at `layout` and go on for three steps."""
-    from megatron_mixtral import checkpoint, mcore, optimize
+    from megatron_mixtral import checkpoint, mcore
 
     parts = trainer(folder, layout)
-    optimize.allocate_state(parts)
     state = checkpoint.load_training(parts.chunks[0], parts.optimizer, Path(folder) / "iter_0000003")
     losses = train(parts, 3, 3)
     mcore.shutdown()

@@ -149,6 +149,9 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_pat
     assert job.events("step")[-1]["skipped"] == 5
     assert "the last 5 updates were skipped" in job.output()
     assert not list((tmp_path / "run").glob("checkpoints/iter_*"))
+    # Fewer than end it: an optimizer that has never updated anything can be saved, too.
+    few = jobs.run("finetune", {**config, "model": str(folder), "steps": 2}, tmp_path / "few")
+    assert [e["step"] for e in few.events("checkpoint")] == [2]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_pat
         ({"steps": "many"}, "steps: 'many' isn't int"),
         ({"stepz": 3}, "unknown stepz"),
         ({"data": "/nowhere/data"}, "/nowhere/data.idx: no such file"),
+        ({"lr": 1e-6}, "lr: 1e-06 is below min_lr, 1e-05"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(config, tmp_path, change, message):

@@ -8,6 +8,7 @@ import yaml
 from launcher import inputs, jobs, profile, render, settings
 from launcher.errors import LayoutError, UsageError
 from megatron_mixtral import config as core
+from megatron_mixtral.errors import JobError
 
 ASKED = {
     "tiny": {"output": "/x/tiny"},
@@ -33,6 +34,32 @@ def test_every_setting_is_the_jobs_own_with_its_default(job):
     for setting in settings.SETTINGS[job]:
         assert setting.name in theirs, f"settings.py: {job} has no {setting.name} any more"
         assert setting.default == theirs[setting.name], f"settings.py: {job}.{setting.name} has another default"
+
+
+@pytest.mark.parametrize("job", ASKED)
+def test_job_and_launcher_refuse_the_same_numbers(job):
+    for setting in settings.SETTINGS[job]:
+        if setting.kind in (int, float):
+            least, most = core.AT_LEAST.get(setting.name, 0), core.AT_MOST.get(setting.name)
+            assert (setting.minimum, setting.maximum) == (least, most), setting.name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"lr": -0.1}, "lr: -0.1 must be at least 0"),
+        ({"lr": float("nan")}, "lr: nan isn't a number"),
+        ({"clip_grad": float("inf")}, "clip_grad: inf isn't a number"),
+        ({"validation": 1.1}, "validation: 1.1 must be between 0 and 1"),
+        ({"layout": {"tensor": 0}}, "layout: tensor: 0 must be at least 1"),
+    ],
+)
+def test_a_configuration_by_hand_is_held_to_them_too(change, words):
+    with pytest.raises(JobError) as caught:
+        core.parse(core.FinetuneConfig, {"model": "m", "data": "d", **change}, where="config.yaml")
+    assert str(caught.value) == f"config.yaml: {words}"
+    assert caught.value.exit_code == 2
 
 
 # Keys that plans decide rather than a setting.

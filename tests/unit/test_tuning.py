@@ -24,6 +24,10 @@ def planned(axes=None, **values):
         ({"fp8": "e4m3", "lora": 8}, "leave out --lora"),
         ({"fp8": "e5m2"}, "--fp8: 'e5m2' isn't one of none, hybrid, e4m3"),
         ({"virtual_pipeline": 0}, "--virtual-pipeline: 0 must be at least 1"),
+        ({"lr": 1e-6}, "--lr: 1e-06 is below --min-lr, 1e-05"),
+        ({"min_lr": 2e-4}, "--lr: 0.0001 is below --min-lr, 0.0002"),
+        ({"lr": "inf"}, "--lr: 'inf' isn't a number"),
+        ({"seed": 2**32}, "--seed: 4294967296 must be between 0 and"),
     ],
 )
 def test_settings_that_say_nothing_without_another_are_refused(values, words):
