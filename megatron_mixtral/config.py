@@ -286,7 +286,6 @@ JOBS: dict[str, type] = {
 }
 
 
-def load(job: str, path: Path) -> Any:
 # What numbers make sense, by name, of whichever job; none is below 0. The launcher's settings say the same.
 AT_LEAST = {
     **dict.fromkeys(("tensor", "pipeline", "expert", "expert_tensor", "context"), 1),
@@ -300,6 +299,7 @@ AT_LEAST = {
 AT_MOST = {"validation": 1, "lora_dropout": 1, "seed": 2**31 - 1}
 
 
+def load(job: str, path: Path) -> Any:
     """Read `path` as the configuration of `job`; `InputError` names the key and lists the valid ones."""
     try:
         raw = yaml.safe_load(path.read_text())
