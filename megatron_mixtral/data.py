@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_mixtral import chat, chat_template, documents, indexed, tokenizer
+from megatron_mixtral import batches, chat, chat_template, documents, indexed, tokenizer
 from megatron_mixtral.config import PrepareConfig
 from megatron_mixtral.documents import Bad, Document, Fields, Piece
-from megatron_mixtral.errors import InputError
+from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.progress import Progress
 
@@ -45,6 +46,16 @@ class Part:
 
 def run(config: PrepareConfig, run_dir: Path) -> None:
     """Prepare; `InputError` names an input that is missing, empty, or a line that isn't a document."""
+    try:
+        prepare(config, run_dir)
+    except OSError as error:
+        raise JobError(f"{error.filename or config.output}: {error.strerror or error}") from error
+    except BrokenProcessPool as error:
+        raise JobError("a worker was killed, perhaps for want of memory: fewer workers need less") from error
+
+
+def prepare(config: PrepareConfig, run_dir: Path) -> None:
+    """As `run`, with the errors of the machine as they come."""
     words = tokenizer.load(Path(config.tokenizer).expanduser())
     files = documents.find(config.inputs)
     prefix = Path(config.output).expanduser()
@@ -57,8 +68,8 @@ def run(config: PrepareConfig, run_dir: Path) -> None:
     form = chat_template.form(words, config.chat_template)
     key = _key(files, fields, tokenizer.digest(words), form.source)
     events = EventLog(run_dir / "events.jsonl")
-    done, there = meta(prefix), " (there already)"
-    if done is None or done.get("key") != key:
+    done, there = _done(prefix, key, config.max_bad), " (there already)"
+    if not done:
         work, there = _work_folder(prefix, key), ""
         cut = documents.pieces(files)
         parts = _convert(config, cut, fields, work, events)
@@ -94,6 +105,18 @@ def meta(prefix: Path) -> dict | None:
     if not isinstance(description, dict):
         raise InputError(f"{file}: damaged: not an object; remove it and prepare the data again")
     return description
+
+
+def _done(prefix: Path, key: str, max_bad: int) -> dict | None:
+    """The description of what an earlier run made of the very same, if all of it is there."""
+    described = meta(prefix)
+    if not described or described.get("key") != key or described.get("bad", 0) > max_bad:
+        return None
+    try:
+        stored = batches.Documents(prefix)
+    except InputError:
+        return None
+    return described if (stored.masks is not None) == bool(described["masked"]) else None
 
 
 def _key(files: list[Path], fields: Fields, words: str, template: str | None) -> str:
@@ -220,7 +243,7 @@ def _assemble(
     prefix: Path, work: Path, parts: list[Part], known: dict, words: tokenizer.Tokenizer, files: list[Path]
 ) -> dict:
     """Join the parts, then put all files in place; a reader that comes in between finds no description."""
-    totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked")}
+    totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked", "bad")}
     if not totals["documents"]:
         raise InputError(f"no document in {', '.join(map(str, files[:5]))}: every input is empty")
     bases = [work / f"{n:08d}" for n in range(len(parts))]
@@ -234,18 +257,17 @@ def _assemble(
         indexed.join([b.with_suffix(suffix) for b in bases], work / f"out{name}.bin")
         indexed.write_index(work / f"out{name}.idx", lengths, dtype)
     (work / "out.json").write_text(json.dumps(description, indent=1))
-    for stale in (".json", "_mask.bin", "_mask.idx"):
+    # Killed between any two of these, it leaves nothing that can be read without its mask.
+    for stale in (".json", ".idx", "_mask.bin", "_mask.idx"):
         Path(f"{prefix}{stale}").unlink(missing_ok=True)
-    for name in [f"{n}{s}" for n, _, _ in kinds for s in (".bin", ".idx")] + [".json"]:
+    for name in [f"{n}{s}" for n, _, _ in reversed(kinds) for s in (".bin", ".idx")] + [".json"]:
         (work / f"out{name}").replace(f"{prefix}{name}")
     return description
 
 
 def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[str]:
     """The first `count` documents as text, with what is learnt between guillemets."""
-    from megatron_mixtral.batches import Documents
-
-    stored = Documents(prefix) if count else None
+    stored = batches.Documents(prefix) if count else None
     for index in range(min(count, len(stored) if stored else 0)):
         ids, mask = stored.read(index, 0, None)
         shown = _marked(ids, mask, words)

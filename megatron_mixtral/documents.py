@@ -1,8 +1,10 @@
 """Find a preparation's input files and stream their documents, a byte range at a time, in bounded memory.
 
-A line of JSONL is a document; a plain text file is cut at blank lines into documents of about `TEXT_BYTES`.
+A line of JSONL is a document; a plain text file is cut at blank lines into documents of about `TEXT_BYTES`. A file
+whose name doesn't tell is JSONL if it begins as an object does: nobody is to learn JSON by mistake.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -18,6 +20,7 @@ from megatron_mixtral.errors import InputError
 INSTRUCT = chat.Instruct()
 RANGE_BYTES = 8 << 20  # one unit of parallel work
 ZSTD_BYTES = 16 << 10  # decompressed at a time
+ZSTD_WINDOW = 1 << 31  # the largest there is, `zstd --long=31`; memory follows the file's own
 TEXT_BYTES = 16 << 10  # a document of a plain text file, about
 COMPRESSED = ("", ".gz", ".zst")
 JSONL = tuple(kind + how for how in COMPRESSED for kind in (".jsonl", ".ndjson", ".json"))
@@ -69,18 +72,24 @@ def find(inputs: list[str]) -> list[Path]:
     found: list[Path] = []
     for name in inputs:
         path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _is_input(p.relative_to(path)) and p.is_file())
-            if not inside:
-                raise InputError(f"{path}: no {', '.join((*JSONL, *TEXT))} in this folder")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder")
+        try:
+            found += _files(path)
+        except OSError as error:
+            raise InputError(f"{error.filename or path}: {error.strerror}") from error
     if not found:
         raise InputError("inputs: nothing to prepare")
     return found
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if _is_input(p.relative_to(path)) and p.is_file())
+        if not inside:
+            raise InputError(f"{path}: no {', '.join((*JSONL, *TEXT))} in this folder")
+        return inside
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder")
+    return [path]
 
 
 def _is_input(path: Path) -> bool:
@@ -92,7 +101,7 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
     cut: list[Piece] = []
     for file in files:
         size = file.stat().st_size
-        step = size if file.suffix in (".gz", ".zst") else range_bytes
+        step = size if _is_compressed(file) else range_bytes
         starts = range(0, size, max(step, 1)) or range(1)
         cut += [Piece(file=file, start=s, end=min(s + max(step, 1), size), size=size) for s in starts]
     return cut
@@ -101,12 +110,24 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
 def read(piece: Piece, fields: Fields, form: chat.Form = INSTRUCT) -> Iterator[Document | Bad]:
     """The documents that begin in `piece`, in order; conversations in the turns that `form` makes of them."""
     try:
-        if piece.file.name.lower().endswith(JSONL):
+        if _is_jsonl(piece.file):
             yield from _objects(piece, fields, form)
         else:
             yield from _texts(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{piece.file}: damaged: {error}") from error
+
+
+def _is_jsonl(file: Path) -> bool:
+    name = file.name.lower()
+    if name.endswith((*JSONL, *TEXT)):
+        return name.endswith(JSONL)
+    with _open(file) as stream:
+        return stream.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+
+
+def _is_compressed(file: Path) -> bool:
+    return file.suffix.lower() in (".gz", ".zst")
 
 
 def lines(piece: Piece) -> Iterator[bytes]:
@@ -117,7 +138,7 @@ def lines(piece: Piece) -> Iterator[bytes]:
 def _lines(piece: Piece) -> Iterator[tuple[bytes, bool]]:
     """Each line with whether it is the file's last."""
     with _open(piece.file) as stream:
-        if piece.file.suffix in (".gz", ".zst"):
+        if _is_compressed(piece.file):
             yield from ((line, not stream.peek(1)) for line in stream)  # type: ignore[attr-defined]
             return
         position = piece.start
@@ -130,11 +151,14 @@ def _lines(piece: Piece) -> Iterator[tuple[bytes, bool]]:
 
 
 def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.suffix == ".zst":
-        return io.BufferedReader(_Zstd(file), 1 << 20)
-    return file.open("rb", buffering=1 << 20)
+    try:
+        if file.suffix.lower() == ".gz":
+            return gzip.open(file, "rb")  # type: ignore[return-value]
+        if file.suffix.lower() == ".zst":
+            return io.BufferedReader(_Zstd(file), 1 << 20)
+        return file.open("rb", buffering=1 << 20)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
 
 
 class _Zstd(io.RawIOBase):
@@ -146,7 +170,7 @@ class _Zstd(io.RawIOBase):
         except ImportError as error:
             raise InputError(f"{file}: reading .zst needs `pip install zstandard`") from error
         self._file, self._failure = file.open("rb"), zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj
         self._frame: Any = None  # one that is under way
         self._ready = memoryview(b"")
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import mistrals
 import numpy as np
@@ -17,7 +18,7 @@ from mistral_common.exceptions import MistralCommonException
 from megatron_mixtral import chat, data, documents, tokenizer
 from megatron_mixtral.batches import Documents
 from megatron_mixtral.config import PrepareConfig
-from megatron_mixtral.errors import InputError
+from megatron_mixtral.errors import InputError, JobError
 
 TEXTS = [f"Document {n} says: {'words ' * (n % 7)}and ends with héé 你好." for n in range(50)]
 TALK = [
@@ -121,6 +122,13 @@ def one_a_line(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+def far_back(content):
+    """As `zstd --long=31` writes it."""
+    settings = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return writer.compress(content) + writer.flush()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -129,8 +137,14 @@ def one_a_line(*texts):
         ("a.jsonl.gz", gzip.compress(one_a_line("one")) + gzip.compress(one_a_line("two"))),
         ("a.ndjson.zst", zstandard.compress(one_a_line("one")) + zstandard.compress(one_a_line("two"))),
         ("deep/a.jsonl.zst", zstandard.compress(one_a_line("one", "two"))),
+        ("A.JSONL.GZ", gzip.compress(one_a_line("one", "two"))),
+        ("A.Jsonl.ZST", zstandard.compress(one_a_line("one", "two"))),
+        ("a.jsonl.zst", far_back(one_a_line("one", "two"))),
     ],
-    ids=["from-windows", "null-and-twice", "gzip-in-parts", "zstd-in-parts", "in-a-folder"],  # gzip tells the time
+    ids=[  # gzip tells the time
+        *("from-windows", "null-and-twice", "gzip-in-parts", "zstd-in-parts", "in-a-folder"),
+        *("GZIP", "ZSTD", "zstd-far-back"),
+    ],
 )
 def test_files_as_they_are_found(tmp_path, tokenizer_folder, words, name, content):
     (tmp_path / "in/deep").mkdir(parents=True)
@@ -138,6 +152,14 @@ def test_files_as_they_are_found(tmp_path, tokenizer_folder, words, name, conten
     (tmp_path / "in" / name).write_bytes(content)
     found = stored(prepare(tmp_path, tokenizer_folder, tmp_path / "in"))
     assert [ids for ids, _ in found] == [[1, *words.encode(t), 2] for t in ("one", "two")]
+
+
+@pytest.mark.parametrize("name", ["chats", "chats.jsonl.1", "chats.gz", "chats.bak"])
+def test_lines_of_json_are_no_plain_text_whatever_their_file_is_called(tmp_path, tokenizer_folder, words, name):
+    content = b"\xef\xbb\xbf" * (name == "chats.bak") + json.dumps({"prompt": "q", "completion": "a"}).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    ((_, mask),) = stored(prepare(tmp_path, tokenizer_folder, tmp_path / name))
+    assert 0 < sum(mask) < len(mask)
 
 
 NOISE = one_a_line(*(str(np.random.default_rng(n).bytes(20)) for n in range(2000)))
@@ -292,6 +314,65 @@ def test_prepared_data_is_not_prepared_again_until_its_input_changes(tmp_path, t
     write_jsonl(file, [{"text": "another"}])
     prepare(tmp_path, tokenizer_folder, file)
     assert (tmp_path / "out.bin").stat().st_mtime_ns != before
+
+
+def test_bad_lines_that_were_allowed_are_not_for_ever(tmp_path, tokenizer_folder):
+    (tmp_path / "in.jsonl").write_bytes(one_a_line("one") + b"bad\n")
+    prefix = prepare(tmp_path, tokenizer_folder, tmp_path / "in.jsonl", max_bad=1)
+    with pytest.raises(InputError, match=r"1 bad line \(at most 0 allowed"):
+        prepare(tmp_path, tokenizer_folder, tmp_path / "in.jsonl")
+    assert len(stored(prefix)) == 1
+
+
+@pytest.mark.parametrize("lost", ["out.bin", "out.idx", "out_mask.bin", "out_mask.idx"])
+def test_what_was_lost_since_is_made_again(tmp_path, tokenizer_folder, lost):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"messages": TALK}])
+    before = stored(prepare(tmp_path, tokenizer_folder, file))
+    (tmp_path / lost).unlink()
+    assert stored(prepare(tmp_path, tokenizer_folder, file)) == before
+
+
+@pytest.mark.parametrize("old", [{"messages": TALK}, {"text": "old"}])
+def test_killed_as_files_get_their_names_it_leaves_nothing_without_its_mask(
+    tmp_path, tokenizer_folder, monkeypatch, old
+):
+    """Whichever of these steps is the last one done."""
+    prepare(tmp_path, tokenizer_folder, write_jsonl(tmp_path / "in.jsonl", [old]))
+    new = write_jsonl(tmp_path / "new.jsonl", [{"messages": TALK[1:3]}])
+    for done in range(9):
+        with monkeypatch.context() as patched:
+            kill_after(patched, done)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(tmp_path, tokenizer_folder, new)
+        if (tmp_path / "out.idx").exists():
+            ((_, mask),) = stored(tmp_path / "out")
+            assert set(mask) == {0, 1} or (done < 2 and "text" in old)
+    prepare(tmp_path, tokenizer_folder, new)
+
+
+def kill_after(patched, steps):
+    """As many changes of the names of the output's files."""
+    left = iter(range(steps))
+
+    def counted(real):
+        def step(self, *args, **options):
+            if self.name.startswith("out") and next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(self, *args, **options)
+
+        return step
+
+    for name in ("unlink", "replace"):
+        patched.setattr(Path, name, counted(getattr(Path, name)))
+
+
+def test_what_the_machine_refuses_is_named(tmp_path, tokenizer_folder):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
+    with pytest.raises(InputError, match="File name too long"):
+        prepare(tmp_path, tokenizer_folder, "x" * 300)
+    (tmp_path / "out.parts").write_text("a file where the folder would be")
+    with pytest.raises(JobError, match=r"out\.parts"):
+        prepare(tmp_path, tokenizer_folder, file)
 
 
 def test_control_tokens_in_text_stay_text(tokenizer_folder):
