@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher import servers
 from launcher.errors import Fault, UsageError
 from launcher.servers import KEY, Server, explain
 
@@ -94,7 +95,7 @@ def complete(server: Server, text: str, settings: Settings) -> Iterator[str]:
 
 
 def _model(server: Server) -> dict[str, str]:
-    """By name where it is known: our server has but one, others ask for it."""
+    """By name where it is known: our server has but one, others want to be told."""
     return {"model": server.name} if server.name else {}
 
 
@@ -108,6 +109,7 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
         prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt:
         raise UsageError("there is nothing to answer: the prompt is empty")
+    server = servers.named(server)
     conversation = Conversation(server=server, settings=settings, system=system)
     if prompt is not None:
         _print(complete(server, prompt, settings) if raw else conversation.ask(prompt))

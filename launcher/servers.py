@@ -10,7 +10,8 @@ import re
 import shlex
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,17 @@ def answers(server: Server) -> bool:
         return httpx.get(f"{server.url}/health", timeout=PROBE_SECONDS).status_code < 500
     except httpx.HTTPError:
         return False
+
+
+def named(server: Server) -> Server:
+    """With the model that it serves, which other servers than ours want to be told; as it was if it doesn't say."""
+    import httpx
+
+    if not server.name:
+        with suppress(httpx.HTTPError, ValueError, LookupError, TypeError), server.client() as client:
+            models = client.get("/v1/models", timeout=PROBE_SECONDS).json()
+            return replace(server, name=str(models["data"][0]["id"]))
+    return server
 
 
 def require_port(plan: "JobPlan") -> None:

@@ -144,6 +144,14 @@ def test_all_between_quotes_is_one_question(server, tmp_path, capsys, monkeypatc
     assert (state / "chat_history").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_bare_address_says_what_it_serves(server, capsys, monkeypatch):
+    typed(monkeypatch, "/quit")
+    chat.run(servers.Server(url=server.url, key=KEY), prompt=None, system=None, settings=SHORT)
+    assert capsys.readouterr().out.startswith(f"tiny at {server.url};")
+    stranger = servers.Server(url=server.url)
+    assert servers.named(stranger) == stranger
+
+
 def test_an_answer_that_is_left_is_remembered_and_cancelled(server, running):
     talk = chat.Conversation(server=server, settings=chat.Settings(max_tokens=200, temperature=0.0))
     answer = talk.ask("Tell me everything")
