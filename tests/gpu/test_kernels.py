@@ -159,6 +159,20 @@ def test_every_row_of_the_plan_is_taken_once(device):
     assert torch.equal(by_expert[plan.place[chosen].long()], chosen.nonzero()[:, 1])
 
 
+def test_tokens_that_do_not_count_are_sent_nowhere(device):
+    """A decoding batch is filled up to the size of its graph."""
+    from megatron_mixtral.fused import routing
+
+    x, probs = torch.randn(5, 8, device=device), torch.rand(5, 2, device=device)
+    experts = torch.tensor([[0, 2], [1, 2], [0, 1], [-1, -1], [-1, -1]], dtype=torch.int32, device=device)
+    plan, rows, row_probs = routing.spread_chosen(x, experts, probs, 4)
+    assert plan.counts.tolist() == [2, 2, 2, 0]
+    assert torch.equal(rows[:6], x[[0, 2, 1, 2, 0, 1]])
+    assert torch.equal(row_probs[:6], probs.flatten()[[0, 4, 2, 5, 1, 3]])
+    back, _ = routing.gather(rows, None, plan)
+    assert torch.equal(back[3:], torch.zeros_like(back[3:]))
+
+
 def test_weight_gradients_are_added_to_the_fp32_buffer(device):
     from megatron_mixtral.fused import experts
 
