@@ -43,4 +43,9 @@ def serving(chosen: Mapping[str, Any], shape: Shape | None) -> Serving:
     values = settings.complete("serve", chosen)
     if "max_tokens" not in chosen and shape:
         values["max_tokens"] = min(values["max_tokens"], shape.positions)
-    return Serving(requests=values["max_batch"], tokens=values["max_tokens"], precision=values["precision"])
+    return Serving(
+        requests=values["max_batch"],
+        tokens=values["max_tokens"],
+        precision=values["precision"],
+        fp8_experts=values["fp8_experts"],
+    )

@@ -323,6 +323,8 @@ def plan_serve(
     """An HTTP server on the job's first rank. Beyond this machine it asks for a key, which the script makes."""
     chosen = _with_base(profile, settings.check("serve", values))
     by_vllm = chosen.get("engine") == vllm.ENGINE
+    if by_vllm and chosen.get("fp8_experts"):
+        raise UsageError("--fp8-experts: goes with --engine megatron alone")
     preset = Layout() if profile.is_local else SERVE_ON_SLURM
     layout = vllm.layout(profile, axes) if by_vllm else axes.over(preset)
     known = shape or layouts.known_shape(model)

@@ -39,6 +39,7 @@ class Serving:
     requests: int
     tokens: int
     precision: str = "bf16"
+    fp8_experts: bool = False
 
     @property
     def pages(self) -> int:
@@ -174,8 +175,14 @@ def _serving_stage(shape: Shape, layout: Layout, work: Serving, tokens: int, sta
     hidden, queries, keys = shape.hidden, shape.queries, shape.keys
     layer = 3 * hidden + (2 * queries + 2 * keys) // layout.tensor
     rows = shape.experts_a_token * (2 * hidden + 3 * shape.expert_width // layout.expert_tensor)
+    dense, experts = parameters(shape, layout, stage)
+    if work.fp8_experts:  # a byte each, and a scale in fp32 for every row of both matrices
+        own = shape.stages(layout.pipeline)[stage] * shape.experts // layout.expert
+        experts += 4 * own * (2 * shape.expert_width // layout.expert_tensor + hidden)
+    else:
+        experts *= size
     parts = {
-        "weights": size * sum(parameters(shape, layout, stage)),
+        "weights": size * dense + experts,
         "a step": a_prompt * (layer + rows),
         "KV cache": tokens * cache_bytes(shape, layout, work.precision, stage),
     }

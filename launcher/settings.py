@@ -206,6 +206,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "serve": (
         _choice("engine", "megatron", "What answers: our own, or `vllm serve` in its place.", "megatron", "vllm"),
         _choice("precision", "bf16", "Precision of the arithmetic.", "bf16", "fp32"),
+        _flag("fp8_experts", "Keep experts' weights in FP8: half the memory, at some loss."),
         _int("max_batch", 64, "Requests answered at once."),
         _int("max_tokens", 4096, "Longest prompt and answer together."),
         _int("queue", 256, "Requests that may wait beyond those.", 0),

@@ -264,6 +264,7 @@ class ServeConfig:
     port: int = 5000  # 0 takes any free one
     other_port: bool = False  # take the next free one where that one is taken
     precision: str = "bf16"
+    fp8_experts: bool = False  # keep experts' weights in FP8: half the memory, and half of what a token reads
     max_batch: int = 64
     max_tokens: int = 4096  # prompt and answer together; a model with a shorter context serves that
     queue: int = 256  # requests that may wait beyond those that run; more are told to come back

@@ -160,6 +160,9 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 class Experts(MegatronModule):
     """All experts of this rank as two stacked matrices: w2(silu(w1 x) * (w3 x)) for the tokens sent to each."""
 
+    weight_dtype: torch.dtype | None = None  # None: the model's
+    scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)  # of both matrices' rows, if they have any
+
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, **_: Any
     ) -> None:
@@ -183,10 +186,8 @@ class Experts(MegatronModule):
         self.grouped = grouped_mm_serves(self.linear_fc1, self.linear_fc2)
 
     def _stacked(self, rows: int, columns: int, *, dim: int) -> torch.nn.Parameter:
-        config = self.config
-        weight = torch.nn.Parameter(
-            torch.empty(self.count, rows, columns, dtype=config.params_dtype, device=mcore.device())
-        )
+        dtype = self.weight_dtype or self.config.params_dtype
+        weight = torch.nn.Parameter(torch.empty(self.count, rows, columns, dtype=dtype, device=mcore.device()))
         set_tensor_model_parallel_attributes(weight, True, dim, 1)  # every rank counts its own part of the norm
         return weight
 

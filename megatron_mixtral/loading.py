@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mixtral import checkpoint, digests, merging, weights_folder
+from megatron_mixtral import checkpoint, digests, fp8, merging, weights_folder
 from megatron_mixtral.config import MixtralShape
 from megatron_mixtral.copying import Source, read_rows
 from megatron_mixtral.hub_rows import HubRows
@@ -35,11 +35,15 @@ READERS = 4  # threads: a parallel file system or a page cache gives more to sev
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of a stored tensor, and the rows and columns of a parameter that they are for."""
+    """Some rows of a stored tensor, and the rows and columns of a parameter that they are for.
+
+    A parameter in FP8 has a scale for each of its rows.
+    """
 
     rows: Rows
     columns: slice
     into: Tensor
+    scale: Tensor | None = None
 
 
 def load(model: Any, folder: Path, *, base: str | None = None, progress: Callable[[int], Any] = int) -> None:
@@ -96,7 +100,8 @@ def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> It
     """The shard plane by plane (layer, expert), each in runs of rows; rows that only pad become zero."""
     axes = megatron_axes(shard.key)
     offset, data = tuple(shard.global_offset), shard.data
-    for index, plane in _planes(data, offset[:axes], axes - shard.prepend_axis_num):
+    scales = getattr(shard, "scales", None)
+    for number, (index, plane) in enumerate(_planes(data, offset[:axes], axes - shard.prepend_axis_num)):
         matrix = plane if plane.dim() > 1 else plane.unsqueeze(1)
         first = offset[axes]
         column = offset[axes + 1] if plane.dim() > 1 else 0
@@ -106,7 +111,8 @@ def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> It
         for start in range(0, count, step):
             stop = min(start + step, count)
             rows = Rows(shard.key, index, first + start, first + stop)
-            yield Block(rows, slice(column, column + matrix.shape[1]), matrix[start:stop])
+            scale = None if scales is None else scales[number, start:stop]
+            yield Block(rows, slice(column, column + matrix.shape[1]), matrix[start:stop], scale)
 
 
 def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -136,7 +142,10 @@ def _fill(
 
     def put() -> None:
         block, values = waiting.pop(0)
-        block.into.copy_(values.result())
+        if block.scale is None:
+            block.into.copy_(values.result())
+        else:
+            fp8.quantize(values.result().to(block.into.device), block.into, block.scale)
         progress(block.into.numel() * block.into.element_size())
 
     try:

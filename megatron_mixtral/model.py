@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from megatron_mixtral import fused, layers, mcore
+from megatron_mixtral import fp8, fused, layers, mcore
 from megatron_mixtral import lora as adapting
 from megatron_mixtral.adapters import Lora
 from megatron_mixtral.config import Layout, MixtralShape
@@ -39,6 +39,7 @@ def build(
     parallel_output: bool = True,
     fuse: bool | None = None,
     lora: Lora | None = None,
+    fp8_experts: bool = False,
     seed: int = 1234,
     split_sequence: bool = False,
     vp_stage: int | None = None,
@@ -50,6 +51,7 @@ def build(
     `parallel_output=False` gathers the vocabulary of the logits over tensor-parallel ranks.
     `fuse` asks for our own kernels or for none; by default they are used wherever they run on a GPU.
     `lora` freezes everything and puts adapters beside it, whose first values follow from `seed`.
+    `fp8_experts` keeps experts' weights in FP8: to serve only, and loaded by `loading` alone.
     `split_sequence` allows context parallelism: each rank is then given its stretches of every sequence.
     `vp_stage` is which of this rank's chunks to build where `mcore.initialize` was told of several.
     Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
@@ -60,6 +62,8 @@ def build(
     kind, parts = _kind(fuse)
     if lora and lora.experts:
         parts = replace(parts, experts=adapting.Experts)
+    if fp8_experts:
+        parts = replace(parts, experts=fp8.Experts)
     with mcore.quiet():
         settings = transformer_config(
             shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
@@ -67,7 +71,7 @@ def build(
         model = kind(
             config=settings,
             transformer_layer_spec=layers.decoder_spec(
-                settings, parts=parts, vp_stage=vp_stage, own=lora is not None
+                settings, parts=parts, vp_stage=vp_stage, own=lora is not None or fp8_experts
             ),
             vocab_size=padded_vocabulary(shape, layout),
             max_sequence_length=max_sequence_length or shape.max_position_embeddings,

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from megatron_mixtral.fused import activation, gradients
-from megatron_mixtral.fused.products import Products, best
+from megatron_mixtral.fused.products import Products, Scales, best
 
 
-def forward(rows: Tensor, probs: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-    """What `GroupedExperts` gives, keeping nothing for a backward pass."""
+def forward(
+    rows: Tensor, probs: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)
+) -> Tensor:
+    """What `GroupedExperts` gives, keeping nothing for a backward pass; weights in FP8 come with their `scales`."""
     products = best(counts, fc1, fc2)
-    inner = activation.forward(products.of(rows, fc1.transpose(1, 2)), probs)
-    return products.of(inner, fc2.transpose(1, 2))
+    inner = activation.forward(products.of(rows, fc1.transpose(1, 2), scales[0]), probs)
+    return products.of(inner, fc2.transpose(1, 2), scales[1])
 
 
 class GroupedExperts(torch.autograd.Function):

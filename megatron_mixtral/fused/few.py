@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mixtral.fused.products import Scales
+
 MOST = 512  # tokens; beyond, grouped products are faster
 
 
@@ -89,10 +91,10 @@ def _sort(chosen, source, place, ends, rows, E: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _first(  # noqa: ANN202
-    x, weight, probs, source, ends, inner, width, out_width, K: tl.constexpr,  # noqa: ANN001
+    x, weight, scale, probs, source, ends, inner, width, out_width, K: tl.constexpr,  # noqa: ANN001
     ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """inner [R, F] = silu(gate) * up * p for one strip of one expert."""
+    """inner [R, F] = silu(gate) * up * p for one strip of one expert; weights in FP8 have a scale a row."""
     expert = tl.program_id(1)
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
@@ -108,8 +110,12 @@ def _first(  # noqa: ANN202
         up = tl.zeros([ROWS, WIDE], tl.float32)
         for k in range(0, width, DEEP):
             value = tl.load(x_at + k, mask=inside[:, None], other=0.0)
-            gate = tl.dot(value, tl.load(gate_at + k), gate)
-            up = tl.dot(value, tl.load(gate_at + out_width.to(tl.int64) * width + k), up)
+            gate = tl.dot(value, tl.load(gate_at + k).to(value.dtype), gate)
+            up = tl.dot(value, tl.load(gate_at + out_width.to(tl.int64) * width + k).to(value.dtype), up)
+        if scale is not None:
+            scale_at = scale + expert * 2 * out_width + column
+            gate *= tl.load(scale_at)[None, :]
+            up *= tl.load(scale_at + out_width)[None, :]
         p = tl.load(probs + own, mask=inside, other=0.0).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up * p[:, None]
         to = inner + row.to(tl.int64)[:, None] * out_width + column[None, :]
@@ -118,7 +124,7 @@ def _first(  # noqa: ANN202
 
 @triton.jit
 def _second(  # noqa: ANN202
-    inner, weight, ends, out, rows, width, out_width,  # noqa: ANN001
+    inner, weight, scale, ends, out, rows, width, out_width,  # noqa: ANN001
     PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """out [PARTS, R, H]: one part of the sum over F, for one strip of one expert."""
@@ -135,7 +141,10 @@ def _second(  # noqa: ANN202
         x_at = inner + row.to(tl.int64)[:, None] * width + part * share + depth[None, :]
         sums = tl.zeros([ROWS, WIDE], tl.float32)
         for k in range(0, share, DEEP):
-            sums = tl.dot(tl.load(x_at + k, mask=inside[:, None], other=0.0), tl.load(w_at + k), sums)
+            value = tl.load(x_at + k, mask=inside[:, None], other=0.0)
+            sums = tl.dot(value, tl.load(w_at + k).to(value.dtype), sums)
+        if scale is not None:
+            sums *= tl.load(scale + expert * out_width + column)[None, :]
         to = out + (part.to(tl.int64) * rows + row)[:, None] * out_width + column[None, :]
         tl.store(to, sums, mask=inside[:, None])
 
@@ -167,8 +176,8 @@ class Rows:
     place: Tensor  # [T, k] int32, -1: no row
 
 
-def experts(x: Tensor, choice: Choice, fc1: Tensor, fc2: Tensor) -> Rows:
-    """x [T, H], fc1 [E, 2F, H], fc2 [E, H, F]; H and F divide by 128."""
+def experts(x: Tensor, choice: Choice, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)) -> Rows:
+    """x [T, H], fc1 [E, 2F, H], fc2 [E, H, F]; H and F divide by 128. Both of x's type, or e4m3 with `scales`."""
     tokens, hidden = x.shape
     count, width, top_k = fc1.shape[0], fc2.shape[2], choice.experts.shape[1]
     rows = tokens * top_k
@@ -178,13 +187,13 @@ def experts(x: Tensor, choice: Choice, fc1: Tensor, fc2: Tensor) -> Rows:
     _sort[(1,)](choice.experts, source, place, ends, rows, E=count, BLOCK=triton.next_power_of_2(rows), num_warps=4)
     inner = x.new_empty(rows, width)
     _first[(width // first.wide, count)](
-        x, fc1, choice.probs, source, ends, inner, hidden, width, K=top_k, ROWS=first.rows, WIDE=first.wide,
-        DEEP=first.deep, num_warps=first.warps, num_stages=first.stages,
+        x, fc1, scales[0], choice.probs, source, ends, inner, hidden, width, K=top_k, ROWS=first.rows,
+        WIDE=first.wide, DEEP=first.deep, num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     parts = x.new_empty(second.parts, rows, hidden, dtype=torch.float32)
     _second[(hidden // second.wide, count, second.parts)](
-        inner, fc2, ends, parts, rows, width, hidden, PARTS=second.parts, ROWS=second.rows, WIDE=second.wide,
-        DEEP=second.deep, num_warps=second.warps, num_stages=second.stages,
+        inner, fc2, scales[1], ends, parts, rows, width, hidden, PARTS=second.parts, ROWS=second.rows,
+        WIDE=second.wide, DEEP=second.deep, num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
     return Rows(parts=parts, place=place.view(tokens, top_k))
 
@@ -194,7 +203,7 @@ def _add_and_norm(  # noqa: ANN202
     residual, delta, parts, place, weight, out, rows, width, eps,  # noqa: ANN001
     K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """residual += delta, or += the token's rows; out = the new residual, normalised."""
+    """residual += delta, or += the token's rows; out = the new residual, normalised if there is a weight."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width

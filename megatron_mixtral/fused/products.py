@@ -1,7 +1,8 @@
 """Products of each row with its own expert's matrix, and of each expert's rows with each other.
 
 The fastest way there is here: quack's kernels for Hopper where that package is installed, torch's grouped product
-and cuBLAS else, one product after another where neither runs. Shapes: R rows sorted by expert, E experts.
+and cuBLAS else, one product after another where neither runs. Weights in FP8 (e4m3) have a scale a row of each
+matrix, which is a column here. Shapes: R rows sorted by expert, E experts.
 """
 
 import functools
@@ -14,14 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_mixtral import fused
 from megatron_mixtral.fused import gradients
+
+# Of both matrices of each expert, [E, 2F] and [E, H] in fp32, where these are in FP8.
+Scales = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Products(Protocol):
     """Made of `counts` [E], the rows of each expert; good for one forward and backward pass."""
 
-    def of(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [R, K], weight [E, K, N] -> [R, N]."""
+    def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x [R, K], weight [E, K, N] -> [R, N] in the type of x; `scale` [E, N] if the weight is in FP8."""
 
     def between(self, grad: Tensor, x: Tensor) -> Tensor:
         """grad [R, N], x [R, K] -> [E, N, K], in their type."""
@@ -36,8 +41,11 @@ class OneByOne:
     def __init__(self, counts: Tensor) -> None:
         self.host = gradients.CountsOnHost(counts)
 
-    def of(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([part @ w for part, w in zip(x.split(self.host.get()), weight, strict=True)])
+    def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        parts = [part @ w.to(x.dtype) for part, w in zip(x.split(self.host.get()), weight, strict=True)]
+        if scale is not None:
+            parts = [(part * own).to(x.dtype) for part, own in zip(parts, scale, strict=True)]
+        return torch.cat(parts)
 
     def between(self, grad: Tensor, x: Tensor) -> Tensor:
         parts = zip(grad.split(self.host.get()), x.split(self.host.get()), strict=True)
@@ -61,11 +69,34 @@ class Grouped(OneByOne):
             self._host = gradients.CountsOnHost(self.counts)
         return self._host
 
-    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+    def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        assert scale is None
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def between(self, grad: Tensor, x: Tensor) -> Tensor:
         return F.grouped_mm(grad.t(), x, offs=self.ends)
+
+
+class Scaled(OneByOne):
+    """By torch's scaled grouped product, for weights in FP8 that aren't trained: rows become e4m3 as well.
+
+    Rows of one expert may be any number, and none; only widths must be whole 16s.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self.ends = counts.cumsum(0, dtype=torch.int32)
+
+    def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        from megatron_mixtral.fused import quantize  # imports triton
+
+        if not len(x):
+            return x.new_empty(0, weight.shape[2])
+        rows, own = quantize.rows(x)
+        # F.scaled_grouped_mm, from torch 2.10 on, is the same kernel with more to say; this one is in all versions.
+        product = torch._scaled_grouped_mm(
+            rows, weight, own, scale, offs=self.ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return product.to(x.dtype)
 
 
 class Quack:
@@ -77,7 +108,8 @@ class Quack:
     def __init__(self, counts: Tensor) -> None:
         self.bounds = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+    def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        assert scale is None
         if weight.stride(1) != 1:
             return F.grouped_mm(x, weight, offs=self.bounds[1:])
         out = x.new_empty(x.shape[0], weight.shape[2])
@@ -131,6 +163,8 @@ def describe() -> str:
 
 def best(counts: Tensor, *weights: Tensor) -> Products:
     """The fastest way for these weights."""
+    if scaled_mm_serves(*weights):
+        return Scaled(counts.to(weights[0].device, non_blocking=True))
     if not grouped_mm_serves(*weights):
         return OneByOne(counts)
     counts = counts.to(weights[0].device, torch.int32, non_blocking=True)
@@ -146,6 +180,20 @@ def grouped_mm_serves(*weights: Tensor) -> bool:
         and hasattr(F, "grouped_mm")
         and all(
             w.is_cuda and w.dtype == torch.bfloat16 and w.shape[-1] % 8 == 0 and w.shape[-2] % 8 == 0
+            for w in weights
+        )
+    )
+
+
+def scaled_mm_serves(*weights: Tensor) -> bool:
+    """Whether one scaled product can do all experts: e4m3 on Hopper, widths of whole 16s."""
+    return (
+        fused.missing() is None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability()[0] == 9
+        and hasattr(torch, "_scaled_grouped_mm")
+        and all(
+            w.is_cuda and w.dtype == torch.float8_e4m3fn and w.shape[-1] % 16 == 0 and w.shape[-2] % 16 == 0
             for w in weights
         )
     )

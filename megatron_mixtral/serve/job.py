@@ -101,6 +101,11 @@ def checked(config: ServeConfig) -> Setup:
     config.layout.check(shape)
     if config.layout.context > 1:
         raise InputError(f"context parallel {config.layout.context}: answers are made token by token; use 1")
+    if config.fp8_experts:
+        from megatron_mixtral import fp8
+
+        if reason := fp8.missing():
+            raise InputError(f"fp8_experts: {reason}")
     config = within_context(config, shape)
     form = chat_template.form(words)
     return Setup(config=config, folder=folder, shape=shape, words=words, form=form, rank=rank, world=world, key=key)
@@ -138,13 +143,21 @@ def within_context(config: ServeConfig, shape: MixtralShape) -> ServeConfig:
 
 def load(setup: Setup, log: EventLog) -> Any:
     """This rank's replica of the model."""
-    from megatron_mixtral import loading, mcore, model
+    from megatron_mixtral import fp8, loading, mcore, model
     from megatron_mixtral.serve import grammar
     from megatron_mixtral.serve.replica import Replica, Sizes
 
     config, started = setup.config, time.monotonic()
     mcore.initialize(config.layout)
-    part = model.build(setup.shape, config.layout, precision=config.precision, random_weights=False)
+    part = model.build(
+        setup.shape,
+        config.layout,
+        precision=config.precision,
+        random_weights=False,
+        fp8_experts=config.fp8_experts,
+    )
+    if config.fp8_experts and setup.rank == 0:
+        print(fp8.describe(part.decoder.layers[0].mlp.experts), flush=True)
     progress = Progress(loading.size(part), label="loading", events=log)
     loading.load(part, setup.folder, base=config.base, progress=progress.add)
     progress.finish()

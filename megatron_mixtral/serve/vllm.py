@@ -29,6 +29,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 def run(config: ServeConfig, run_dir: Path) -> None:
     """Serve `config.model` by vLLM until told to stop; `InputError` before anything starts when it can't."""
+    if config.fp8_experts:
+        raise InputError("fp8_experts: goes with engine megatron alone")
     program = shutil.which(PROGRAM)
     if program is None:
         raise InputError(f"{PROGRAM} isn't installed where this job runs; name an image that has it, or install it")

@@ -1,8 +1,9 @@
-"""Serving speed of the whole Mixtral 8x7B in bf16 on one GPU with random weights, and what bounds and rivals it.
+"""Serving speed of the whole Mixtral 8x7B on one GPU with random weights, and what bounds and rivals it.
 
 Decoding is timed over the engine's own steps, sampling and bookkeeping included; `all` counts from the first prompt
 to the last token, prompts included. The floor of a step is the bytes that must be read once over the copy rate
-measured in the same run.
+measured in the same run. The same weights are served once more with experts in FP8; how far their logits are from
+those in bf16 is told beside how far these are from themselves when fewer requests are answered at once.
 """
 
 import argparse
@@ -17,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gpu_candidates import SHAPE as TWO_LAYERS
 
-from megatron_mixtral import fused, mcore, model
+from megatron_mixtral import fp8, fused, mcore, model
 from megatron_mixtral.config import Layout, MixtralShape
 from megatron_mixtral.serve.replica import Replica, Sizes
+from megatron_mixtral.serve.sampling import Choice
 from megatron_mixtral.serve.wire import Request
 
 PROMPT, ANSWER = 128, 128
+COMPARED, FORCED = 32, 8  # requests whose logits are compared, and tokens of each
+KINDS = {"bf16": "mixlaunch", "fp8": "mixlaunch_fp8"}  # of the experts' weights -> its part of the report
 
 
 def copy_rate() -> float:
@@ -42,22 +47,34 @@ def copy_rate() -> float:
     return 2 * source.nbytes / (statistics.median(a.elapsed_time(b) for a, b in times) / 1000)
 
 
-def step_bytes(shape: MixtralShape, batch: int, context: int) -> float:
+def step_bytes(shape: MixtralShape, batch: int, context: int, expert_bytes: int) -> float:
     """What one decoding step reads at least: the weights that some token needs, and all keys and values."""
     heads = shape.num_attention_heads * shape.head_dim
     cached = shape.num_key_value_heads * shape.head_dim
     attention = shape.hidden_size * (2 * heads + 2 * cached)
     taken = 1 - (1 - shape.num_experts_per_tok / shape.num_local_experts) ** batch
     experts = taken * shape.num_local_experts * 3 * shape.hidden_size * shape.intermediate_size
-    weights = shape.num_hidden_layers * (attention + experts) + shape.hidden_size * shape.vocab_size
-    return 2 * (weights + batch * context * 2 * cached * shape.num_hidden_layers)
+    dense = shape.num_hidden_layers * attention + shape.hidden_size * shape.vocab_size
+    kept = batch * context * 2 * cached * shape.num_hidden_layers
+    return 2 * (dense + kept) + expert_bytes * shape.num_hidden_layers * experts
 
 
-def build(shape: MixtralShape) -> torch.nn.Module:
-    part = model.build(shape, Layout(), precision="bf16", random_weights=False)
+def build(shape: MixtralShape, *, in_fp8: bool) -> torch.nn.Module:
+    """With the same random weights every time."""
+    part = model.build(shape, Layout(), precision="bf16", random_weights=False, fp8_experts=in_fp8)
+    scales = {}
+    for experts in (layer.mlp.experts for layer in part.decoder.layers):
+        scales |= {experts.linear_fc1: experts.scales[0], experts.linear_fc2: experts.scales[1]}
+    torch.manual_seed(1234)
     with torch.no_grad():
         for parameter in part.parameters():
-            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, shape.initializer_range)
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            scale = scales.get(parameter)
+            for number, matrix in enumerate(parameter if parameter.ndim == 3 else [parameter]):
+                drawn = torch.empty_like(matrix, dtype=torch.bfloat16).normal_(0.0, shape.initializer_range)
+                matrix.copy_(drawn) if scale is None else fp8.quantize(drawn, matrix, scale[number])
     return part
 
 
@@ -111,8 +128,45 @@ def first_token(replica: Replica, numbers: Numbers, length: int, repeats: int) -
     return statistics.median(times[2:])
 
 
-def ours(options: argparse.Namespace, shape: MixtralShape, rate: float, profile: Path | None) -> dict[str, Any]:
-    part = build(shape)
+def logits(replica: Replica, numbers: Numbers, at_once: int) -> torch.Tensor:
+    """[requests * tokens, V] of always the same answers, forced upon it, so many requests at a time."""
+    sampler, seen = replica._controller.sampler, []
+    for first in range(0, COMPARED, at_once):
+        taken = numbers.take(at_once)
+        steps: dict[int, list[torch.Tensor]] = {number: [] for number in taken}
+
+        def forced(
+            rows: torch.Tensor, asked: list[int], steps: Any = steps, shift: int = first - taken[0]
+        ) -> list[Choice]:
+            for number, row in zip(asked, rows.float().cpu(), strict=True):
+                steps[number].append(row)
+            return [Choice(3 + (31 * (number + shift) + 7 * len(steps[number])) % 31000) for number in asked]
+
+        sampler.choose = forced  # type: ignore[method-assign]
+        for number in taken:
+            replica.add(dataclasses.replace(request(first + number - taken[0], PROMPT, FORCED), id=number))
+        while replica.busy:
+            replica.step()
+        seen += [row for number in taken for row in steps[number]]
+    del sampler.choose
+    return torch.stack(seen)
+
+
+def apart(some: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """How far logits [N, V] are from others."""
+    p, q = exact.log_softmax(-1), some.log_softmax(-1)
+    return {
+        "relative_error": float((some - exact).norm() / exact.norm()),
+        "kl": float(F.kl_div(q, p, log_target=True, reduction="batchmean")),
+        "same_first_choice": float((some.argmax(-1) == exact.argmax(-1)).float().mean()),
+    }
+
+
+def ours(
+    options: argparse.Namespace, shape: MixtralShape, rate: float, *, in_fp8: bool
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What was measured, and logits to compare."""
+    part, profile = build(shape, in_fp8=in_fp8), options.profiles
     begun = time.perf_counter()
     replica = Replica(
         part, Sizes(requests=max(options.batches), context_tokens=2048, step_tokens=options.step_tokens)
@@ -124,24 +178,28 @@ def ours(options: argparse.Namespace, shape: MixtralShape, rate: float, profile:
         "decoding": {},
     }
     numbers = Numbers()
+    kept = logits(replica, numbers, COMPARED)
+    found["logits_of_fewer_at_once"] = apart(logits(replica, numbers, 4), kept)
     decoding(replica, numbers, 1, 8)
     found["first_token_ms"] = {n: first_token(replica, numbers, n, 5) * 1000 for n in (128, 1024)}
     print("first token, ms", found["first_token_ms"], flush=True)
     for batch in options.batches:
         decoding(replica, numbers, batch, 24)
         result = decoding(replica, numbers, batch)
-        floor = step_bytes(shape, batch, PROMPT + ANSWER // 2) / rate
+        floor = step_bytes(shape, batch, PROMPT + ANSWER // 2, 1 if in_fp8 else 2) / rate
         result |= {"floor_ms": floor * 1000, "floor_tokens_per_s": batch / floor}
         found["decoding"][batch] = result
         print(batch, {k: round(v, 2) for k, v in result.items()}, flush=True)
     if profile and replica._controller.step:
+        kind = "_fp8" if in_fp8 else ""
         for size in (1, max(options.batches)):
-            write_profile(replica._controller.step.graphs[size].replay, profile / f"decode_{size}.txt")
-        write_profile(lambda: first_token(replica, numbers, 1024, 1), profile / "prompt_1024_three_times.txt")
+            write_profile(replica._controller.step.graphs[size].replay, profile / f"decode_{size}{kind}.txt")
+        path = profile / f"prompt_1024_three_times{kind}.txt"
+        write_profile(lambda: first_token(replica, numbers, 1024, 1), path)
         engine_alone(replica, found, numbers)
     for tensor in (replica._engine.context.memory_buffer, *part.parameters()):
         tensor.untyped_storage().resize_(0)  # whoever still holds them: the rival needs the room
-    return found
+    return found, kept
 
 
 def engine_alone(replica: Replica, found: dict[str, Any], numbers: Numbers) -> None:
@@ -220,7 +278,22 @@ def show(report: dict[str, Any]) -> None:
         f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers; prompts {PROMPT}, answers {ANSWER} tokens"
     )
     print(f"prompts: {report['ways']}; decoding: our kernels in CUDA graphs")
-    mine, theirs = report["mixlaunch"], report.get("transformers", {})
+    theirs = report.get("transformers", {})
+    for kind, name in KINDS.items():
+        if name in report:
+            print(f"\nexperts' weights in {kind}")
+            show_ours(report[name], theirs)
+    if "error" in theirs:
+        print("transformers:", theirs["error"])
+
+
+def show_ours(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for name in ("logits_of_fewer_at_once", "logits_in_bf16"):
+        if off := mine.get(name):
+            print(
+                f"{name.replace('_', ' ')}: {off['relative_error']:.2e} off, KL {off['kl']:.2e}, "
+                f"{off['same_first_choice']:.1%} have the same first choice"
+            )
     print(
         f"cache {mine['cache_gib']:.1f} GiB of {mine['allocated_gib']:.1f} in all; ready in {mine['ready_s']:.0f} s"
     )
@@ -232,8 +305,6 @@ def show(report: dict[str, Any]) -> None:
         cells = [f"{batch:5d}", f"{result['step_ms']:8.2f}", f"{result['floor_ms']:9.2f}"]
         cells += [f"{result['tokens_per_s']:8.0f}", f"{share:9.1%}", f"{result['all_tokens_per_s']:10.0f}"]
         print(*cells, f"{rival:19.0f}")
-    if "error" in theirs:
-        print("transformers:", theirs["error"])
 
 
 def main() -> None:
@@ -241,6 +312,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--weights", choices=KINDS, nargs="+", default=list(KINDS), help="of the experts")
     parser.add_argument("--no-rival", action="store_true")
     parser.add_argument("--profiles", type=Path, help="folder for kernel times")
     parser.add_argument("--json", type=Path)
@@ -264,11 +336,15 @@ def main() -> None:
         "copy_tb_s": rate / 1e12,
     }
     clean()
-    with mcore.quiet():
-        report["mixlaunch"] = ours(options, shape, rate, options.profiles)
-    clean()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    kept: dict[str, torch.Tensor] = {}
+    for kind in options.weights:
+        with mcore.quiet():
+            report[KINDS[kind]], kept[kind] = ours(options, shape, rate, in_fp8=kind == "fp8")
+        clean()
+        if len(kept) == 2:
+            report[KINDS["fp8"]]["logits_in_bf16"] = apart(kept["fp8"], kept["bf16"])
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1))
     if not options.no_rival:
         try:
             report["transformers"] = transformers(options, shape)

@@ -1,5 +1,6 @@
 """Loading by rows puts the same bits in the same places as megatron-core's own loader, from either layout."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,37 @@ def differences(folder, layouts):
     return found
 
 
+def differences_in_fp8(folder, layouts):
+    """At each layout, the experts that aren't what their own rows become in FP8, or have other scales."""
+    import torch
+
+    from megatron_mixtral import fp8, loading, mcore, model, weights_folder
+    from megatron_mixtral.config import Layout, MixtralShape
+
+    loading.BLOCK = 200
+    found = {}
+    for (name, layout), path in itertools.product(layouts.items(), ("hub", "megatron")):
+        mcore.initialize(Layout(**layout), timeout=60, seed=5)
+        weights, parts = weights_folder.find(Path(folder) / "plain" / path), []
+        for kept_in_fp8 in (False, True):
+            shape = MixtralShape.from_folder(weights)
+            options = {"precision": "fp32", "random_weights": False, "fp8_experts": kept_in_fp8}
+            parts.append(model.build(shape, Layout(**layout), **options))
+            loading.load(parts[-1], weights)
+        plain, small = ([layer.mlp.experts for layer in part.decoder.layers] for part in parts)
+        off = []
+        for number, (wanted, got) in enumerate(zip(plain, small, strict=True)):
+            for fc, scale in zip(("linear_fc1", "linear_fc2"), got.scales, strict=True):
+                exact, values = getattr(wanted, fc).detach(), getattr(got, fc)
+                expected, its_scale = torch.empty_like(values), torch.empty_like(scale)
+                fp8.quantize(exact, expected, its_scale)
+                same = torch.equal(expected.float(), values.float()) and torch.equal(its_scale, scale)
+                off += [] if same and values.dtype == torch.float8_e4m3fn else [(number, fc)]
+        found[name, path] = (off, loading.size(parts[1]) < 0.6 * loading.size(parts[0]))
+    mcore.shutdown()
+    return found
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """Hub folders, each with its conversion beside it."""
@@ -76,3 +108,10 @@ def test_one_process_loads_every_folder(sources):
 def test_two_ranks_load_their_parts_at_every_layout(sources):
     for found in ranks(2, differences, str(sources), LAYOUTS):
         check(found, 6 * len(LAYOUTS))
+
+
+def test_experts_become_fp8_as_they_are_loaded(sources):
+    layouts = {name: LAYOUTS[name] for name in ("ep2", "tp2_etp2")}
+    for found in ranks(2, differences_in_fp8, str(sources), layouts):
+        assert len(found) == 4
+        assert {case: result for case, result in found.items() if result != ([], True)} == {}

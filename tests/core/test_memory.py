@@ -67,7 +67,7 @@ def allocated(monkeypatch):
 
     meta, kind = torch.device("meta"), torch.Tensor.type
 
-    def build(shape, layout, world, stage, precision="bf16", lora=None):
+    def build(shape, layout, world, stage, precision="bf16", lora=None, fp8_experts=False):
         rank = stage * world // layout.get("pipeline", 1)
         for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
             monkeypatch.setenv(name, "0")
@@ -81,6 +81,8 @@ def allocated(monkeypatch):
                 patch.setattr(mcore, "device", lambda: meta)
                 patch.setattr(torch.Tensor, "type", lambda tensor: kind(tensor).replace(".meta", ""))
                 patch.setattr(dist, "all_gather_object", _everyone_says_the_same)
+                if fp8_experts:
+                    return _served(core_shape(shape), Layout(**layout))
                 return _bytes(core_shape(shape), Layout(**layout), precision, lora)
         finally:
             mcore.shutdown()
@@ -98,6 +100,11 @@ def allocated(monkeypatch):
             vocab_size=shape.vocabulary,
             tie_word_embeddings=shape.tied,
         )
+
+    def _served(shape, layout):
+        built = model.build(shape, layout, precision="bf16", random_weights=False, fp8_experts=True)
+        scales = [s for layer in built.decoder.layers for s in layer.mlp.experts.scales]
+        return sum(t.nbytes for t in (*built.parameters(), *built.buffers(), *scales))
 
     def _bytes(shape, layout, precision, lora):
         built = model.build(shape, layout, precision=precision, random_weights=False, aux_loss=0.01, lora=lora)
@@ -129,6 +136,16 @@ def test_weights_are_exact_and_gradients_and_optimizer_up_to_padding(allocated, 
         padding = 4 * (64 * 20 * shape.layers + 2 * 128 * world)
         assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
         assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "world"), [("8x7B", {}, 1), ("8x22B", {"pipeline": 3, "expert": 2}, 6), LAYOUTS[3]]
+)
+def test_weights_in_fp8_are_exact(allocated, name, layout, world):
+    shape, axes = shape_of(name), launcher_layout.Layout(**layout)
+    work = memory.Serving(requests=1, tokens=64, fp8_experts=True)
+    for told in memory.serving(shape, axes, work):
+        assert told.parts["weights"] == allocated(shape, layout, world, told.stage, fp8_experts=True)
 
 
 @pytest.mark.parametrize("experts", [False, True])

@@ -134,7 +134,10 @@ def server_bytes(shape, work):
 
     mcore.initialize(Layout())
     before = torch.cuda.memory_allocated()
-    built = model.build(core_shape(shape), Layout(), precision="bf16")
+    options = {"random_weights": not work.fp8_experts, "fp8_experts": work.fp8_experts}
+    built = model.build(core_shape(shape), Layout(), precision="bf16", **options)
+    for parameter in built.parameters() if work.fp8_experts else ():
+        parameter.data.zero_()
     made = Replica(built, Sizes(requests=work.requests, context_tokens=work.tokens))
     for number in range(work.requests):
         made.add(Request(id=number, prompt=[7] * 300, max_tokens=4, seed=0, temperature=0.0))
@@ -143,8 +146,9 @@ def server_bytes(shape, work):
     return torch.cuda.max_memory_allocated() - before
 
 
-def test_a_server_holds_its_weights_and_the_cache(measure):
-    work = memory.Serving(requests=16, tokens=2048)
+@pytest.mark.parametrize("fp8_experts", [False, True])
+def test_a_server_holds_its_weights_and_the_cache(measure, fp8_experts):
+    work = memory.Serving(requests=16, tokens=2048, fp8_experts=fp8_experts)
     [told] = memory.serving(DEEP, launcher_layout.Layout(), work)
     peak = measure(server_bytes, DEEP, work)
     print(f"\n  peak {peak / GIB:.2f} GiB, told {told.total / GIB:.2f} ({told.total / peak - 1:+.1%})")

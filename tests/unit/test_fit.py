@@ -132,6 +132,7 @@ def test_a_server_that_cannot_hold_one_request_is_refused():
     ask = dataclasses.replace(request(), work=work, layout=Layout())
     outlook = fit.study(ask)
     assert "weights take 87.0 of a GPU's 80 GiB" in outlook.shortage
+    assert not fit.study(dataclasses.replace(ask, work=dataclasses.replace(work, fp8_experts=True))).shortage
     assert "--pp 2" in [s.options for s in nearest.find(ask)]
     two = fit.study(dataclasses.replace(ask, layout=Layout(pipeline=2)))
     assert not two.shortage

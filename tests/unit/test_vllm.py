@@ -56,6 +56,8 @@ def test_what_vllm_cannot_do_is_said(cluster):
         planned(cluster, axes=jobs.Axes(tensor=8, expert=2))
     with pytest.raises(LayoutError, match="one node: 16 GPUs"):
         planned(cluster, axes=jobs.Axes(tensor=8, pipeline=2))
+    with pytest.raises(UsageError, match="--fp8-experts: goes with --engine megatron alone"):
+        jobs.plan_serve(cluster, values={**VLLM, "fp8_experts": True})
 
 
 def test_the_key_is_made_where_others_can_reach_it(cluster):
