@@ -33,7 +33,7 @@ def draw(points: Sequence[tuple[float, float]], *, title: str, width: int = 64, 
 def loss(run_dir: Path) -> str:
     """The training loss of the run in `run_dir`; steps done twice after a restart count once, the later time."""
     steps = events.last_of_each_step(events.read(run_dir / "events.jsonl"), "step")
-    return draw([(e["step"], e["loss"]) for e in steps if isinstance(e["loss"], float)], title="training loss")
+    return draw([(e["step"], e["loss"]) for e in steps if isinstance(e.get("loss"), float)], title="training loss")
 
 
 def _columns(values: list[float], count: int) -> list[float]:

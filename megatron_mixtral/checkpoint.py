@@ -206,7 +206,10 @@ def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
             return dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{folder}: rank {rank}: {reason!r}") from None
+        name, absent, _ = (
+            str(reason).strip("\"'").partition(" from model not in state dict")
+        )  # and then all there is
+        raise CheckpointError(f"{folder}: rank {rank}: {f'it has no {name}' if absent else repr(reason)}") from None
 
 
 def fill(model: Any, state: dict[str, Any], folder: Path) -> None:
@@ -233,19 +236,21 @@ def load_training(model: Any, optimizer: Any, folder: Path) -> State:
     marker = agreement.on_first_rank(lambda: read_marker(folder), failure=CheckpointError)
     chunks = _chunks(model)
     plain = chunks[0]
-    if marker["kind"] not in ("training", adapters.KIND):
-        raise CheckpointError(f"{folder}: holds {marker['kind']} alone, no optimizer to resume")
+    if (kind := marker.get("kind")) not in ("training", adapters.KIND):
+        raise CheckpointError(f"{folder}: holds {kind} alone, no optimizer to resume")
     adapters.check_same(folder, marker, plain.lora)
     _verify_together(folder, plain.shape, plain.lora, whole=True)
     state = _keyed(chunks, _trained)
     asked = {**state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_CONTENT))}
-    if same_world := marker["ranks"] == dist.get_world_size():
+    if same_world := marker.get("ranks") == dist.get_world_size():
         asked["rank"] = _rank_object(None)
     loaded = _load(asked, folder)
     for name, chunk in zip(state, chunks, strict=True):
         fill(chunk, loaded[name], folder)
     optimizer.load_state_dict(loaded["optimizer"])
-    return State(step=marker["step"], common=loaded.get("state", {}), rank=loaded["rank"] if same_world else None)
+    return State(
+        step=marker.get("step"), common=loaded.get("state", {}), rank=loaded["rank"] if same_world else None
+    )
 
 
 def _rank_object(value: Any) -> ShardedObject:
@@ -353,6 +358,8 @@ class Unwritten:
 def _claim(folder: Path) -> None:
     if (folder / MARKER).exists():
         raise CheckpointError(f"{folder}: already holds a complete checkpoint")
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file, where a checkpoint is to be saved; move it away")
     if folder.exists():
         # Renamed before it's removed, so that nothing of an interrupted save can be mistaken for the next one's.
         rest = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")

@@ -29,21 +29,25 @@ class EventLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole event in `path`, oldest first; a torn last line (a job killed as it wrote) is left out."""
-    if not path.exists():
+    """Every whole event in `path`, oldest first; what a job killed as it wrote, or a lost node, made of others is
+    left out."""
+    if not path.is_file():
         return []
     events = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict) and isinstance(found.get("event"), str):
+            events.append(found)
     return events
 
 
 def last_of_each_step(told: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     """Events of `kind` by step; a step that was done again after a restart counts as it was done last."""
-    return [e for _, e in sorted({e["step"]: e for e in told if e["event"] == kind}.items())]
+    steps = {e["step"]: e for e in told if e["event"] == kind and isinstance(e.get("step"), int)}
+    return [steps[step] for step in sorted(steps)]
 
 
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:

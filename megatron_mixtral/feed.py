@@ -177,6 +177,7 @@ def _samples(
 def _tell_packing(train: PackedSamples, packing: str) -> str:
     how = "packed, none sees another" if packing == "documents" else "one a sequence"
     cut = f"; {train.cut} cuts in longer ones" if train.cut else ""
+    cut += f", {train.left_out} parts without anything to learn left out" if train.left_out else ""
     return f"documents {how}: {train.per_epoch:,} sequences, {train.waste:.1%} of their places empty{cut}"
 
 

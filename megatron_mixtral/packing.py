@@ -1,7 +1,8 @@
 """Whole documents put together into sequences without one seeing another; a pure function of data, seed and number.
 
 A document of n tokens takes n - 1 places, for its last token is only ever predicted; one that is longer than a
-sequence is cut, and its parts don't see each other either.
+sequence is cut, and its parts don't see each other either. A part without anything to learn, as of a long question,
+is left out.
 """
 
 from bisect import bisect_left, insort
@@ -23,12 +24,17 @@ class PackedSamples:
     ) -> None:
         self._documents, self._seed, self._length, self._share = documents, seed, sequence_length, share
         self.tokens = int(documents.lengths[chosen].sum(dtype=np.int64))
-        self._document, self._begin, self._places = _pieces(chosen, documents.lengths[chosen], sequence_length)
-        if not len(self._places):
+        pieces = _pieces(chosen, documents.lengths[chosen], sequence_length)
+        if not len(pieces[0]):
             raise InputError(
                 f"{documents.prefix}: no document of two tokens or more, so there is nothing to predict"
             )
-        self.cut = len(self._places) - int((documents.lengths[chosen] > 1).sum())
+        self.cut = len(pieces[0]) - int((documents.lengths[chosen] > 1).sum())
+        useful = _useful(documents, *pieces)
+        self._document, self._begin, self._places = (part[useful] for part in pieces)
+        self.left_out = int((~useful).sum())
+        if not len(self._places):
+            raise InputError(f"{documents.prefix}: there is nothing to learn in these {len(chosen)} documents")
         self._bins = lru_cache(maxsize=2)(self._packed)
         self.per_epoch = len(self._bins(0))
 
@@ -71,6 +77,16 @@ def _pieces(chosen: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.n
     within = np.arange(counts.sum()) - np.repeat(first, counts)
     begin = within * longest
     return np.repeat(chosen, counts), begin, np.minimum(np.repeat(places, counts) - begin, longest)
+
+
+def _useful(documents: Documents, document: np.ndarray, begin: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Of every piece, which are in order: whether any of what it predicts is learnt."""
+    if documents.masks is None:
+        return np.ones(len(places), dtype=bool)
+    first = documents.starts[document] + begin + 1
+    edges = np.stack([first, first + places], axis=1).ravel()
+    inside = edges[:-1] if edges[-1] == len(documents.masks) else edges
+    return np.maximum.reduceat(documents.masks, inside)[::2] > 0
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> list[Bin]:

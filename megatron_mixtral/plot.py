@@ -43,7 +43,7 @@ def draw(run_dir: Path, target: Path) -> Path:
 
 def _attempts(told: list[dict[str, Any]]) -> list[int]:
     """Where later attempts went on."""
-    return [e["step"] for e in told if e["event"] == "start" and e["step"]]
+    return [e["step"] for e in told if e["event"] == "start" and e.get("step")]
 
 
 def _loss(panel: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:

@@ -361,3 +361,13 @@ def test_a_save_clears_what_a_killed_one_left_and_is_never_overwritten(tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["iter_0000007", "latest_checkpointed_iteration.txt"]
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "7"
+
+
+def test_a_file_in_the_way_of_a_save_is_named_and_stays(tmp_path):
+    from megatron_mixtral import checkpoint
+    from megatron_mixtral.errors import CheckpointError
+
+    (tmp_path / "iter_0000007").write_text("mine")
+    with pytest.raises(CheckpointError, match="iter_0000007: a file, where a checkpoint is to be saved"):
+        checkpoint._claim(tmp_path / "iter_0000007")
+    assert (tmp_path / "iter_0000007").read_text() == "mine"

@@ -133,9 +133,14 @@ def a_torn_marker(folder):
     return "mixlaunch.json"
 
 
+def a_marker_of_nothing(folder):
+    (folder / "mixlaunch.json").write_text('{"format": 1}')
+    return "holds None alone"
+
+
 DAMAGE = [
     *(truncated, shortened_by_a_byte, a_flipped_bit, deleted, swapped, another_steps_shard),
-    *(no_metadata, flipped_metadata, flipped_common, a_marker_alone, a_torn_marker),
+    *(no_metadata, flipped_metadata, flipped_common, a_marker_alone, a_torn_marker, a_marker_of_nothing),
 ]
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_mixtral import chart, events
+from megatron_mixtral import chart, events, plot
 from megatron_mixtral.events import EventLog
 
 
@@ -19,6 +19,22 @@ def test_a_torn_last_line_is_left_out(tmp_path):
         stream.write('{"time": 1, "ev')
     assert [e["event"] for e in events.read(tmp_path / "e")] == ["one"]
     assert events.read(tmp_path / "nothing") == []
+
+
+def test_what_a_lost_node_leaves_in_it_ends_no_run(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("step", step=1, loss=3.0)
+    with (tmp_path / "events.jsonl").open("ab") as stream:
+        stream.write(b'\0\0\0\xff\xfe\n12\nnull\n[1]\n{}\n{"event": 3}\n{"event": "step"}\n{"event": "start"}\n')
+    log.write("step", step=2, loss=2.0)
+    assert [e["loss"] for e in events.last_of_each_step(events.read(tmp_path / "events.jsonl"), "step")] == [
+        3.0,
+        2.0,
+    ]
+    assert "2.000" in chart.loss(tmp_path)
+    assert plot.draw(tmp_path, tmp_path / "plot.png").stat().st_size > 0
+    (tmp_path / "e").mkdir()
+    assert events.read(tmp_path / "e") == []
 
 
 def test_ranks_without_a_path_write_nothing(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def write_chats(prefix, lengths, learnt=0.5):
     np.concatenate([(np.arange(n) * 5 + i) % 64 for i, n in enumerate(lengths)]).astype(np.uint16).tofile(
         f"{prefix}.bin"
     )
-    mask = np.concatenate([np.arange(n) >= n * (1 - learnt) for n in lengths]).astype(np.uint8)
+    mask = np.concatenate([np.arange(n) >= min(n * (1 - learnt), n - 1) for n in lengths]).astype(np.uint8)
     mask.tofile(f"{prefix}_mask.bin")
     indexed.write_index(prefix.with_name(f"{prefix.name}.idx"), lengths, np.dtype(np.uint16))
     indexed.write_index(prefix.with_name(f"{prefix.name}_mask.idx"), lengths, np.dtype(np.uint8))
@@ -31,7 +31,7 @@ def write_chats(prefix, lengths, learnt=0.5):
 
 @pytest.fixture
 def chats(tmp_path):
-    return write_chats(tmp_path / "chats", LENGTHS)
+    return write_chats(tmp_path / "chats", LENGTHS, learnt=0.9)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -54,6 +54,18 @@ def test_an_epoch_predicts_every_token_of_every_document_once(chats, share):
         assert sorted(seen) == sorted(wanted)
     assert packed.cut == 4  # 29, 44 and 17 places are two, three and two pieces
     assert packed.waste == pytest.approx(1 - sum(max(n - 1, 0) for n in LENGTHS) / (16 * packed.per_epoch))
+
+
+def test_what_teaches_nothing_is_left_out(tmp_path):
+    """Of long documents whose last word alone is learnt, every part but the last; all that is learnt stays."""
+    chats = write_chats(tmp_path / "chats", [40, 17, 18, 6, 33, 1, 34], learnt=0.01)
+    everything = np.arange(len(chats))
+    packed = PackedSamples(chats, everything, 16, seed=1)
+    samples = [packed.sample(n) for n in range(packed.per_epoch)]
+    assert sum(int(s.mask.sum()) for s in samples) == 6
+    assert all(s.mask.any() for s in samples)
+    assert packed.left_out == 2 + 0 + 1 + 0 + 1 + 2  # 39, 16, 17, 5, 32 and 33 places
+    assert sorted(packed._places) == [1, 1, 5, 7, 16, 16]
 
 
 def test_packing_is_tight_and_repeats(chats):
