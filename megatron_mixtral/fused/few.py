@@ -219,16 +219,17 @@ def _add_and_norm(  # noqa: ANN202
                 value += tl.load(parts + (part * rows + row) * width + at, mask=valid, other=0.0)
     rounded = value.to(residual.dtype.element_ty)
     tl.store(here, rounded, mask=mask)
-    value = rounded.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
-    normal = value * inverse * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + token * width + at, normal.to(out.dtype.element_ty), mask=mask)
+    if weight is not None:
+        value = rounded.to(tl.float32)
+        inverse = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+        normal = value * inverse * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + token * width + at, normal.to(out.dtype.element_ty), mask=mask)
 
 
-def add_and_norm(residual: Tensor, added: Tensor | Rows, weight: Tensor, eps: float) -> Tensor:
-    """residual [T, H] grows in place by `added`; the norm of it, weighted, [T, H]."""
+def add_and_norm(residual: Tensor, added: Tensor | Rows, weight: Tensor | None, eps: float) -> Tensor:
+    """residual [T, H] grows in place by `added`; the norm of it, weighted, [T, H], or without a weight itself."""
     tokens, width = residual.shape
-    out = torch.empty_like(residual)
+    out = residual if weight is None else torch.empty_like(residual)
     sizes = {"BLOCK": triton.next_power_of_2(width), "num_warps": 8 if width >= 2048 else 4}
     if isinstance(added, Rows):
         count, rows, _ = added.parts.shape

@@ -1,17 +1,19 @@
 """One forward pass of the engine's batch by our own kernels: decoding as a CUDA graph, prompts without one.
 
 Reads the engine's bookkeeping where it lies on the device and writes keys and values into the engine's cache, so
-the two can take turns on any request. Shapes: T tokens of all requests in a row, R requests, V vocabulary.
+the two can take turns on any request. Each pipeline stage hands its residual on, outside the graphs, and the last
+one the logits to all. Shapes: T tokens of all requests in a row, R requests, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mixtral import fused, mcore
+from megatron_mixtral.fused import products
 from megatron_mixtral.layers import Experts
 
 from megatron.core import parallel_state
@@ -27,9 +29,8 @@ def missing(model: GPTModel) -> str | None:
     if mcore.VERSION < (0, 17):
         return f"megatron-core {mcore.VERSION[0]}.{mcore.VERSION[1]} keeps its bookkeeping on the device"
     state = parallel_state
-    ranks = state.get_tensor_model_parallel_world_size() * state.get_pipeline_model_parallel_world_size()
-    if ranks * state.get_expert_model_parallel_world_size() > 1:
-        return "the model is spread over ranks"
+    if state.get_tensor_model_parallel_world_size() * state.get_expert_model_parallel_world_size() > 1:
+        return "tensors or experts are spread over ranks"
     config, shape = model.config, model.shape
     if not isinstance(model.decoder.layers[0].mlp.experts, Experts):
         return "Transformer Engine's layers are in use"
@@ -40,14 +41,50 @@ def missing(model: GPTModel) -> str | None:
     return None
 
 
+def _head(model: GPTModel) -> Tensor | None:
+    """What makes logits of the last layer's output, [V, H]; it may be the embedding. None before the last stage."""
+    if not model.post_process:
+        return None
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
 def graph_sizes(most: int) -> list[int]:
     """Batch sizes that get a graph of their own; a batch in between is filled up to the next."""
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, *range(96, most + 32, 32)]
     return sorted({min(size, most) for size in sizes})
 
 
+class Stage:
+    """This rank's place in the pipeline that every batch passes through; without one, first and last at once."""
+
+    def __init__(self) -> None:
+        state = parallel_state
+        self.group = state.get_pipeline_model_parallel_group()
+        self.first, self.last = state.is_pipeline_first_stage(), state.is_pipeline_last_stage()
+        self.before, self.behind, self.end = (
+            state.get_pipeline_model_parallel_prev_rank(),
+            state.get_pipeline_model_parallel_next_rank(),
+            state.get_pipeline_model_parallel_last_rank(),
+        )
+
+    def receive(self, residual: Tensor) -> None:
+        if not self.first:
+            dist.recv(residual, self.before, group=self.group)
+
+    def send(self, residual: Tensor) -> None:
+        if not self.last:
+            dist.send(residual, self.behind, group=self.group)
+
+    def share(self, logits: Tensor) -> None:
+        """Every stage draws the same tokens from the last one's."""
+        if not (self.first and self.last):
+            dist.broadcast(logits, self.end, group=self.group)
+
+
 class Step:
-    """The model's weights, the engine's bookkeeping, and a graph for each size of a decoding batch."""
+    """The stage's weights, the engine's bookkeeping, and a graph for each size of a decoding batch."""
 
     def __init__(self, model: GPTModel, context: Any) -> None:
         from megatron_mixtral.fused import experts, few, norm, paged, routing  # imports triton
@@ -59,35 +96,46 @@ class Step:
         self.frequency = model.shape.rope_theta**-exponent
         self.scale = self.config.softmax_scale or size**-0.5
         self.window = self.config.window_size[0] + 1 if self.config.window_size else None
+        self.stage, self.head = Stage(), _head(model)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        most = context.max_requests
-        self.logits = torch.empty(
-            most, model.output_layer.weight.shape[0], dtype=self.config.params_dtype, device=mcore.device()
-        )
+        kind = {"dtype": self.config.params_dtype, "device": mcore.device()}
+        self.residual = torch.empty(context.max_tokens, self.config.hidden_size, **kind)
+        self.logits = torch.empty(context.max_requests, model.vocab_size, **kind)
 
     @torch.inference_mode()
     def run(self) -> Tensor:
-        """Logits [R, V] of each active request's last token."""
+        """Logits [R, V] of each active request's last token, on every stage."""
         context = self.context
         requests = context.total_request_count - context.paused_request_count
-        if not context.is_decode_only():
-            return self._prompts(context.active_token_count, requests)
-        size = next((size for size in sorted(self.graphs) if size >= requests), None)
-        if size is None:
-            self._decode(requests)
+        decodes = context.is_decode_only()
+        tokens = self._filled_up(requests) if decodes else context.active_token_count
+        self.stage.receive(self.residual[:tokens])
+        if not decodes:
+            self._prompts(tokens, requests)
+        elif tokens in self.graphs:
+            self.graphs[tokens].replay()
         else:
-            self.graphs[size].replay()
+            self._decode(tokens)
+        self.stage.send(self.residual[:tokens])
+        self.stage.share(self.logits[:requests])
         return self.logits[:requests]
+
+    def _filled_up(self, requests: int) -> int:
+        return next((size for size in sorted(self.graphs) if size >= requests), requests)
 
     @torch.inference_mode()
     def capture(self) -> None:
         """A graph for each size; the cache and the bookkeeping must be where they stay."""
+        self.stage.receive(self.residual[:1])  # the first time, the ranks' connections are made
+        self.stage.send(self.residual[:1])
+        self.stage.share(self.logits[:1])
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(graph_sizes(self.context.max_requests)):
             self._decode(size)  # compiles what isn't yet
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # NCCL's watchdog asks for events in its own thread, which only breaks graphs of all threads.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._decode(size)
             self.graphs[size] = graph
 
@@ -101,9 +149,10 @@ class Step:
             )
 
         x = self._layers(requests, attend)
-        torch.mm(x, self.model.output_layer.weight.t(), out=self.logits[:requests])
+        if self.head is not None:
+            torch.mm(x, self.head.t(), out=self.logits[:requests])
 
-    def _prompts(self, tokens: int, requests: int) -> Tensor:
+    def _prompts(self, tokens: int, requests: int) -> None:
         context, view = self.context, self.context.gpu_view
         bounds, lengths = view.mha_cu_query_seq_lengths[: requests + 1], view.mha_kv_seq_lengths[:requests]
         table = view.mha_block_table[:requests]
@@ -115,15 +164,19 @@ class Step:
             )
 
         x = self._layers(tokens, attend)
-        last = view.active_request_last_token_idxs[:requests]
-        return x[last] @ self.model.output_layer.weight.t()
+        if self.head is not None:
+            last = view.active_request_last_token_idxs[:requests]
+            torch.mm(x[last], self.head.t(), out=self.logits[:requests])
 
     def _layers(self, tokens: int, attend: Attend) -> Tensor:
-        """The normalised output of the last layer, [T, H]."""
+        """Takes the residual through the stage's layers, [T, H]; returns it, or after the last its norm."""
         view, decoder, eps = self.context.gpu_view, self.model.decoder, self.config.layernorm_epsilon
-        weights = self.model.embedding.word_embeddings.weight
-        residual = F.embedding(view.token_to_input_ids[:tokens], weights)
-        norms = [layer.input_layernorm.weight for layer in decoder.layers] + [decoder.final_layernorm.weight]
+        residual = self.residual[:tokens]
+        if self.stage.first:
+            words = self.model.embedding.word_embeddings.weight
+            torch.index_select(words, 0, view.token_to_input_ids[:tokens], out=residual)
+        norms = [layer.input_layernorm.weight for layer in decoder.layers]
+        norms.append(decoder.final_layernorm.weight if self.stage.last else None)
         x, _ = self.norm.forward(residual, norms[0], eps)
         for i, layer in enumerate(decoder.layers):
             attended = self._attention(layer.self_attention, x, self.context.memory_buffer[:, i], attend)
@@ -148,10 +201,11 @@ class Step:
 
     def _experts(self, moe: Any, x: Tensor) -> Any:
         """x [T, H] -> what is added to the residual."""
-        fc1, fc2 = moe.experts.linear_fc1, moe.experts.linear_fc2
+        fc1, fc2, scales = moe.experts.linear_fc1, moe.experts.linear_fc2, moe.experts.scales
         real = self.context.gpu_view.real_token_count
         choice = self.few.choose(x, moe.router.weight, self.config.moe_router_topk, real)
-        if len(x) <= self.few.MOST:
-            return self.few.experts(x, choice, fc1, fc2)
+        if len(x) <= self.few.MOST or (scales[0] is not None and not products.scaled_mm_serves(fc1, fc2)):
+            return self.few.experts(x, choice, fc1, fc2, scales)
         plan, rows, probs = self.routing.spread_chosen(x, choice.experts, choice.probs, fc1.shape[0])
-        return self.routing.gather(self.experts.forward(rows, probs, plan.counts, fc1, fc2), None, plan)[0]
+        out = self.experts.forward(rows, probs, plan.counts, fc1, fc2, scales)
+        return self.routing.gather(out, None, plan)[0]

@@ -1,15 +1,18 @@
-"""Serving speed of the whole Mixtral 8x7B on one GPU with random weights, and what bounds and rivals it.
+"""Serving speed of the whole Mixtral 8x7B with random weights on one GPU, and what bounds and rivals it.
 
 Decoding is timed over the engine's own steps, sampling and bookkeeping included; `all` counts from the first prompt
 to the last token, prompts included. The floor of a step is the bytes that must be read once over the copy rate
 measured in the same run. The same weights are served once more with experts in FP8; how far their logits are from
 those in bf16 is told beside how far these are from themselves when fewer requests are answered at once.
+`torchrun --nproc-per-node 2 tests/bench/gpu_serve.py` cuts the model into pipeline stages, without rivals.
 """
 
 import argparse
 import dataclasses
 import gc
+import io
 import json
+import os
 import statistics
 import sys
 import time
@@ -28,6 +31,7 @@ from megatron_mixtral.serve.sampling import Choice
 from megatron_mixtral.serve.wire import Request
 
 PROMPT, ANSWER = 128, 128
+LAYOUT = Layout(pipeline=int(os.environ.get("WORLD_SIZE", "1")))
 COMPARED, FORCED = 32, 8  # requests whose logits are compared, and tokens of each
 KINDS = {"bf16": "mixlaunch", "fp8": "mixlaunch_fp8"}  # of the experts' weights -> its part of the report
 
@@ -61,7 +65,7 @@ def step_bytes(shape: MixtralShape, batch: int, context: int, expert_bytes: int)
 
 def build(shape: MixtralShape, *, in_fp8: bool) -> torch.nn.Module:
     """With the same random weights every time."""
-    part = model.build(shape, Layout(), precision="bf16", random_weights=False, fp8_experts=in_fp8)
+    part = model.build(shape, LAYOUT, precision="bf16", random_weights=False, fp8_experts=in_fp8)
     scales = {}
     for experts in (layer.mlp.experts for layer in part.decoder.layers):
         scales |= {experts.linear_fc1: experts.scales[0], experts.linear_fc2: experts.scales[1]}
@@ -274,9 +278,8 @@ def clean() -> None:
 
 def show(report: dict[str, Any]) -> None:
     print(f"{report['card']}, torch {report['torch']}, megatron-core {report['megatron_core']}, {report['date']}")
-    print(
-        f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers; prompts {PROMPT}, answers {ANSWER} tokens"
-    )
+    print(f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers in {report['stages']} stages")
+    print(f"prompts {PROMPT}, answers {ANSWER} tokens")
     print(f"prompts: {report['ways']}; decoding: our kernels in CUDA graphs")
     theirs = report.get("transformers", {})
     for kind, name in KINDS.items():
@@ -323,7 +326,9 @@ def main() -> None:
 
     import megatron.core
 
-    mcore.initialize(Layout())
+    mcore.initialize(LAYOUT)
+    if torch.distributed.get_rank():  # the first stage tells for all
+        sys.stdout, options.json, options.profiles = io.StringIO(), None, None
     shape = dataclasses.replace(TWO_LAYERS, num_hidden_layers=options.layers)
     rate = copy_rate()
     report = {
@@ -333,6 +338,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "ways": products.describe(),
         "layers": options.layers,
+        "stages": LAYOUT.pipeline,
         "copy_tb_s": rate / 1e12,
     }
     clean()
@@ -345,7 +351,7 @@ def main() -> None:
             report[KINDS["fp8"]]["logits_in_bf16"] = apart(kept["fp8"], kept["bf16"])
         if options.json:
             options.json.write_text(json.dumps(report, indent=1))
-    if not options.no_rival:
+    if not options.no_rival and LAYOUT.pipeline == 1:
         try:
             report["transformers"] = transformers(options, shape)
         except Exception as error:

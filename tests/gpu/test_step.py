@@ -38,13 +38,13 @@ def _one_rank(device):
     mcore.shutdown()
 
 
-def replica(shape, *, ours, requests=4):
+def replica(shape, layout, *, ours, requests=4):
     from megatron_mixtral import mcore, model
     from megatron_mixtral.serve import step
     from megatron_mixtral.serve.replica import Replica, Sizes
 
     precision = "bf16" if mcore.HAVE_GPU else "fp32"
-    built = model.build(shape, Layout(), precision=precision, random_weights=False, fuse=False)
+    built = model.build(shape, layout, precision=precision, random_weights=False, fuse=False)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -75,16 +75,44 @@ def logits_of_each_step(made, prompts, tokens):
     return seen
 
 
-@pytest.mark.parametrize("window", [None, 24])
-def test_logits_are_the_engines_own(window):
-    shape = dataclasses.replace(SHAPE, sliding_window=window)
+def distances(shape, layout, lengths, tokens):
+    """Of our logits and the engine's, in each step of prompts of these lengths."""
     draw = random.Random(1)
-    prompts = [[draw.randrange(512) for _ in range(n)] for n in (1, 33, 100, 64, 5, 17)]  # more than run at once
-    ours, engines = (logits_of_each_step(replica(shape, ours=o), prompts, tokens=6) for o in (True, False))
+    prompts = [[draw.randrange(512) for _ in range(n)] for n in lengths]
+    ours, engines = (logits_of_each_step(replica(shape, layout, ours=o), prompts, tokens) for o in (True, False))
     assert [r for r, _ in ours] == [r for r, _ in engines]
-    apart = [float((a - b).norm() / b.norm()) for (_, a), (_, b) in zip(ours, engines, strict=True)]
+    return [float((a - b).norm() / b.norm()) for (_, a), (_, b) in zip(ours, engines, strict=True)]
+
+
+def assert_small(apart):
     assert max(apart) < (1e-4 if fused.INTERPRETED else 0.5), apart  # bf16 sends some tokens to other experts
     assert sorted(apart)[len(apart) // 2] < (1e-5 if fused.INTERPRETED else 5e-2), apart
+
+
+@pytest.mark.parametrize(("window", "tied"), [(None, False), (24, True)])
+def test_logits_are_the_engines_own(window, tied):
+    shape = dataclasses.replace(SHAPE, sliding_window=window, tie_word_embeddings=tied)
+    assert_small(distances(shape, Layout(), (1, 33, 100, 64, 5, 17), tokens=6))  # more than run at once
+
+
+def on_each_stage(shape, layout):
+    from megatron_mixtral import mcore
+
+    mcore.initialize(layout)
+    found = distances(shape, layout, (1, 70, 5), tokens=3)
+    mcore.shutdown()
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="fewer than two GPUs")
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_stages_make_the_same_logits_on_all_ranks(tied):
+    from ranks import ranks
+
+    shape = dataclasses.replace(SHAPE, num_hidden_layers=3, tie_word_embeddings=tied)
+    first, last = ranks(2, on_each_stage, shape, Layout(pipeline=2), timeout=250)
+    assert_small(first)
+    assert first == last
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300, 600])
