@@ -74,7 +74,7 @@ def _shape(config: dict[str, Any]) -> Shape:
         layers=int(config["num_hidden_layers"]),
         experts=int(config["num_local_experts"]),
         heads=heads,
-        query_groups=int(config.get("num_key_value_heads") or heads),
+        query_groups=int(config.get("num_key_value_heads", 8) or heads),
         expert_width=int(config["intermediate_size"]),
         hidden=hidden,
         head_size=int(config.get("head_dim") or hidden // heads),

@@ -44,16 +44,21 @@ class MixtralShape:
         """From the parsed `config.json`; `InputError` for another model type or a missing size."""
         if config.get("model_type") != "mixtral":
             raise InputError(f"config.json: model_type is {config.get('model_type')!r}; mixtral is supported")
-        known = dict(config)
-        rope = known.get("rope_parameters") or {}  # transformers 5 nests it
-        known.setdefault("rope_theta", rope.get("rope_theta", 1e6))
+        known = config | _rope(config)
         heads, hidden = known.get("num_attention_heads"), known.get("hidden_size")
-        if not known.get("head_dim") and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-            if hidden % heads:
-                raise InputError(f"config.json: hidden_size {hidden} / num_attention_heads {heads} isn't whole")
-            known["head_dim"] = hidden // heads
-        if known.get("num_key_value_heads") is None:
+        if not known.get("head_dim"):
+            known["head_dim"] = 1  # unless the two are numbers, and then they are named below
+            if type(heads) is type(hidden) is int and heads > 0 < hidden:
+                if hidden % heads:
+                    raise InputError(f"config.json: hidden_size {hidden} / num_attention_heads {heads} isn't whole")
+                known["head_dim"] = hidden // heads
+        if known.setdefault("num_key_value_heads", 8) is None:  # as transformers takes each of the two
             known["num_key_value_heads"] = known.get("num_attention_heads")
+        for name in ("tie_word_embeddings", "max_position_embeddings", "rms_norm_eps"):
+            if known.get(name) is None:
+                known.pop(name, None)
+        if (activation := known.get("hidden_act") or "silu") != "silu":
+            raise InputError(f"config.json: hidden_act is {activation!r}; Mixtral's, silu, is supported")
         names = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         if missing := sorted(n for n in required if known.get(n) is None):
@@ -66,9 +71,18 @@ class MixtralShape:
         """`InputError` naming the first size that no model can have."""
         for field_ in dataclasses.fields(self):
             value, whole = getattr(self, field_.name), field_.default is dataclasses.MISSING
+            whole = whole or field_.name == "max_position_embeddings"
             optional = field_.name == "sliding_window" and value is not None
             if (whole or optional) and (type(value) is not int or value < 1):
                 raise InputError(f"config.json: {field_.name} is {value!r}; it must be a whole number above 0")
+        if type(self.tie_word_embeddings) is not bool:
+            raise InputError(
+                f"config.json: tie_word_embeddings is {self.tie_word_embeddings!r}; it must be a boolean"
+            )
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:  # nor NaN
+                raise InputError(f"config.json: {name} is {value!r}; it must be a number above 0")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
             raise InputError(f"config.json: num_attention_heads {heads} / num_key_value_heads {groups} isn't whole")
@@ -84,8 +98,19 @@ class MixtralShape:
             return cls.from_hf(json.loads(path.read_text()))
         except InputError as error:
             raise InputError(str(error).replace("config.json", str(path), 1)) from error
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta`, which transformers 5 nests; `InputError` for scaled rotations, which no job computes."""
+    nests = {name: config.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    for name, nest in nests.items():
+        kind = nest.get("rope_type") or nest.get("type") or "default"
+        if kind != "default":
+            raise InputError(f"config.json: {name} asks for {kind!r}; only the default rotation is supported")
+    found = nests["rope_parameters"].get("rope_theta") or config.get("rope_theta")
+    return {"rope_theta": 1e6 if found is None else found}
 
 
 @dataclass(frozen=True, kw_only=True)

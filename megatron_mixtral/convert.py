@@ -6,6 +6,7 @@ name only when it is complete, and a run killed at any point goes on where it wa
 
 import json
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from typing import Any
 from megatron_mixtral import hub, legacy, merging, stop, weights_folder
 from megatron_mixtral.config import ConvertConfig
 from megatron_mixtral.conversion import Conversion, plan
-from megatron_mixtral.copying import ITEMSIZE, Copier, Unit, digests, write_all
+from megatron_mixtral.copying import ITEMSIZE, Copier, Unit, around, digests, write_all
 from megatron_mixtral.errors import CheckpointError, JobError, Requeue
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.progress import Progress
@@ -28,10 +29,11 @@ def run(config: ConvertConfig, run_dir: Path) -> None:
         stop.listen()
     crew = Crew.from_environment()
     conversion = plan(config)
-    work = Work(Path(config.output).expanduser().absolute(), identity(config, conversion))
+    checks = [name for name in ("verify", "check_finite") if getattr(config, name)]
+    work = Work(Path(config.output).expanduser().absolute(), identity(config, conversion), checks)
     if work.is_published(conversion.marker):
         print(f"{work.output}: done already", flush=True)
-        return
+        return check_again(config, conversion, work, crew)
     events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
     try:
         write(config, conversion, work, crew, events, Leaving(work.records, run_dir.name))
@@ -40,6 +42,24 @@ def run(config: ConvertConfig, run_dir: Path) -> None:
     except Published:
         if not work.is_published(conversion.marker):
             raise JobError(f"{work.partial}: was removed while it was being written") from None
+    return None
+
+
+def check_again(config: ConvertConfig, conversion: Conversion, work: Work, crew: Crew) -> None:
+    """Put an output that is there already to the checks that are asked for: it may have been made without them."""
+    folder, units = work.output / conversion.subfolder, conversion.units
+    recorded = weights_folder.read_marker(folder)["digests"]
+    copier, nowhere = Copier(conversion.source, check_finite=True), os.open(os.devnull, os.O_WRONLY)
+    for unit in (units[place] for place in crew.mine([u.nbytes for u in units])):
+        if config.check_finite:
+            copier.write(unit, nowhere)
+        found = digests(unit, folder / unit.file) if config.verify else {}
+        if wrong := sorted(name for name in found if found[name] != recorded[name]):
+            raise CheckpointError(f"{folder / unit.file}: tensor {wrong[0]}: not what was converted")
+    copier.close()
+    os.close(nowhere)
+    if config.check_logits and crew.rank == 0:
+        check_logits(config, conversion, work, folder)
 
 
 class Leaving:
@@ -104,7 +124,11 @@ def write_units(
                 continue
             path = folder / unit.file
             descriptor = work.claim(path)
-            written = copier.write(unit, descriptor)
+            try:
+                written = copier.write(unit, descriptor)
+            except BaseException:
+                os.close(descriptor)  # and with it the lock
+                raise
             if kept:
                 kept.result()
             kept = keeper.submit(keep, conversion, work, unit, path, descriptor, written, verify=config.verify)
@@ -132,7 +156,8 @@ def keep(
         found = digests(unit, rough_name(path))
         if wrong := sorted(name for name in written if found[name] != written[name]):
             raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")
-    work.keep(unit.file, path, descriptor, {"digests": written})
+    spans = [(place, target.nbytes) for place, target in zip(unit.places, unit.targets, strict=True)]
+    work.keep(unit.file, path, descriptor, {"digests": written, "around": around(rough_name(path), spans)})
 
 
 def refuse_changed(conversion: Conversion, unit: Unit, written: dict[str, str]) -> None:
@@ -147,9 +172,8 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
     """Everything that isn't weights, the marker last, and the folder's name."""
     conversion.complete(folder)
     copy_assets(conversion.source_folder, folder, config.dtype, without=conversion.without)
-    found: dict[str, str] = {}
-    for unit in conversion.units:
-        found |= (work.record(unit.file) or {})["digests"]
+    records = {unit.file: work.record(unit.file) or {} for unit in conversion.units}
+    found = {name: digest for record in records.values() for name, digest in record["digests"].items()}
     types = sorted({t.dtype for unit in conversion.units for t in unit.targets}, key=lambda d: ITEMSIZE[d])
     marker = {
         "format": weights_folder.FORMAT,
@@ -163,6 +187,8 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
         "conversion": work.plan,
         "digest": "blake3",
         "digests": dict(sorted(found.items())),
+        "around": {file: record["around"] for file, record in records.items()},
+        "others": {p.name: around(p) for p in sorted(folder.iterdir()) if is_other(p, records)},
     }
     weights_folder.write_marker(folder, marker)
     if config.check_logits:
@@ -170,6 +196,11 @@ def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: 
     if conversion.subfolder:
         weights_folder.replace_text(work.partial / weights_folder.LATEST, conversion.subfolder)
     work.publish()
+
+
+def is_other(path: Path, units: Collection[str]) -> bool:
+    """Whether it's a file of the finished folder that is neither weights nor the marker."""
+    return path.is_file() and path.name not in (*units, weights_folder.MARKER) and path.suffix != ".rough"
 
 
 def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> str:

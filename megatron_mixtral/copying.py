@@ -5,7 +5,7 @@ It knows neither format: a source reads rows, a unit says which rows make up whi
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
@@ -217,8 +217,10 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
     if stored == dtype:
         return data
     after = before.to(getattr(torch, dtype))
-    if dtype == "float16" and (torch.isinf(after) & torch.isfinite(before)).any():
-        raise InputError(f"{name}: has values beyond 65504, the largest of float16; use bfloat16 or float32")
+    if dtype != "float32" and (torch.isinf(after) & torch.isfinite(before)).any():
+        others = "bfloat16 or float32" if dtype == "float16" else "float32"
+        largest = torch.finfo(after.dtype).max
+        raise InputError(f"{name}: has values beyond {largest:g}, the largest of {dtype}; use {others}")
     return memoryview(after.view(torch.uint8).numpy())
 
 
@@ -239,6 +241,19 @@ def digests(unit: Unit, path: Path) -> dict[str, str]:
             place = end
     files.close()
     return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def around(path: Path, tensors: Iterable[tuple[int, int]] = ()) -> str:
+    """BLAKE3 of all of a file but its tensors' bytes, which have digests of their own; of each place and length."""
+    found, end = blake3(), 0
+    with path.open("rb") as stream:
+        for place, length in (*sorted(tensors), (path.stat().st_size, 0)):
+            stream.seek(end)
+            while data := stream.read(min(BLOCK, max(0, place - end))):
+                found.update(data)
+                end += len(data)
+            end = place + length
+    return found.hexdigest()
 
 
 def write_all(descriptor: int, data: memoryview | bytes, place: int) -> None:

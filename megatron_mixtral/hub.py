@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LONGEST_HEADER = 100_000_000  # what safetensors itself reads
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -57,6 +58,13 @@ class HubFolder:
 
     def file_of(self, rows: Rows) -> Path:
         return self.tensors[rows.name].path
+
+    def spans(self) -> dict[Path, list[tuple[int, int]]]:
+        """File -> place and length of each tensor in it."""
+        found: dict[Path, list[tuple[int, int]]] = {}
+        for stored in self.tensors.values():
+            found.setdefault(stored.path, []).append((stored.offset, _nbytes(stored)))
+        return found
 
     def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """`InputError` at the first tensor that is missing, unexpected or of another shape."""
@@ -98,6 +106,10 @@ def open_model(folder: Path, shape: MixtralShape) -> tuple[HubFolder, Names]:
     if shape.tie_word_embeddings:
         found.drop_copy("lm_head.weight", of="model.embed_tokens.weight")
     names = Names.found_in(found.tensors)
+    most = shape.num_hidden_layers * (1 if names.fused else shape.num_local_experts)
+    if most > len(found.tensors):  # each of them would have several; they may be too many to list
+        there = f"{shape.num_hidden_layers} layers of {shape.num_local_experts} experts"
+        raise InputError(f"{folder}: holds {len(found.tensors)} tensors; config.json tells of {there}")
     found.check(hub_shapes(shape, names))
     return found, names
 
@@ -114,7 +126,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             if name in tensors:
                 raise InputError(f"{stored.path}: tensor {name} is in {tensors[name].path.name} too")
             if index and index.get(name) != file:
-                raise InputError(f"{stored.path}: tensor {name} isn't in the index, {INDEX}")
+                said = f"which {INDEX} places in {index[name]}" if name in index else f"which {INDEX} doesn't name"
+                raise InputError(f"{stored.path}: holds tensor {name}, {said}")
             tensors[name] = stored
     for name, file in index.items():
         if name not in tensors:
@@ -123,15 +136,15 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file; empty when the folder has no index."""
+    """Tensor -> file; empty when the folder has no index, or one file that needs none."""
     path = folder / INDEX
-    if not path.exists():
+    if not path.exists() or (folder / SINGLE).is_file():  # transformers goes by the single file, too
         return {}
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
             raise ValueError("weight_map must give plain file names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not an index of safetensors: {error!r}") from error
     return dict(weight_map)
 
@@ -176,14 +189,14 @@ def _header_entries(path: Path, size: int) -> tuple[list[tuple[str, Any]], int]:
             if begin == LFS_POINTER[:8]:
                 raise InputError(f"{path}: a pointer of Git LFS, not the file; `git lfs pull` fetches it")
             length = int.from_bytes(begin, "little")
-            if size < 8 or length > size - 8:
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise InputError(f"{path}: truncated or no safetensors: {size} bytes, header of {length}")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         return sorted(header.items(), key=lambda item: item[1]["data_offsets"]), 8 + length
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: damaged header: {error!r}") from error
 
 
@@ -192,6 +205,8 @@ def _stored(path: Path, name: str, entry: Any, *, begin: int, expected: int) -> 
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
             raise ValueError("shape and data_offsets must be whole numbers")
+        if not isinstance(code, str):
+            raise ValueError("dtype must be a word")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: tensor {name}: damaged header: {error!r}") from error
     if code not in CODES:
@@ -214,7 +229,7 @@ def shards(targets: Iterable[Target], *, limit: int) -> list[Unit]:
     """The targets, in order, as files of about equal size below `limit`, named as the hub names them."""
     targets = list(targets)
     total = sum(t.nbytes for t in targets)
-    count = min(-(-total // limit), len(targets))
+    count = min(-(-total // max(limit, 1)), len(targets))
     cuts: list[list[Target]] = [[] for _ in range(count)]
     for target, end in zip(targets, accumulate(t.nbytes for t in targets), strict=True):
         middle = end - target.nbytes // 2

@@ -20,6 +20,7 @@ from megatron_mixtral.tensors import EXPERTS, LAYER
 from megatron_mixtral.torch_dist import TorchDistFolder
 from megatron_mixtral.torch_files import ITEMSIZE, Call, Chunk, Tensor
 from megatron_mixtral.weights import Link, Names, Rows, links, megatron_axes
+from megatron_mixtral.weights_folder import MARKER
 
 FILE = "model_optim_rng.pt"
 KIND = "legacy"  # in the folder's mixlaunch.json
@@ -246,6 +247,7 @@ class LegacyFolder(TorchDistFolder):
     def __init__(self, folder: Path, cut: Cut) -> None:
         self.folder, self.cut = folder, cut
         self.files = Files()
+        self._planes = {}
         self.parameters: dict[str, Stored] = {}  # `mp_rank_../KEY` -> its place
         whole = tensors.shapes(cut.shape)
         for name in whole.keys() & set(tensors.PADDED):
@@ -303,6 +305,14 @@ def open_weights(folder: Path, shape: MixtralShape, marker: dict[str, Any]) -> T
     if marker.get("kind") != KIND:
         found = TorchDistFolder(folder)
     else:
-        found = LegacyFolder(folder, Cut(shape=shape, layout=Layout(**marker["layout"]), **marker["legacy"]))
+        found = LegacyFolder(folder, _described(folder, shape, marker))
     found.check(tensors.shapes(shape), tensors.PADDED)
     return found
+
+
+def _described(folder: Path, shape: MixtralShape, marker: dict[str, Any]) -> Cut:
+    """How the files of a folder are cut, by its mixlaunch.json."""
+    try:
+        return Cut(shape=shape, layout=Layout(**marker["layout"]), **marker["legacy"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MARKER}: doesn't tell how its files are cut: {error!r}") from error

@@ -7,6 +7,7 @@ says where. Reading finds the raw bytes in the archive; writing puts an archive'
 import copy
 import json
 from collections.abc import Iterable, Iterator
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Self
@@ -30,6 +31,7 @@ class TorchDistFolder:
         self.tensors = read_tensors(folder)
         self.files = Files()
         self._places: dict[Chunk, int] = {}
+        self._planes: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
 
     def apart(self) -> Self:
         """For another thread: with files of its own."""
@@ -47,19 +49,28 @@ class TorchDistFolder:
         tensor = self.tensors[rows.name]
         axes = len(rows.index)
         width = row_width(tensor.shape, axes)
-        for chunk in tensor.chunks:
-            inside = zip(rows.index, chunk.offsets, chunk.sizes, strict=False)
-            if not all(first <= i < first + size for i, first, size in inside):
-                continue
+        for chunk in self._chunks_of(rows):
             first_row, chunk_rows = chunk.offsets[axes], chunk.sizes[axes]
             start, stop = max(rows.start, first_row), min(rows.stop, first_row + chunk_rows)
             if start < stop:
                 self._read_chunk(rows, chunk, tensor.dtype, width, slice(start, stop), out)
 
+    def _chunks_of(self, rows: Rows) -> list[Chunk]:
+        """Those with a part of the plane that `rows` are in: looked up, as there may be thousands."""
+        key = rows.name, len(rows.index)
+        if key not in self._planes:
+            planes: dict[tuple[int, ...], list[Chunk]] = {}
+            for chunk in self.tensors[rows.name].chunks:
+                axes = zip(chunk.offsets[: len(rows.index)], chunk.sizes, strict=False)
+                for index in product(*(range(first, first + size) for first, size in axes)):
+                    planes.setdefault(index, []).append(chunk)
+            self._planes[key] = planes  # whole at once: other threads look it up as well
+        return self._planes[key].get(rows.index, [])
+
     def file_of(self, rows: Rows) -> Path:
-        for chunk in self.tensors[rows.name].chunks:
-            box = zip((*rows.index, rows.start), chunk.offsets, chunk.sizes, strict=False)
-            if all(first <= place < first + size for place, first, size in box):
+        for chunk in self._chunks_of(rows):
+            first, size = chunk.offsets[len(rows.index)], chunk.sizes[len(rows.index)]
+            if first <= rows.start < first + size:
                 return self.folder / chunk.file
         raise AssertionError(f"no chunk holds row {rows.start} of {rows.name}")
 
@@ -94,6 +105,16 @@ class TorchDistFolder:
                 where = f"{self.folder / chunk.file}: tensor {name} at {chunk.place}"
                 raise CheckpointError(f"{where}: damaged: {error!r}") from error
         return self._places[chunk]
+
+    def spans(self) -> dict[Path, list[tuple[int, int]]]:
+        """File -> place and length of each chunk's raw bytes in it."""
+        found: dict[Path, list[tuple[int, int]]] = {}
+        for name, tensor in self.tensors.items():
+            for chunk in tensor.chunks:
+                length = prod(chunk.sizes) * ITEMSIZE[tensor.dtype]
+                place = self._place(chunk, name, tensor.dtype)
+                found.setdefault(self.folder / chunk.file, []).append((place, length))
+        return found
 
     def check(self, wanted: dict[str, tuple[int, ...]], padded: Iterable[str] = ()) -> None:
         """`CheckpointError` at the first tensor that is missing, unexpected, misshapen, incomplete or truncated."""

@@ -285,12 +285,19 @@ def read_metadata(path: Path) -> dict[str, Tensor]:
     for name, entry in found.state_dict_metadata.items():
         if type(entry).__name__ != "TensorStorageMetadata":
             continue
-        tensors[name] = Tensor(entry.properties.state[0].__name__, tuple(entry.size))
+        tensors[name] = Tensor(entry.properties.state[0].__name__, _whole(entry.size))
         for box in entry.chunks:
             stored = placed[name, box.offsets]
-            chunk = Chunk(box.offsets, box.sizes, stored.relative_path, stored.offset, stored.length)
+            place, length = _whole((stored.offset, stored.length))
+            chunk = Chunk(_whole(box.offsets), _whole(box.sizes), stored.relative_path, place, length)
             tensors[name].chunks.append(chunk)
     return tensors
+
+
+def _whole(numbers: Any) -> tuple[int, ...]:
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers} aren't whole numbers")
+    return tuple(numbers)
 
 
 def find_bytes(folder: Path, chunk: Chunk, dtype: str) -> int:
@@ -321,6 +328,8 @@ def _opened(stream: Any) -> tuple[Any, Callable[[str], tuple[int, int]]]:
         stream.seek(_begin(stream, about))  # unchecked: torch may leave its checksum out
         value = _Unpickler(io.BytesIO(stream.read(about.file_size))).load()
         places = {info.filename: (_begin(stream, info), info.file_size) for info in records.infolist()}
+        if max(begin + size for begin, size in places.values()) > stream.seek(0, os.SEEK_END):
+            raise ValueError("holds a record that ends behind it")
     return value, lambda key: places[f"{root}/data/{key}"]
 
 

@@ -3,7 +3,7 @@
 Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from blake3 import blake3
 from megatron_mixtral import hub, legacy, weights_folder
 from megatron_mixtral.config import MixtralShape, VerifyConfig
 from megatron_mixtral.conversion import hub_runs
-from megatron_mixtral.copying import BLOCK, Run, Source, read_rows
+from megatron_mixtral.copying import BLOCK, Run, Source, around, read_rows
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.events import EventLog
 from megatron_mixtral.progress import Progress
@@ -24,12 +24,19 @@ from megatron_mixtral.work import Crew
 def run(config: VerifyConfig, run_dir: Path) -> None:
     """Check this process's share of the tensors; `CheckpointError` names those that differ."""
     crew = Crew.from_environment()
-    folder = weights_folder.resolve(Path(config.folder).expanduser().absolute())
+    given = Path(config.folder).expanduser().absolute()
+    folder = weights_folder.resolve(given)
     marker = weights_folder.read_marker(folder)
     recorded = marker.get("digests")
     if not recorded:
         raise InputError(f"{folder}: records no digests; convert writes them, training doesn't")
+    if crew.rank == 0:
+        check_others(folder, marker)
+        if folder.parent == given:
+            check_latest(given / weights_folder.LATEST, folder.name)
     mine = share(folder, marker, crew)
+    if crew.rank == 0:
+        check_around(folder, marker, mine.source)
     events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
     progress = Progress(mine.bytes, label=f"rank {crew.rank}", events=events)
     mine.check(progress.add)
@@ -73,6 +80,34 @@ def share(folder: Path, marker: dict[str, Any], crew: Crew) -> Share:
     places = crew.mine(sizes)
     mine = {names[place]: runs[names[place]] for place in places}
     return Share(source=source, runs=mine, recorded=recorded, bytes=sum(sizes[place] for place in places))
+
+
+def check_others(folder: Path, marker: dict[str, Any]) -> None:
+    """`CheckpointError` names a file without tensors that is gone or isn't what it was."""
+    for name, before in marker.get("others", {}).items():
+        _check_around(folder / name, before, (), "not what was written at the conversion")
+
+
+def check_around(folder: Path, marker: dict[str, Any], source: Any) -> None:
+    """`CheckpointError` names a file that is another around its tensors: they'd be read, but not by all readers."""
+    spans = source.spans()
+    for name, before in marker.get("around", {}).items():
+        _check_around(folder / name, before, spans.get(folder / name, ()), "damaged around its tensors")
+
+
+def _check_around(path: Path, before: str, spans: Iterable[tuple[int, int]], wrong: str) -> None:
+    try:
+        now = around(path, spans)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; it was there at the conversion") from error
+    if now != before:
+        raise CheckpointError(f"{path}: {wrong}")
+
+
+def check_latest(path: Path, name: str) -> None:
+    """`CheckpointError` unless upstream's Megatron finds the folder by it."""
+    if not path.is_file() or path.read_bytes() != name.encode():
+        raise CheckpointError(f"{path}: should hold the word {name}, by which Megatron finds it")
 
 
 def _check_shape(folder: Path, recorded: dict[str, Any]) -> None:

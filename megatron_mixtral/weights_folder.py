@@ -101,7 +101,8 @@ def refuse_foreign(folder: Path) -> None:
 
 def hub_assets(folder: Path) -> list[Path]:
     """The files that describe a model and its tokenizer: all that go with its weights."""
-    patterns = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
+    patterns = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
+    patterns += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
     return sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +53,14 @@ class Published(Exception):
 
 
 class Work:
-    """The output folder `output` in the making; `plan` is all that decides its contents."""
+    """The output folder `output` in the making; `plan` is all that decides its contents.
 
-    def __init__(self, output: Path, plan: dict[str, Any]) -> None:
-        self.output, self.plan = output, json.loads(json.dumps(plan))
-        self.partial = output.with_name(output.name + ".partial")
+    A file counts as finished when it was put to all of `checks`, whichever run wrote it.
+    """
+
+    def __init__(self, output: Path, plan: dict[str, Any], checks: Iterable[str] = ()) -> None:
+        self.output, self.plan, self.checks = real(output), json.loads(json.dumps(plan)), frozenset(checks)
+        self.partial = self.output.with_name(self.output.name + ".partial")
         self.records = self.partial / RECORDS
 
     def is_published(self, marker: Path) -> bool:
@@ -74,6 +77,8 @@ class Work:
             raise InputError(f"{self.output}: holds another conversion ({difference(self.plan, made_by)})")
         if held := next(self.output.iterdir(), None):
             raise InputError(f"{self.output}: holds something else ({held.name}); give a new folder")
+        if self.output.is_mount():  # can't be replaced by the finished one
+            raise InputError(f"{self.output}: is where a file system is mounted; give a new folder within it")
         return False
 
     def begin(self, total: int, crew: Crew, folder: Path) -> None:
@@ -86,13 +91,19 @@ class Work:
             return self._check_plan()
         if self._plan.exists():
             self._check_plan()
-        elif self.partial.exists() and any(p.name != RECORDS for p in self.partial.iterdir()):
+        elif self._holds_other(folder):
             raise InputError(f"{self.partial}: holds something else; move it away")
         self._check_space(total)
         self.records.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
         replace_text(self._plan, json.dumps(self.plan, indent=1))
         return None
+
+    def _holds_other(self, folder: Path) -> bool:
+        """Whether the partial folder is more than one that was killed before its plan was written."""
+        if not self.partial.is_dir():
+            return os.path.lexists(self.partial)
+        return any(p.name != RECORDS and not (p == folder and not any(p.iterdir())) for p in self.partial.iterdir())
 
     @property
     def _plan(self) -> Path:
@@ -129,18 +140,19 @@ class Work:
     def record(self, name: str) -> dict[str, Any] | None:
         """What `keep` was given for the file; None when it isn't finished."""
         try:
-            return json.loads(self._record(name).read_text())
+            found: dict[str, Any] = json.loads(self._record(name).read_text())
         except FileNotFoundError:
             if not self.records.exists():
                 raise Published from None
             return None
+        return found if self.checks <= set(found.get("checks", ())) else None
 
     def _record(self, name: str) -> Path:
         return self.records / f"{name.replace('/', '_')}.json"
 
     def is_recorded(self, name: str) -> bool:
         """Whether the file is finished."""
-        return self._record(name).exists()
+        return self.record(name) is not None
 
     def claim(self, path: Path) -> int:
         """Open the empty, rough version of `path` for this process alone; `InputError` when another writes it."""
@@ -168,7 +180,7 @@ class Work:
         os.fsync(descriptor)
         rough_name(path).rename(path)
         os.close(descriptor)
-        replace_text(self._record(name), json.dumps(record))
+        replace_text(self._record(name), json.dumps({**record, "checks": sorted(self.checks)}))
 
     def wait(self, names: Sequence[str], between: Callable[[], Any]) -> None:
         """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
@@ -218,6 +230,18 @@ class Work:
             if patience.is_out():
                 raise JobError(f"{self.output}: rank 0 hasn't completed it within {STALL:.0f} s")
             time.sleep(POLL)
+
+
+def real(output: Path) -> Path:
+    """The folder that `output` means: where it points, if it's a link, as a link can't be replaced by a folder."""
+    if "\0" in str(output):
+        raise InputError(f"{str(output)!r}: not a path")
+    if not output.name:
+        raise InputError(f"{output}: holds something else; give a new folder")
+    found = Path(os.path.realpath(output)) if output.is_symlink() else output
+    if found.is_symlink():
+        raise InputError(f"{output}: a link that leads to itself")
+    return found
 
 
 def _lock(descriptor: int) -> None:

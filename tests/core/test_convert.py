@@ -1,6 +1,8 @@
 """Conversion both ways: bit for bit, through torch's own reader and megatron-core's layouts, by many processes."""
 
 import json
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import hub_folders
@@ -15,8 +17,10 @@ from test_model import megatron_tensors
 
 from megatron_mixtral import convert, tensors
 from megatron_mixtral.config import ConvertConfig, Layout, MixtralShape
+from megatron_mixtral.copying import read_rows
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.weights import Names, hub_shapes
+from megatron_mixtral.torch_dist import TorchDistFolder
+from megatron_mixtral.weights import Names, Rows, hub_shapes
 
 NAMES = {"hub": Names(), "transformers 5": Names(block="mlp", fused=True), "fused": Names(fused=True)}
 
@@ -269,6 +273,74 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     ):
         run(tmp_path / "hub", tmp_path / "out", tmp_path, dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_bfloat16_cannot_hold_are_refused(tmp_path):
+    given = hub_folders.write(tmp_path / "hub", dtype="float32")
+    given["model.norm.weight"][3] = 3.4e38  # finite, and rounded up it isn't
+    hub_folders.write_shards(tmp_path / "hub", given, 1)
+    with pytest.raises(InputError, match=r"tensor model\.norm\.weight: has values beyond 3\.38953e\+38"):
+        run(tmp_path / "hub", tmp_path / "out", tmp_path, dtype="bfloat16")
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes():
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"model_type": "mixtral", "num_hidden_layers": 3, "intermediate_size": 24, "vocab_size": 67}
+    for more in (
+        {},
+        {"tie_word_embeddings": None, "rms_norm_eps": None, "max_position_embeddings": None},
+        {"rope_theta": 5.0, "rope_scaling": None},
+        {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_type": "default"}},
+    ):
+        found = MixtralShape.from_hf(sizes | more)
+        theirs = MixtralConfig(**{k: v for k, v in (sizes | more).items() if v is not None})
+        assert found.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert (found.num_key_value_heads, found.rms_norm_eps) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
+        assert found.tie_word_embeddings is theirs.tie_word_embeddings
+    assert (
+        MixtralShape.from_hf(sizes | {"num_key_value_heads": None}).num_key_value_heads == 16
+    )  # as the hub means it
+
+
+def test_of_a_single_file_and_an_index_the_file_is_read_as_transformers_does(tmp_path):
+    hub_folders.write(tmp_path / "hub", shards=2)
+    given = hub_folders.write(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "hub" / "model.safetensors")
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf")
+    hub_folders.assert_same(hub_folders.read(tmp_path / "back"), given)
+
+
+def test_tokens_that_a_finetune_added_go_along(tmp_path):
+    hub_folders.write(tmp_path / "hub")
+    (tmp_path / "hub" / "added_tokens.json").write_text('{"<|im_start|>": 66}')
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    run(tmp_path / "megatron", tmp_path / "back", tmp_path, to="hf")
+    assert json.loads((tmp_path / "back" / "added_tokens.json").read_text()) == {"<|im_start|>": 66}
+
+
+def test_of_many_chunks_only_those_of_the_plane_are_looked_at(tmp_path):
+    """A model of thousands of experts took hours when each read searched all chunks."""
+    hub_folders.write(tmp_path / "hub", num_local_experts=9)
+    run(tmp_path / "hub", tmp_path / "megatron", tmp_path)
+    folder = TorchDistFolder(tmp_path / "megatron" / "release")
+    name = f"{tensors.EXPERTS}.linear_fc1.weight"
+
+    class Chunks(list):
+        looks = 0
+
+        def __iter__(self):
+            Chunks.looks += 1
+            return super().__iter__()
+
+    folder.tensors[name] = replace(folder.tensors[name], chunks=Chunks(folder.tensors[name].chunks))
+    for layer, expert in product(range(3), range(9)):
+        read_rows(folder, Rows(name, (layer, expert), 20, 30))  # of gate and up
+        folder.file_of(Rows(name, (layer, expert), 20, 30))
+    assert Chunks.looks == 1
 
 
 def test_nan_passes_unless_it_is_asked_for(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from megatron_mixtral import convert, work
 from megatron_mixtral.config import ConvertConfig
+from megatron_mixtral.copying import digests
 from megatron_mixtral.errors import CheckpointError, InputError, JobError
 
 TENSOR = "model.layers.1.self_attn.k_proj.weight"
@@ -78,6 +79,17 @@ def huge_header(hub):
     (hub / FIRST).write_bytes(b"\xff" * 64)
 
 
+def header_too_long(hub):
+    """As long as a whole shard of weights might be: it isn't read to find out."""
+    with (hub / FIRST).open("r+b") as stream:
+        stream.write((150_000_000).to_bytes(8, "little"))
+        stream.truncate(200_000_000)
+
+
+def header_too_deep(hub):
+    (hub / FIRST).write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+
+
 def longer(hub):
     with (hub / FIRST).open("ab") as stream:
         stream.write(b"\0" * 7)
@@ -96,6 +108,10 @@ def odd_type(hub):
         next(iter(header.values()))["dtype"] = "F8_E4M3"
 
     edit_header(hub / FIRST, change)
+
+
+def type_that_is_none(hub):
+    edit_header(hub / FIRST, lambda header: next(iter(header.values())).update(dtype=["BF16"]))
 
 
 def missing_file(hub):
@@ -128,6 +144,17 @@ def index_places_it_elsewhere(hub):
     path.write_text(json.dumps(index))
 
 
+def index_places_it_in_the_other_file(hub):
+    path = hub / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][TENSOR] = FIRST if index["weight_map"][TENSOR] == SECOND else SECOND
+    path.write_text(json.dumps(index))
+
+
+def index_too_deep(hub):
+    (hub / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
+
+
 def index_damaged(hub):
     (hub / "model.safetensors.index.json").write_text('{"weight_map": {')
 
@@ -151,6 +178,11 @@ def no_config(hub):
     (hub / "config.json").unlink()
 
 
+def layers_without_number(hub):
+    config = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+
+
 def other_model(hub):
     (hub / "config.json").write_text('{"model_type": "llama"}')
 
@@ -164,20 +196,26 @@ def other_model(hub):
         (garbage, rf"{FIRST}: damaged header"),
         (pointer_of_git_lfs, rf"{FIRST}: a pointer of Git LFS.*git lfs pull"),
         (huge_header, rf"{FIRST}: truncated or no safetensors"),
+        (header_too_long, rf"{FIRST}: truncated or no safetensors"),
+        (header_too_deep, rf"{FIRST}: damaged header"),
         (longer, rf"{FIRST}: 7 bytes behind the last tensor"),
         (overlap, rf"{FIRST}: tensor \S+ begins at"),
         (odd_type, rf"{FIRST}: tensor \S+ is F8_E4M3; supported are BF16, F16, F32"),
+        (type_that_is_none, rf"{FIRST}: tensor \S+: damaged header: .*dtype must be a word"),
         (missing_file, rf"index.json: names {SECOND}, which isn't there"),
         (missing_tensor, rf"tensor {TENSOR} is missing"),
         (extra_tensor, r"model-\d+-of-00002.safetensors: tensor model.layers.7.mlp.bias isn't part of the model"),
         (wrong_shape, rf"tensor {TENSOR} has shape \[7, 16\]; config.json makes it \[8, 16\]"),
-        (not_in_the_index, rf"tensor {TENSOR} isn't in the index"),
+        (not_in_the_index, rf"tensor {TENSOR}, which model.safetensors.index.json doesn't name"),
         (index_places_it_elsewhere, rf"{FIRST}: tensor model.nothing, which \S+ places here, is missing"),
+        (index_places_it_in_the_other_file, rf"holds tensor {TENSOR}, which \S+index.json places in model-0000"),
+        (index_too_deep, r"model.safetensors.index.json: not an index"),
         (index_damaged, r"model.safetensors.index.json: not an index"),
         (index_leaves_the_folder, r"plain file names"),
         (pickles, r"pytorch_model-00001-of-00001.bin: weights in a pickle"),
         (no_weights, r"hub: holds no \*.safetensors"),
         (no_config, r"config.json"),
+        (layers_without_number, r"hub: holds 60 tensors; config.json tells of 1000000000 layers of 4 experts"),
         (other_model, r"model_type is 'llama'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -200,6 +238,15 @@ def test_a_bad_hub_folder_is_refused_by_file_and_tensor(hub, out, damage, words)
         ({"sliding_window": -1}, "sliding_window is -1"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 of num_local_experts 4"),
         ({"hidden_size": None}, "hidden_size missing"),
+        ({"hidden_size": float("nan")}, "hidden_size is nan"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a number above 0"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be a boolean"),
+        ({"max_position_embeddings": "4k"}, "max_position_embeddings is '4k'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters asks for 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling asks for 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"model_type": None}, "model_type is None"),
     ],
 )
@@ -210,7 +257,7 @@ def test_sizes_that_no_model_can_have_are_named(hub, out, changes, words):
         run(hub, out)
 
 
-@pytest.mark.parametrize("text", ["[]", '"mixtral"', "{", "\x80"])
+@pytest.mark.parametrize("text", ["[]", '"mixtral"', "{", "\x80", "[" * 100_000])
 def test_a_config_that_is_none_is_named(hub, out, text):
     (hub / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"hub/config.json: "):
@@ -386,6 +433,34 @@ def test_a_folder_that_holds_something_else_is_left_alone(hub, tmp_path):
     assert [p.name for p in partial.iterdir()] == ["thesis.tex"]
 
 
+def test_a_link_means_the_folder_that_it_points_to(hub, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    for target in ("scratch", "not there/yet"):
+        link = tmp_path / f"link to {target.replace('/', ' ')}"
+        link.symlink_to(target)
+        run(hub, link)
+        assert link.is_symlink()
+        assert (tmp_path / target / "release" / "mixlaunch.json").exists()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop: a link that leads to itself"):
+        run(hub, tmp_path / "loop")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_no_folder_can_replace_is_refused_before_anything_is_written(hub, tmp_path, monkeypatch):
+    (tmp_path / "taken.partial").write_text("a file")
+    with pytest.raises(InputError, match=r"taken.partial: holds something else"):
+        run(hub, tmp_path / "taken")
+    for path in ("/", "a\0b"):
+        with pytest.raises(InputError, match=r"^/: holds something else|not a path"):
+            run_to(hub, path, tmp_path)
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda self: self.name == "disk")
+    with pytest.raises(InputError, match=r"disk: is where a file system is mounted"):
+        run(hub, tmp_path / "disk")
+    assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["taken.partial"]
+
+
 def test_an_empty_folder_is_taken(hub, tmp_path):
     (tmp_path / "out").mkdir()
     run(hub, tmp_path / "out")
@@ -416,6 +491,33 @@ def test_an_unfinished_other_conversion_is_refused(hub, tmp_path, monkeypatch):
         run(hub, out, dtype="float32")
     run(hub, out)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_checks_asked_for_later_are_made_later(hub, tmp_path, monkeypatch, capsys):
+    """What is there already, finished or in part, was written without them."""
+    rewrite(hub, lambda tensors: tensors[TENSOR].view(-1)[3:4].fill_(float("nan")))
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    with monkeypatch.context() as patched:
+        patched.setattr(work.Work, "publish", lambda self: (_ for _ in ()).throw(JobError("killed")))
+        with pytest.raises(JobError, match="killed"):
+            run(hub, part)
+    run(hub, whole)
+    for out in (part, whole):
+        with pytest.raises(InputError, match=rf"tensor {TENSOR}: holds NaN"):
+            run(hub, out, check_finite=True)
+    with pytest.raises(CheckpointError, match=r"logits.*largest difference nan"):
+        run(hub, whole, check_logits=True)
+    read_back = []
+    monkeypatch.setattr(convert, "digests", lambda *args: read_back.append(args[1]) or digests(*args))
+    for out in (part, whole):
+        run(hub, out, verify=True)
+        assert len(read_back) == 1
+        read_back.clear()
+    data = bytearray(release_file(whole).read_bytes())
+    data[-2000] ^= 1  # among the last tensor's numbers
+    release_file(whole).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: tensor lm_head.weight: not what was converted"):
+        run(hub, whole, verify=True)
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(hub, out, monkeypatch):

@@ -103,6 +103,19 @@ def test_killed_at_random_points_each_rerun_ends_as_if_undisturbed(fresh_process
     assert went_on >= KILLS // 4, f"only {went_on} of {KILLS} kills fell into the writing"
 
 
+def test_killed_before_the_plan_was_written_it_goes_on(source, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work, "replace_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(source / "hub", tmp_path / "out", tmp_path)
+    assert (tmp_path / "out.partial" / "release").exists()
+    run(source / "hub", tmp_path / "out", tmp_path)
+    assert contents(tmp_path / "out") == contents(source / "megatron")
+
+
 def test_a_rank_killed_ends_the_others_and_the_next_attempt_finishes(source, tmp_path, monkeypatch):
     config = {"source": str(source / "hub"), "output": str(tmp_path / "out")}
     with jobs.Job("convert", config, tmp_path / "run", ranks=2) as job:

@@ -9,7 +9,7 @@ from test_convert import run
 
 from megatron_mixtral import legacy, logits
 from megatron_mixtral.config import Layout
-from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.weights import Names
 
 CASES = {
@@ -65,6 +65,21 @@ def test_legacy_files_of_many_ranks_are_compared_too(tmp_path, capsys, how):
     run(tmp_path / "hub", tmp_path / "out", tmp_path, format=legacy.KIND, layout=layout, check_logits=True)
     _, off, largest, _ = said(capsys)
     assert off < 1e-4 * largest
+
+
+def test_widths_that_no_grouped_product_takes_are_compared_too(tmp_path, capsys):
+    hub_folders.write(tmp_path / "hub", intermediate_size=7, hidden_size=18, head_dim=6)
+    run(tmp_path / "hub", tmp_path / "out", tmp_path, check_logits=True)
+    _, off, largest, _ = said(capsys)
+    assert off < 1e-4 * largest
+
+
+def test_a_model_that_transformers_has_no_logits_of_is_told_so(tmp_path):
+    """Its weights convert; rotation wants an even head size."""
+    hub_folders.write(tmp_path / "hub", head_dim=5)
+    with pytest.raises(InputError, match=r"hub: transformers can't compute with it.*even"):
+        run(tmp_path / "hub", tmp_path / "out", tmp_path, check_logits=True)
+    run(tmp_path / "hub", tmp_path / "out", tmp_path)
 
 
 def test_other_weights_are_refused_and_get_no_name(tmp_path, how, monkeypatch):

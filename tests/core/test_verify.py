@@ -1,8 +1,10 @@
 """`verify` finds one changed bit in any tensor of a converted folder, of either kind."""
 
 import os
+import random
 import subprocess
 import sys
+from contextlib import suppress
 
 import hub_folders
 import jobs
@@ -10,9 +12,11 @@ import pytest
 import torch
 from test_convert import run
 
-from megatron_mixtral import verify
-from megatron_mixtral.config import VerifyConfig
+from megatron_mixtral import tensors, verify
+from megatron_mixtral.config import Layout, MixtralShape, VerifyConfig
 from megatron_mixtral.errors import CheckpointError, InputError
+from megatron_mixtral.torch_dist import TorchDistFolder
+from megatron_mixtral.weights_folder import MARKER
 
 
 @pytest.fixture
@@ -40,6 +44,34 @@ def test_one_changed_bit_is_found_wherever_it_is(converted, name, pattern):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"tensor {tensor}: not what was converted"):
         verify.run(VerifyConfig(folder=str(converted / name)), converted)
+
+
+@pytest.mark.parametrize("name", ["megatron", "back", "legacy"])
+def test_whatever_a_folder_loses_or_has_changed_is_found(converted, name):
+    """Tensors aside: what frames them, and all the files that a reader needs beside them."""
+    if name == "legacy":
+        run(converted / "hub", converted / name, converted, format=name, layout=Layout(expert=2, pipeline=2))
+    for path in sorted(p for p in (converted / name).rglob("*") if p.is_file() and p.name != MARKER):
+        data, pick = path.read_bytes(), random.Random(path.name)
+        for place in {0, len(data) - 1, *(pick.randrange(len(data)) for _ in range(3))}:
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            with pytest.raises(InputError, match="/"):
+                verify.run(VerifyConfig(folder=str(converted / name)), converted)
+        path.unlink()
+        with pytest.raises(InputError, match=path.name):
+            verify.run(VerifyConfig(folder=str(converted / name)), converted)
+        path.write_bytes(data)
+    verify.run(VerifyConfig(folder=str(converted / name)), converted)
+
+
+def test_damage_to_what_tells_where_tensors_lie_is_named(converted):
+    """Found by reading alone, with no digest to compare: an upstream job's folder has none."""
+    release = converted / "megatron" / "release"
+    data = (release / ".metadata").read_bytes()
+    for place in random.Random(3).sample(range(len(data)), 60):
+        (release / ".metadata").write_bytes(data[:place] + bytes([data[place] ^ 32]) + data[place + 1 :])
+        with suppress(CheckpointError):
+            TorchDistFolder(release).check(tensors.shapes(MixtralShape.from_folder(release)))
 
 
 def test_the_command_proves_it_and_names_what_has_changed(converted, monkeypatch):
