@@ -292,6 +292,7 @@ def plan_finetune(
     if chosen.get("lora") and not profile.is_local:
         request = replace(request, layout=adapters.layout(request, axes.over))
     layout, outlook = request.layout, asked.outlook(request)
+    tuning.check_packing(chosen, layout)
     weights = places.weights(profile, model)
     blend, hint = blends.read(profile, data), "" if data else "`mixlaunch prepare FILES` makes it"
     return JobPlan(

@@ -58,7 +58,28 @@ class SectionedCommand(click.Command):
 
 
 class SectionedGroup(SectionedCommand, click.Group):
-    """Such a command with others under it, which are listed last."""
+    """Such a command with others under it, which are listed last; a word that is none of them is its `--model`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options, words = self._read(ctx, args)
+        if len(words) == 1 and words[0] not in self.commands:
+            if "model" in options:
+                raise click.UsageError(f"{words[0]!r} and --model: give one of them", ctx=ctx)
+            rests = (args[:place] + args[place + 1 :] for place, arg in enumerate(args) if arg == words[0])
+            rest = next(rest for rest in rests if self._read(ctx, rest) == (options, []))
+            args = ["--model", words[0], *rest]
+        return super().parse_args(ctx, args)
+
+    def _read(self, ctx: click.Context, args: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """The options in `args` as they are typed, wherever they stand, and the words that are none."""
+        ctx.allow_interspersed_args, ctx.ignore_unknown_options = True, True
+        try:
+            options, words, _ = self.make_parser(ctx).parse_args(list(args))
+        except click.UsageError:
+            return {}, []
+        finally:
+            ctx.allow_interspersed_args, ctx.ignore_unknown_options = False, False
+        return dict(options), [word for word in words if not word.startswith("-")]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -110,7 +131,7 @@ def job_command(
     }
     if not under:
         return SectionedCommand(job, **parts)
-    metavar = f"[{'|'.join(str(command.name) for command in under)} ...]"
+    metavar = f"[MODEL | {'|'.join(str(command.name) for command in under)} ...]"
     return SectionedGroup(
         job,
         commands={str(command.name): command for command in under},

@@ -4,7 +4,7 @@ from typing import Any
 
 from launcher import settings
 from launcher.errors import UsageError
-from launcher.layout import Shape
+from launcher.layout import Layout, Shape
 
 
 def checked(chosen: dict[str, Any], shape: Shape | None) -> dict[str, Any]:
@@ -29,6 +29,13 @@ def checked(chosen: dict[str, Any], shape: Shape | None) -> dict[str, Any]:
     if fp8 and chosen.get("lora"):
         raise UsageError("--fp8: adapters are computed by our own layers, which have none; leave out --lora")
     return chosen
+
+
+def check_packing(chosen: dict[str, Any], layout: Layout) -> None:
+    """`UsageError` for sequences of several documents whose ends context parallelism would not know."""
+    packing, context = chosen.get("packing", "stream"), layout.context
+    if context > 1 and packing != "stream":
+        raise UsageError(f"--packing: {packing}, but --cp {context} splits whole sequences; use stream, or --cp 1")
 
 
 def _option(name: str) -> str:

@@ -100,7 +100,7 @@ def _part(config: FinetuneConfig, prefix: Path, shape: MixtralShape, source: Pat
     packing = config.packing or ("stream" if documents.masks is None else "documents")
     if config.layout.context > 1 and packing != "stream":
         raise LayoutError(
-            f"packing {packing}: context parallelism splits whole sequences; use packing stream, or 1"
+            f"packing {packing}: context parallelism splits whole sequences; use packing stream, or context 1"
         )
     divided = batches.split(len(documents), config.validation, config.seed)
     train = _samples(config, documents, divided.train, packing, pad=False)

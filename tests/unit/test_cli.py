@@ -238,6 +238,16 @@ def test_convert_has_a_command_under_it_and_stays_one(mixlaunch):
     assert (missing.exit_code, "/nowhere/at/all doesn't exist" in missing.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    "words", [["--to", "hf", "a-run"], ["a-run", "--to", "hf"], ["--name", "a-run", "--to", "hf", "a-run"]]
+)
+def test_convert_takes_a_run_as_its_word(mixlaunch, words):
+    shown = mixlaunch("convert", "--cluster", "selene", *words, "--dry-run").stdout
+    assert "source: /lustre/fsw/mixlaunch/runs/a-run\n" in shown
+    both = mixlaunch("convert", *words, "--model", "b")
+    assert (both.exit_code, "'a-run' and --model: give one of them" in both.stderr) == (2, True)
+
+
 def test_status_without_runs_says_so(mixlaunch):
     assert "no runs yet" in mixlaunch("status").stdout
 

@@ -36,6 +36,13 @@ def test_settings_that_say_nothing_without_another_are_refused(values, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("packing", ["documents", "none"])
+def test_context_parallelism_goes_with_whole_sequences_alone(packing):
+    with pytest.raises(UsageError, match=f"--packing: {packing}, but --cp 2 splits whole sequences; use stream"):
+        planned({"context": 2}, packing=packing)
+    assert planned({"context": 2}, packing="stream").config["packing"] == "stream"
+
+
 def test_settings_that_belong_together_are_handed_on():
     asked = {"capacity_factor": 4.0, "pad_to_capacity": True, "drop_policy": "position", "fp8": "hybrid"}
     assert asked.items() <= planned(**asked, fp8_recipe="blockwise", virtual_pipeline=2).config.items()
