@@ -117,6 +117,21 @@ def test_three_faults_in_one_place_are_the_end(start):
     assert "3 faults without a newer checkpoint than none; exit 7" in script.log(attempt=2)
 
 
+@pytest.mark.parametrize(("said", "ends"), [(7, 7), (85, 1)])
+def test_a_failure_that_a_full_disk_keeps_from_being_told_is_one(start, said, ends):
+    script = start(f': >"$MIXLAUNCH_LOGS/first_exit"; exit {said}')
+    assert script.ended() == ends
+    assert script.attempts() == 3
+    assert f"3 faults without a newer checkpoint than none; exit {ends}" in script.log(attempt=2)
+
+
+def test_faults_that_cannot_be_counted_are_the_end(start):
+    script = start('mkdir "$MIXLAUNCH_RUN/faults"; exit 7')
+    assert script.ended() == 7
+    assert script.attempts() == 1
+    assert "faults can't be counted" in script.log()
+
+
 def test_faults_with_progress_between_them_go_on(start):
     act = f'[ "$MIXLAUNCH_ATTEMPT" -lt 4 ] || exit 0\n{CHECKPOINT.format("000000$MIXLAUNCH_ATTEMPT")}\nexit 9'
     script = start(act)

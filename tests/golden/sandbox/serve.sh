@@ -109,9 +109,11 @@ while :; do
   code=$?
   [ -n "$interrupted" ] || break
 done
-if [ -r "$MIXLAUNCH_LOGS/first_exit" ]; then
+if [ -s "$MIXLAUNCH_LOGS/first_exit" ]; then
   read -r code rank node <"$MIXLAUNCH_LOGS/first_exit"
   echo "mixlaunch: rank $rank on $node was the first to leave, with $code"
+elif [ -e "$MIXLAUNCH_LOGS/first_exit" ] && [ "$code" -eq 0 ]; then
+  code=1 # a rank failed, and on a full disk not even that could be written
 fi
 # How Slurm sees the job by now; that it is being preempted is told nowhere else.
 [ "$code" -eq 0 ] || echo "mixlaunch: Slurm says" \

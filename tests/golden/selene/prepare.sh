@@ -127,9 +127,11 @@ while :; do
   code=$?
   [ -n "$interrupted" ] || break
 done
-if [ -r "$MIXLAUNCH_LOGS/first_exit" ]; then
+if [ -s "$MIXLAUNCH_LOGS/first_exit" ]; then
   read -r code rank node <"$MIXLAUNCH_LOGS/first_exit"
   echo "mixlaunch: rank $rank on $node was the first to leave, with $code"
+elif [ -e "$MIXLAUNCH_LOGS/first_exit" ] && [ "$code" -eq 0 ]; then
+  code=1 # a rank failed, and on a full disk not even that could be written
 fi
 # How Slurm sees the job by now; that it is being preempted is told nowhere else.
 [ "$code" -eq 0 ] || echo "mixlaunch: Slurm says" \
@@ -168,6 +170,6 @@ at=$(newest_checkpoint) last="" faults=0
 [ ! -r "$MIXLAUNCH_RUN/faults" ] || read -r last faults <"$MIXLAUNCH_RUN/faults"
 [ "$at" = "$last" ] || faults=0
 faults=$((faults + 1))
-echo "$at $faults" >"$MIXLAUNCH_RUN/faults"
+echo "$at $faults" >"$MIXLAUNCH_RUN/faults" || finish "a fault, and faults can't be counted in $MIXLAUNCH_RUN"
 [ "$faults" -lt 3 ] || finish "3 faults without a newer checkpoint than $at"
 again "fault $faults with $at as the newest checkpoint"
