@@ -4,7 +4,10 @@ megatron-core's writer starts two processes a rank and a manager for their resul
 on whatever thread it is called.
 """
 
+import errno
 import io
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from megatron.core.dist_checkpointing import core, mapping, serialization, state
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 
 COMMON, CONFIG = "common.pt", "metadata.json"
+FULL = 1 << 20  # bytes free on a disk that holds no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,12 @@ def write(folder: Path, what: Content, group: Any = None) -> None:
             )
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise SaveError(f"{folder}: rank {rank}: {reason}") from None
+        raise SaveError(f"{folder}: rank {rank}: {reason}{_said_of_room(folder)}") from None
+
+
+def _said_of_room(folder: Path) -> str:
+    """What torch's writer doesn't say of a full disk: "unexpected pos 704 vs 598" is all that it knows."""
+    return f": {os.strerror(errno.ENOSPC)}" if shutil.disk_usage(folder).free < FULL else ""
 
 
 def _write_common(folder: Path, common: bytes) -> None:
