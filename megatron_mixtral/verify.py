@@ -71,7 +71,8 @@ class Share:
 def share(folder: Path, marker: dict[str, Any], crew: Crew) -> Share:
     """This process's, as many bytes as any other's; `CheckpointError` for a tensor or shape that isn't there."""
     recorded = marker["digests"]
-    _check_shape(folder, marker.get("shape", {}))
+    if marker.get("kind") != "peft":  # which has no config.json
+        _check_shape(folder, marker.get("shape", {}))
     source, runs = tensors_of(folder, marker)
     if missing := sorted(recorded.keys() - runs.keys()):
         raise CheckpointError(f"{folder}: tensor {missing[0]} has a digest and is missing")
@@ -119,15 +120,18 @@ def _check_shape(folder: Path, recorded: dict[str, Any]) -> None:
 
 def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:
     """What the folder holds, and for each hub tensor, or rank's own in legacy files, the rows that make it up."""
-    shape = MixtralShape.from_folder(folder)
-    if marker.get("kind") == "hub":
+    if (kind := marker.get("kind")) == "peft":
         stored = hub.HubFolder(folder)
-        stored.check(hub_shapes(shape))
     else:
-        cut = legacy.open_weights(folder, shape, marker)
-        if not isinstance(cut, legacy.LegacyFolder):
-            return cut, hub_runs(shape)
-        stored = hub.HubFolder(folder, cut.parameters)  # parts of the hub's tensors
+        shape = MixtralShape.from_folder(folder)
+        if kind == "hub":
+            stored = hub.HubFolder(folder)
+            stored.check(hub_shapes(shape))
+        else:
+            cut = legacy.open_weights(folder, shape, marker)
+            if not isinstance(cut, legacy.LegacyFolder):
+                return cut, hub_runs(shape)
+            stored = hub.HubFolder(folder, cut.parameters)  # parts of the hub's tensors
     return stored, {name: [Run(Rows(name, (), 0, found.shape[0]), name)] for name, found in stored.tensors.items()}
 
 

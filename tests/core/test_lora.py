@@ -8,9 +8,9 @@ import pytest
 import small
 from ranks import ranks
 
-from megatron_mixtral import adapters, convert, merging, weights_folder
+from megatron_mixtral import adapters, convert, merging, verify, weights_folder
 from megatron_mixtral.adapters import Lora
-from megatron_mixtral.config import ConvertConfig, FinetuneConfig, MixtralShape
+from megatron_mixtral.config import ConvertConfig, FinetuneConfig, MixtralShape, VerifyConfig
 from megatron_mixtral.errors import CheckpointError, InputError
 
 SHAPE = small.SHAPE | {"head_dim": 16, "initializer_range": 0.1}  # head_dim isn't hidden_size / heads
@@ -180,6 +180,17 @@ def test_peft_and_the_merged_export_compute_what_the_model_does(world, tmp_path,
         # transformers finds the base by the adapter's own word
         found = MixtralForCausalLM.from_pretrained(alone, dtype=torch.float32)
         assert (found(ids).logits - wanted).abs().max() < TOLERANCE
+
+
+def test_adapters_alone_are_proven_too(world, tmp_path):
+    alone = converted(world / "experts_base", tmp_path / "peft", "peft")
+    verify.run(VerifyConfig(folder=str(alone)), tmp_path)
+    for name, words in (("adapter_model.safetensors", "lora_B.weight: not"), ("adapter_config.json", "written")):
+        data = (alone / name).read_bytes()
+        (alone / name).write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+        with pytest.raises(CheckpointError, match=rf"{name}: .*{words}"):
+            verify.run(VerifyConfig(folder=str(alone)), tmp_path)
+        (alone / name).write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ADAPTED)
