@@ -35,4 +35,4 @@ def test_one_failing_rank_ends_all_and_shows_why():
 
 def test_a_hang_shows_its_stack():
     with pytest.raises(RanksFailed, match="_hang"):
-        ranks(1, _hang, timeout=1)
+        ranks(1, _hang, timeout=6)  # it has to get there first, on a busy machine

@@ -23,6 +23,7 @@ def offline(monkeypatch):
 
 def told(run_dir):
     """What every attempt has left, as bytes: numbers are JSON in it."""
+    wandb.teardown()  # `finish` may come back before its service has written all
     return [file.read_bytes() for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
 
 

@@ -20,6 +20,7 @@ def running(plain_server):
 
 @pytest.fixture(scope="module")
 def browser():
+    playwright.expect.set_options(timeout=15_000)
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

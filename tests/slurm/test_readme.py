@@ -60,7 +60,7 @@ class Reader:
         *,
         code: int = 0,
         cwd: Path | None = None,
-        seconds: float = 120,
+        seconds: float = 300,
         stdin: str = "",
         **more: str,
     ) -> str:
@@ -80,7 +80,7 @@ class Reader:
         assert "Traceback" not in done.stdout
         return done.stdout
 
-    def follows(self, command: str, until: str, seconds: float = 120) -> None:
+    def follows(self, command: str, until: str, seconds: float = 400) -> None:
         """Watch a command that doesn't end by itself until it prints `until`, then leave it."""
         shell = ["timeout", str(seconds), "bash", "-c", f"exec {command}"]
         process = subprocess.Popen(shell, cwd=self.home, env=self.environment, stdout=subprocess.PIPE, text=True)
@@ -100,7 +100,7 @@ class Reader:
         rows = [line.split() for line in self.types("mixlaunch status").splitlines()]
         return next(row[4] for row in rows if row[1] == job)
 
-    def waits(self, job: str, state: str, seconds: float = 180) -> None:
+    def waits(self, job: str, state: str, seconds: float = 400) -> None:
         """Until the newest run of `job` is in `state`."""
         deadline = time.monotonic() + seconds
         while (now := self.state(job)) != state:
@@ -212,7 +212,7 @@ HOW = {
 
 
 @pytest.mark.many_ranks
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_command_in_the_readme(reader):
     profile = next(text for kind, text in BLOCKS if kind == "yaml")
     (reader.home / ".config" / "mixlaunch" / "clusters" / "mine.yaml").write_text(profile)

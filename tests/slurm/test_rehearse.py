@@ -46,7 +46,7 @@ def temporary(tmp_path):
 
 
 @pytest.mark.many_ranks
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_selene_is_rehearsed_with_all_its_ranks(tmp_path, temporary):
     done = rehearse(tmp_path, temporary, *COMMAND.split()[1:])
     assert done.returncode == 0, done.stdout + done.stderr
