@@ -128,7 +128,9 @@ def reader(site, short_path):
     (clusters / "selene.yaml").write_text(yaml.safe_dump(selene(site, short_path)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MIXLAUNCH_", "SLURM_", "XDG_"))}
     environment |= {"HOME": str(short_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    make(TinyConfig(output=str(short_path / "hub"), layers=4, hidden=64, intermediate=64, heads=4, kv_heads=2))
+    shape = {"layers": 4, "hidden": 64, "intermediate": 64, "heads": 4, "kv_heads": 2}
+    shape["max_positions"] = 512  # where its answers end, as random words have no end
+    make(TinyConfig(output=str(short_path / "hub"), **shape))
     files = {path.name: path.read_bytes() for path in (short_path / "hub").iterdir()}
     with serving(files, repository=REPO) as hub:
         yield Reader(short_path, environment | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"})
