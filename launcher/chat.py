@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import servers
 from launcher.errors import Fault, UsageError
-from launcher.servers import KEY, Server, explain
+from launcher.servers import KEY, Server, explain, named
 
 HISTORY = 1000  # lines that the arrow keys bring back, also from earlier conversations
 QUOTES = '"""'
@@ -109,7 +108,7 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
         prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt:
         raise UsageError("there is nothing to answer: the prompt is empty")
-    server = servers.named(server)
+    server = named(server)
     conversation = Conversation(server=server, settings=settings, system=system)
     if prompt is not None:
         _print(complete(server, prompt, settings) if raw else conversation.ask(prompt))

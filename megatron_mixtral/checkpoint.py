@@ -206,9 +206,7 @@ def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
             return dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        name, absent, _ = (
-            str(reason).strip("\"'").partition(" from model not in state dict")
-        )  # and then all there is
+        name, absent, _ = str(reason).strip("\"'").partition(" from model not in state dict")  # and all that is
         raise CheckpointError(f"{folder}: rank {rank}: {f'it has no {name}' if absent else repr(reason)}") from None
 
 

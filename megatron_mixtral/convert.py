@@ -33,7 +33,8 @@ def run(config: ConvertConfig, run_dir: Path) -> None:
     work = Work(Path(config.output).expanduser().absolute(), identity(config, conversion), checks)
     if work.is_published(conversion.marker):
         print(f"{work.output}: done already", flush=True)
-        return check_again(config, conversion, work, crew)
+        check_again(config, conversion, work, crew)
+        return
     events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
     try:
         write(config, conversion, work, crew, events, Leaving(work.records, run_dir.name))
@@ -42,7 +43,6 @@ def run(config: ConvertConfig, run_dir: Path) -> None:
     except Published:
         if not work.is_published(conversion.marker):
             raise JobError(f"{work.partial}: was removed while it was being written") from None
-    return None
 
 
 def check_again(config: ConvertConfig, conversion: Conversion, work: Work, crew: Crew) -> None:

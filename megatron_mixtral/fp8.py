@@ -14,7 +14,7 @@ from megatron_mixtral.fused import products
 from megatron.core.dist_checkpointing import ShardedTensor
 
 DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
+LARGEST = torch.finfo(DTYPE).max
 NEEDS = (8, 9)  # compute capability
 
 

@@ -59,11 +59,7 @@ def build(
     layout.check(shape)
     if layout.context > 1 and not split_sequence:
         raise LayoutError(f"context parallel {layout.context}: only training splits the sequence; use 1")
-    kind, parts = _kind(fuse)
-    if lora and lora.experts:
-        parts = replace(parts, experts=adapting.Experts)
-    if fp8_experts:
-        parts = replace(parts, experts=fp8.Experts)
+    kind, parts = _kind(fuse, lora=lora, fp8_experts=fp8_experts)
     with mcore.quiet():
         settings = transformer_config(
             shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
@@ -93,15 +89,20 @@ def build(
     return model
 
 
-def _kind(fuse: bool | None) -> tuple[type[GPTModel], layers.Parts]:
+def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], layers.Parts]:
     """The model's class and what its layers are made of."""
     if fuse is None:
         fuse = mcore.HAVE_GPU and fused.missing() is None
-    if not fuse:
-        return GPTModel, layers.Parts()
-    from megatron_mixtral.fused import modules  # imports triton
+    kind, parts = GPTModel, layers.Parts()
+    if fuse:
+        from megatron_mixtral.fused import modules  # imports triton
 
-    return modules.Model, modules.PARTS
+        kind, parts = modules.Model, modules.PARTS
+    if lora and lora.experts:
+        parts = replace(parts, experts=adapting.Experts)
+    if fp8_experts:
+        parts = replace(parts, experts=fp8.Experts)
+    return kind, parts
 
 
 def ways(model: GPTModel) -> str:

@@ -16,3 +16,19 @@ def device():
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def one_rank(device):
+    """megatron-core with one rank, for an engine that our own forward pass can serve."""
+    from megatron_mixtral import mcore
+    from megatron_mixtral.config import Layout
+
+    if mcore.VERSION < (0, 17):
+        pytest.skip("megatron-core before 0.17 keeps its bookkeeping elsewhere")
+    mcore.initialize(Layout())
+    yield
+    from megatron.core.inference.utils import InferenceMode
+
+    InferenceMode.unset_active()  # for the tests of training in this process
+    mcore.shutdown()

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from test_step import SHAPE, logits_of_each_step
+from test_step import SHAPE, logits_of_each_step, replica
 
 from megatron_mixtral import fused
+from megatron_mixtral.config import Layout
 
 pytestmark = pytest.mark.gpu
 CLOSE = 1e-5 if fused.INTERPRETED else 1e-2  # the interpreter computes in fp32, a GPU in bf16
@@ -146,62 +147,18 @@ def test_torch_takes_these_shapes():
     assert (out.shape, out.dtype) == ((37, 256), torch.bfloat16)
 
 
-@pytest.fixture
-def replicas(device):
-    """The same random model in the GPU's own precision and with experts in FP8."""
-    from megatron_mixtral import fp8, mcore, model
-    from megatron_mixtral.config import Layout
-    from megatron_mixtral.serve import step
-    from megatron_mixtral.serve.replica import Replica, Sizes
-
-    if mcore.VERSION < (0, 17):
-        pytest.skip("megatron-core before 0.17 keeps its bookkeeping elsewhere")
-    mcore.initialize(Layout())
-
-    def make(*, in_fp8, ours, shape=SHAPE):
-        precision = "bf16" if mcore.HAVE_GPU else "fp32"
-        built = model.build(
-            shape, Layout(), precision=precision, random_weights=False, fuse=False, fp8_experts=in_fp8
-        )
-        generator = torch.Generator().manual_seed(7)
-        scales = {p: s for layer in built.decoder.layers for p, s in scaled(layer.mlp.experts)}
-        with torch.no_grad():
-            for parameter in built.parameters():
-                values = torch.randn(parameter.shape, generator=generator)
-                values = 1 + values / 10 if parameter.ndim == 1 else values / 8
-                if parameter in scales:
-                    fp8.quantize(values.to(parameter.device), parameter, scales[parameter])
-                else:
-                    parameter.copy_(values)
-        assert step.missing(built) is None
-        made = Replica(built, Sizes(requests=4, context_tokens=160, step_tokens=64, page=64))
-        made._controller.step = (made._controller.step or step.Step(built, made._engine.context)) if ours else None
-        return made
-
-    yield make
-    from megatron.core.inference.utils import InferenceMode
-
-    InferenceMode.unset_active()
-    mcore.shutdown()
-
-
-def scaled(experts):
-    pairs = zip((experts.linear_fc1, experts.linear_fc2), experts.scales, strict=True)
-    return [(weight, scale) for weight, scale in pairs if scale is not None]
-
-
 def apart(ones, others):
     assert [r for r, _ in ones] == [r for r, _ in others]
     return sorted(distance(a, b) for (_, a), (_, b) in zip(ones, others, strict=True))
 
 
-def test_logits_are_the_engines_own_and_near_those_without_fp8(replicas):
+def test_logits_are_the_engines_own_and_near_those_without_fp8(one_rank):
     # Two experts of two: no token changes its expert by a rounding.
     shape = dataclasses.replace(SHAPE, num_local_experts=2)
     draw = random.Random(1)
     prompts = [[draw.randrange(512) for _ in range(n)] for n in (3, 20)]
     ours, engines, without = (
-        logits_of_each_step(replicas(in_fp8=f, ours=o, shape=shape), prompts, tokens=2)
+        logits_of_each_step(replica(shape, Layout(), ours=o, in_fp8=f), prompts, tokens=2)
         for f, o in ((True, True), (True, False), (False, False))
     )
     same, lost = apart(ours, engines), apart(ours, without)

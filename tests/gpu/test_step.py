@@ -9,7 +9,7 @@ import torch
 from megatron_mixtral import fused
 from megatron_mixtral.config import Layout, MixtralShape
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 SHAPE = MixtralShape(
     num_hidden_layers=2,
     hidden_size=128,
@@ -24,34 +24,27 @@ SHAPE = MixtralShape(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_rank(device):
-    from megatron_mixtral import mcore
-
-    if mcore.VERSION < (0, 17):
-        pytest.skip("megatron-core before 0.17 keeps its bookkeeping elsewhere")
-    mcore.initialize(Layout())
-    yield
-    from megatron.core.inference.utils import InferenceMode
-
-    InferenceMode.unset_active()  # for the tests of training in this process
-    mcore.shutdown()
-
-
-def replica(shape, layout, *, ours, requests=4):
-    from megatron_mixtral import mcore, model
+def replica(shape, layout, *, ours, in_fp8=False):
+    """Of a random model, the same in the GPU's own precision and with experts in FP8."""
+    from megatron_mixtral import fp8, mcore, model
     from megatron_mixtral.serve import step
     from megatron_mixtral.serve.replica import Replica, Sizes
 
     precision = "bf16" if mcore.HAVE_GPU else "fp32"
-    built = model.build(shape, layout, precision=precision, random_weights=False, fuse=False)
+    built = model.build(shape, layout, precision=precision, random_weights=False, fuse=False, fp8_experts=in_fp8)
+    experts = [layer.mlp.experts for layer in built.decoder.layers]
+    scales = {w: s for e in experts for w, s in zip((e.linear_fc1, e.linear_fc2), e.scales, strict=True)}
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in built.parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + values / 10 if parameter.ndim == 1 else values / 8)
+            values = 1 + values / 10 if parameter.ndim == 1 else values / 8
+            if scales.get(parameter) is None:
+                parameter.copy_(values)
+            else:
+                fp8.quantize(values.to(parameter.device), parameter, scales[parameter])
     assert step.missing(built) is None
-    made = Replica(built, Sizes(requests=requests, context_tokens=160, step_tokens=64, page=64))
+    made = Replica(built, Sizes(requests=4, context_tokens=160, step_tokens=64, page=64))
     made._controller.step = (made._controller.step or step.Step(built, made._engine.context)) if ours else None
     return made
 
