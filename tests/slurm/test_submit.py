@@ -56,7 +56,11 @@ def test_the_record_says_what_was_asked(plan, stub, finish):
 def test_states_come_without_accounts_too(plan, stub, finish, site):
     run = runs.start(plan(stub("exit 0")))
     finish(run)
-    assert slurm.accounting([run.job_id], site.environment)[run.job_id].state == "COMPLETED"
+
+    def in_the_accounts():  # which hear of it when slurmctld finds the time
+        return slurm.accounting([run.job_id], site.environment)[run.job_id].state == "COMPLETED"
+
+    assert wait_until(in_the_accounts, 60, run)
     assert slurm.queue(site.environment)[run.job_id].state == "COMPLETED"
 
 
