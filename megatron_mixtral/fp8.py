@@ -32,7 +32,8 @@ class Experts(layers.Experts):
 
     def _product(self, x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
         scale = self.scales[weight is self.linear_fc2]
-        return products.best(tokens_per_expert, weight).of(x, weight.transpose(1, 2), scale)
+        ends = tokens_per_expert.to(x.device).cumsum(0, dtype=torch.int32)
+        return products.best_forward(ends, weight).of(x, weight.transpose(1, 2), scale)
 
     def _sharded(self, key: str, tensor: Tensor, replica: Any, **place: Any) -> ShardedTensor:
         """With the scales that go with it, which `loading` fills as well."""
@@ -65,6 +66,6 @@ def missing() -> str | None:
 def describe(experts: Experts) -> str:
     """What is done with the weights here, for a log."""
     words = "experts' weights in FP8 (e4m3, a scale a row)"
-    if products.scaled_mm_serves(experts.linear_fc1, experts.linear_fc2):
-        return f"{words}; prompts by torch's scaled grouped product"
-    return f"{words}; prompts without the scaled grouped product, slowly, as that needs compute capability 9"
+    if products.tiles_serve(experts.linear_fc1, experts.linear_fc2):
+        return f"{words}; prompts by our grouped product"
+    return f"{words}; prompts without our grouped product, slowly: it needs compute capability 9 and Triton 3.4"

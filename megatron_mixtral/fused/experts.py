@@ -14,11 +14,10 @@ from megatron_mixtral.fused.products import Products, Scales, best
 
 
 def forward(
-    rows: Tensor, probs: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)
+    rows: Tensor, probs: Tensor, products: Products, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)
 ) -> Tensor:
     """What `GroupedExperts` gives, keeping nothing for a backward pass; weights in FP8 come with their `scales`."""
-    products = best(counts, fc1, fc2)
-    inner = activation.forward(products.of(rows, fc1.transpose(1, 2), scales[0]), probs)
+    inner = products.swiglu(rows, fc1.transpose(1, 2), probs, scales[0])
     return products.of(inner, fc2.transpose(1, 2), scales[1])
 
 

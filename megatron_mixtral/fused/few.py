@@ -1,7 +1,7 @@
 """Experts for few tokens: every weight is read once, at the speed of memory, with nothing known on the host.
 
-Each token's experts are chosen, its rows sorted by expert, and both products made by programs that each own a strip
-of one expert's matrix. Shapes: T tokens, k experts a token, R = T k rows, E experts, H hidden, F expert width.
+Both products are made by programs that each own a strip of one expert's matrix. Shapes: T tokens, k experts a
+token, R = T k rows sorted by expert, E experts, H hidden, F expert width.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mixtral.fused import products
+from megatron_mixtral.fused.choice import Choice, Order
 from megatron_mixtral.fused.products import Scales
 
-MOST = 512  # tokens; beyond, grouped products are faster
+# Tokens beyond which grouped products are faster on an H200: torch's, our own, and our own in FP8.
+MOST, MOST_TILED, MOST_TILED_FP8 = 512, 32, 2
+
+
+def most(fc1: Tensor, fc2: Tensor) -> float:
+    """Tokens up to which these experts are served here rather than by grouped products."""
+    in_fp8 = fc1.dtype == torch.float8_e4m3fn
+    if not products.tiles_serve(fc1, fc2):
+        return float("inf") if in_fp8 else MOST
+    return MOST_TILED_FP8 if in_fp8 else MOST_TILED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,51 +53,6 @@ def strips(tokens: int, width: int) -> tuple[Strips, Strips]:
         first = Strips(rows=128, wide=64, deep=64, parts=1, warps=8, stages=4)
         second = Strips(rows=128, wide=128, deep=64, parts=1, warps=8, stages=4)
     return first, second
-
-
-@triton.jit
-def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    """The K largest logits of a token and their softmax; logits rounded to the model's type, as when trained."""
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    expert = tl.arange(0, E)
-    logits = tl.zeros([E], tl.float32)
-    for start in range(0, width, BLOCK):
-        mask = start + at < width
-        value = tl.load(x + token * width + start + at, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(weight + expert[:, None] * width + (start + at)[None, :], mask=mask[None, :], other=0.0)
-        logits += tl.sum(w.to(tl.float32) * value[None, :], 1)
-    logits = logits.to(x.dtype.element_ty).to(tl.float32)
-    top = tl.max(logits)
-    total = 0.0
-    left = logits
-    picked = tl.zeros([E], tl.int32)
-    for _ in tl.static_range(K):
-        best = tl.argmax(left, 0)
-        total += tl.exp(tl.max(left) - top)
-        picked = tl.where(expert == best, 1, picked)
-        left = tl.where(expert == best, float("-inf"), left)
-    counts = token < tl.load(real)
-    rank = tl.cumsum(picked) - 1  # the expert's place among the token's own, in order of experts
-    at_own = token * K + rank
-    tl.store(chosen + at_own, tl.where(counts, expert, -1), mask=picked > 0)
-    tl.store(probs + at_own, (tl.exp(logits - top) / total).to(probs.dtype.element_ty), mask=picked > 0)
-
-
-@triton.jit
-def _sort(chosen, source, place, ends, rows, E: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    """Rows by expert: `source` of each sorted row, `place` of each unsorted one (-1: none), each expert's end."""
-    at = tl.arange(0, BLOCK)
-    expert = tl.load(chosen + at, mask=at < rows, other=-1)
-    own = tl.full([BLOCK], -1, tl.int32)
-    start = 0
-    for e in tl.static_range(E):
-        mine = (expert == e).to(tl.int32)
-        own = tl.where(mine > 0, start + tl.cumsum(mine) - 1, own)
-        start += tl.sum(mine)
-        tl.store(ends + e, start)
-    tl.store(place + at, own, mask=at < rows)
-    tl.store(source + own, at, mask=(at < rows) & (own >= 0))
 
 
 @triton.jit
@@ -150,52 +116,31 @@ def _second(  # noqa: ANN202
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which experts each token goes to, in order of experts, and with what weight."""
-
-    experts: Tensor  # [T, k] int32; -1 for tokens that don't count
-    probs: Tensor  # [T, k]
-
-
-def choose(x: Tensor, router: Tensor, top_k: int, real: Tensor) -> Choice:
-    """x [T, H], router [E, H]; E is a power of two."""
-    tokens, width = x.shape
-    experts = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
-    probs = x.new_empty(tokens, top_k)
-    _choose[(tokens,)](
-        x, router, real, experts, probs, width, E=router.shape[0], K=top_k, BLOCK=2048, num_warps=8
-    )  # fmt: skip
-    return Choice(experts=experts, probs=probs)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rows:
     """What the experts gave: `parts` summed and gathered by `place` are the tokens' sums."""
 
-    parts: Tensor  # [parts, R, H] fp32
+    parts: Tensor  # [parts, R, H]
     place: Tensor  # [T, k] int32, -1: no row
 
 
-def experts(x: Tensor, choice: Choice, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)) -> Rows:
+def experts(
+    x: Tensor, choice: Choice, order: Order, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)
+) -> Rows:
     """x [T, H], fc1 [E, 2F, H], fc2 [E, H, F]; H and F divide by 128. Both of x's type, or e4m3 with `scales`."""
-    tokens, hidden = x.shape
-    count, width, top_k = fc1.shape[0], fc2.shape[2], choice.experts.shape[1]
-    rows = tokens * top_k
+    (tokens, hidden), top_k = x.shape, choice.experts.shape[1]
+    count, width, rows = fc1.shape[0], fc2.shape[2], tokens * top_k
     first, second = strips(tokens, width)
-    source, place = (torch.empty(rows, dtype=torch.int32, device=x.device) for _ in range(2))
-    ends = torch.empty(count, dtype=torch.int32, device=x.device)
-    _sort[(1,)](choice.experts, source, place, ends, rows, E=count, BLOCK=triton.next_power_of_2(rows), num_warps=4)
     inner = x.new_empty(rows, width)
     _first[(width // first.wide, count)](
-        x, fc1, scales[0], choice.probs, source, ends, inner, hidden, width, K=top_k, ROWS=first.rows,
+        x, fc1, scales[0], choice.probs, order.source, order.ends, inner, hidden, width, K=top_k, ROWS=first.rows,
         WIDE=first.wide, DEEP=first.deep, num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     parts = x.new_empty(second.parts, rows, hidden, dtype=torch.float32)
     _second[(hidden // second.wide, count, second.parts)](
-        inner, fc2, scales[1], ends, parts, rows, width, hidden, PARTS=second.parts, ROWS=second.rows,
+        inner, fc2, scales[1], order.ends, parts, rows, width, hidden, PARTS=second.parts, ROWS=second.rows,
         WIDE=second.wide, DEEP=second.deep, num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
-    return Rows(parts=parts, place=place.view(tokens, top_k))
+    return Rows(parts=parts, place=order.place)
 
 
 @triton.jit

@@ -152,29 +152,37 @@ def decode(
 
 @triton.jit
 def _prompts(  # noqa: ANN202
-    q, keys, values, bounds, lengths, table, out, pages, scale, window,  # noqa: ANN001
-    GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
+    q, keys, values, bounds, lengths, table, real, out, most, pages, scale, window,  # noqa: ANN001
+    REQUESTS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Any number of tokens a request: program (rows, head, request), over all positions up to each row's own."""
-    request, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    begin, end = tl.load(bounds + request), tl.load(bounds + request + 1)
-    length = tl.load(lengths + request)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = begin + row < end
-    if tl.program_id(0) * ROWS < end - begin:
-        column = tl.arange(0, D)
+    """Any number of tokens a request: program (rows of one, head), over all positions up to each row's own."""
+    index = tl.arange(0, REQUESTS)
+    bound = tl.load(bounds + index, mask=index <= most, other=2**30)
+    following = tl.load(bounds + index + 1, mask=index < most, other=2**30)
+    count = tl.min(tl.where(bound >= tl.load(real), index, REQUESTS))  # there all tokens end; what follows is old
+    blocks = tl.where(index < count, (following - bound + ROWS - 1) // ROWS, 0)
+    ends = tl.cumsum(blocks)
+    request = tl.sum((ends <= tl.program_id(0)).to(tl.int32))
+    if request < count:
+        head = tl.program_id(1)
+        above = (tl.program_id(0) - tl.sum(tl.where(index == request, ends - blocks, 0))) * ROWS
+        begin, end = tl.load(bounds + request), tl.load(bounds + request + 1)
+        length = tl.load(lengths + request)
+        row, column = above + tl.arange(0, ROWS), tl.arange(0, D)
+        inside = begin + row < end
         at = ((begin + row).to(tl.int64) * GROUPS * QUERIES + head)[:, None] * D + column[None, :]
         query = tl.load(q + at, mask=inside[:, None], other=0.0)
-        own = length - (end - begin) + row  # the row's position in its request
-        stop = tl.minimum(length - (end - begin) + tl.program_id(0) * ROWS + ROWS, length)
-        start = tl.maximum(length - (end - begin) + tl.program_id(0) * ROWS - window + 1, 0) // BLOCK * BLOCK
+        before = length - (end - begin)
+        own = before + row  # the row's position in its request
+        stop = tl.minimum(before + above + ROWS, length)
+        start = tl.maximum(before + above - window + 1, 0) // BLOCK * BLOCK
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, D], tl.float32)
         for first in range(start, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            page = tl.load(table + request * pages + first // PAGE).to(tl.int64)
+            page = tl.load(table + request.to(tl.int64) * pages + first // PAGE).to(tl.int64)
             cache_at = ((page * PAGE + position % PAGE) * GROUPS + head // QUERIES)[:, None] * D + column[None, :]
             key = tl.load(keys + cache_at, mask=(position < length)[:, None], other=0.0)
             value = tl.load(values + cache_at, mask=(position < length)[:, None], other=0.0)
@@ -192,22 +200,20 @@ def _prompts(  # noqa: ANN202
 
 
 def prompts(
-    q: Tensor,
-    cache: Tensor,
-    bounds: Tensor,
-    lengths: Tensor,
-    table: Tensor,
-    longest: int,
-    *,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """q [T, N, D] whose request r has rows bounds[r] to bounds[r + 1], `longest` at most -> [T, N, D]."""
-    _, heads, size = q.shape
-    groups, page, requests = cache.shape[3], cache.shape[2], lengths.shape[0]
+    q: Tensor, cache: Tensor, bounds: Tensor, lengths: Tensor, table: Tensor, real: Tensor, requests: int, *,
+    scale: float, window: int | None,
+) -> Tensor:  # fmt: skip
+    """q [T, N, D] -> [T, N, D]; request r has rows bounds[r] to bounds[r + 1], until `real` are had; then 0.
+
+    bounds [most + 1], lengths [most] and table [most, most pages] may hold anything beyond the `requests` at most
+    that there are.
+    """
+    tokens, heads, size = q.shape
+    groups, page, most = cache.shape[3], cache.shape[2], lengths.shape[0]
     out = torch.zeros_like(q)
-    _prompts[(triton.cdiv(longest, ROWS), heads, requests)](
-        q, cache[0], cache[1], bounds, lengths, table, out, table.stride(0), scale, window or 2**30, GROUPS=groups,
-        QUERIES=heads // groups, D=size, PAGE=page, ROWS=ROWS, BLOCK=min(BLOCK, page), num_warps=4, num_stages=3,
+    _prompts[(tokens // ROWS + min(requests, tokens), heads)](
+        q, cache[0], cache[1], bounds, lengths, table, real, out, most, table.stride(0), scale, window or 2**30,
+        REQUESTS=triton.next_power_of_2(most + 1), GROUPS=groups, QUERIES=heads // groups, D=size, PAGE=page,
+        ROWS=ROWS, BLOCK=min(BLOCK, page), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

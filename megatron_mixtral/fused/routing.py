@@ -101,21 +101,6 @@ def spread(tokens: Tensor, probs: Tensor | None, plan: Plan) -> tuple[Tensor, Te
     return rows, row_probs
 
 
-def spread_chosen(tokens: Tensor, experts: Tensor, probs: Tensor, count: int) -> tuple[Plan, Tensor, Tensor]:
-    """tokens [T, H] with experts and probs [T, k] each -> the plan, their copies [R, H] and [R].
-
-    A token whose experts are -1 is sent nowhere; as many rows at the end are nobody's.
-    """
-    size, top_k = experts.shape
-    at = experts.long().clamp_min(0)
-    chosen = torch.zeros(size, count, dtype=torch.bool, device=tokens.device).scatter_(1, at, experts >= 0)
-    dense = torch.zeros(size, count, dtype=probs.dtype, device=tokens.device).scatter_(1, at, probs)
-    made = plan(chosen, top_k)
-    rows, row_probs = spread(tokens, dense, made)
-    assert row_probs is not None
-    return made, rows, row_probs
-
-
 def gather(rows: Tensor, row_probs: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """The transpose of `spread`: rows [R, H] -> sums [T, H], row_probs [R] -> [T, E]."""
     count, experts = plan.place.shape

@@ -91,7 +91,8 @@ class Controller(TextGenerationController):
 
     def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> Any:
         self.forwarded = True
-        scoring = any(self._wants_scores(request, first) for request, first, _ in self._rows())
+        reads = not self.context.is_decode_only()
+        scoring = reads and any(self._wants_scores(request, first) for request, first, _ in self._rows())
         self.context.only_last_logits(not scoring)
         if self.step and not scoring:
             self._all_logits_cuda = self.step.run().unsqueeze(0)

@@ -1,11 +1,12 @@
-"""One forward pass of the engine's batch by our own kernels: decoding as a CUDA graph, prompts without one.
+"""One forward pass of the engine's batch by our own kernels, as a CUDA graph but for the longest prompts.
 
 Reads the engine's bookkeeping where it lies on the device and writes keys and values into the engine's cache, so
 the two can take turns on any request. Each pipeline stage hands its residual on, outside the graphs, and the last
 one the logits to all. Shapes: T tokens of all requests in a row, R requests, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def graph_sizes(most: int) -> list[int]:
     return sorted({min(size, most) for size in sizes})
 
 
+# Tokens of a batch with prompts that get a graph; beyond, the GPU has more to do than the host has to launch.
+PROMPT_SIZES = [16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+
+
 class Stage:
     """This rank's place in the pipeline that every batch passes through; without one, first and last at once."""
 
@@ -83,13 +88,28 @@ class Stage:
             dist.broadcast(logits, self.end, group=self.group)
 
 
+def _filled_up(size: int, graphs: Iterable[int]) -> int:
+    """The next size that has a graph, or `size` itself."""
+    return min((other for other in graphs if other >= size), default=size)
+
+
+def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    run()  # compiles what isn't yet
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog asks for events in its own thread, which only breaks graphs of all threads.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
 class Step:
     """The stage's weights, the engine's bookkeeping, and a graph for each size of a decoding batch."""
 
     def __init__(self, model: GPTModel, context: Any) -> None:
-        from megatron_mixtral.fused import experts, few, norm, paged, routing  # imports triton
+        from megatron_mixtral.fused import choice, experts, few, norm, paged  # imports triton
 
-        self.few, self.norm, self.paged, self.experts, self.routing = few, norm, paged, experts, routing
+        self.choice, self.experts, self.few, self.norm, self.paged = choice, experts, few, norm, paged
         self.model, self.context, self.config = model, context, model.config
         size = self.config.kv_channels
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=mcore.device()) / size
@@ -97,7 +117,8 @@ class Step:
         self.scale = self.config.softmax_scale or size**-0.5
         self.window = self.config.window_size[0] + 1 if self.config.window_size else None
         self.stage, self.head = Stage(), _head(model)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of decoding, by requests
+        self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of prompts among them, by tokens
         kind = {"dtype": self.config.params_dtype, "device": mcore.device()}
         self.residual = torch.empty(context.max_tokens, self.config.hidden_size, **kind)
         self.logits = torch.empty(context.max_requests, model.vocab_size, **kind)
@@ -108,20 +129,18 @@ class Step:
         context = self.context
         requests = context.total_request_count - context.paused_request_count
         decodes = context.is_decode_only()
-        tokens = self._filled_up(requests) if decodes else context.active_token_count
+        graphs = self.graphs if decodes else self.prompt_graphs
+        tokens = _filled_up(requests if decodes else context.active_token_count, graphs)
         self.stage.receive(self.residual[:tokens])
-        if not decodes:
-            self._prompts(tokens, requests)
-        elif tokens in self.graphs:
-            self.graphs[tokens].replay()
-        else:
+        if tokens in graphs:
+            graphs[tokens].replay()
+        elif decodes:
             self._decode(tokens)
+        else:
+            self._prompts(tokens, requests)
         self.stage.send(self.residual[:tokens])
         self.stage.share(self.logits[:requests])
         return self.logits[:requests]
-
-    def _filled_up(self, requests: int) -> int:
-        return next((size for size in sorted(self.graphs) if size >= requests), requests)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -129,15 +148,11 @@ class Step:
         self.stage.receive(self.residual[:1])  # the first time, the ranks' connections are made
         self.stage.send(self.residual[:1])
         self.stage.share(self.logits[:1])
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(graph_sizes(self.context.max_requests)):
-            self._decode(size)  # compiles what isn't yet
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # NCCL's watchdog asks for events in its own thread, which only breaks graphs of all threads.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._decode(size)
-            self.graphs[size] = graph
+        most, pool = self.context.max_requests, torch.cuda.graph_pool_handle()
+        for size in reversed([size for size in PROMPT_SIZES if size <= self.context.max_tokens]):
+            self.prompt_graphs[size] = _captured(partial(self._prompts, size, most), pool)
+        for size in reversed(graph_sizes(most)):
+            self.graphs[size] = _captured(partial(self._decode, size), pool)
 
     def _decode(self, requests: int) -> None:
         view = self.context.gpu_view
@@ -153,19 +168,19 @@ class Step:
             torch.mm(x, self.head.t(), out=self.logits[:requests])
 
     def _prompts(self, tokens: int, requests: int) -> None:
-        context, view = self.context, self.context.gpu_view
-        bounds, lengths = view.mha_cu_query_seq_lengths[: requests + 1], view.mha_kv_seq_lengths[:requests]
-        table = view.mha_block_table[:requests]
-        longest = int(context.request_query_lengths[context.active()].max())
+        """`requests` at most; how many there are and which tokens count lies on the device."""
+        view = self.context.gpu_view
+        bounds, lengths, table = view.mha_cu_query_seq_lengths, view.mha_kv_seq_lengths, view.mha_block_table
+        real = view.real_token_count
 
         def attend(q: Tensor, cache: Tensor) -> Tensor:
             return self.paged.prompts(
-                q, cache, bounds, lengths, table, longest, scale=self.scale, window=self.window
+                q, cache, bounds, lengths, table, real, requests, scale=self.scale, window=self.window
             )
 
         x = self._layers(tokens, attend)
         if self.head is not None:
-            last = view.active_request_last_token_idxs[:requests]
+            last = view.active_request_last_token_idxs[:requests].clamp(0, tokens - 1)
             torch.mm(x[last], self.head.t(), out=self.logits[:requests])
 
     def _layers(self, tokens: int, attend: Attend) -> Tensor:
@@ -203,9 +218,10 @@ class Step:
         """x [T, H] -> what is added to the residual."""
         fc1, fc2, scales = moe.experts.linear_fc1, moe.experts.linear_fc2, moe.experts.scales
         real = self.context.gpu_view.real_token_count
-        choice = self.few.choose(x, moe.router.weight, self.config.moe_router_topk, real)
-        if len(x) <= self.few.MOST or (scales[0] is not None and not products.scaled_mm_serves(fc1, fc2)):
-            return self.few.experts(x, choice, fc1, fc2, scales)
-        plan, rows, probs = self.routing.spread_chosen(x, choice.experts, choice.probs, fc1.shape[0])
-        out = self.experts.forward(rows, probs, plan.counts, fc1, fc2, scales)
-        return self.routing.gather(out, None, plan)[0]
+        chosen = self.choice.choose(x, moe.router.weight, self.config.moe_router_topk, real)
+        order = self.choice.sort(chosen, len(fc1))
+        if len(x) <= self.few.most(fc1, fc2):
+            return self.few.experts(x, chosen, order, fc1, fc2, scales)
+        rows, probs = self.choice.spread(x, chosen, order)
+        out = self.experts.forward(rows, probs, products.best_forward(order.ends, fc1, fc2), fc1, fc2, scales)
+        return self.few.Rows(parts=out.unsqueeze(0), place=order.place)

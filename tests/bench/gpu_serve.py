@@ -280,7 +280,7 @@ def show(report: dict[str, Any]) -> None:
     print(f"{report['card']}, torch {report['torch']}, megatron-core {report['megatron_core']}, {report['date']}")
     print(f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers in {report['stages']} stages")
     print(f"prompts {PROMPT}, answers {ANSWER} tokens")
-    print(f"prompts: {report['ways']}; decoding: our kernels in CUDA graphs")
+    print(f"{report['ways']}, batches in CUDA graphs")
     theirs = report.get("transformers", {})
     for kind, name in KINDS.items():
         if name in report:
@@ -336,7 +336,7 @@ def main() -> None:
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "ways": products.describe(),
+        "ways": products.describe_forward(),
         "layers": options.layers,
         "stages": LAYOUT.pipeline,
         "copy_tb_s": rate / 1e12,

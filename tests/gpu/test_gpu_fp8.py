@@ -74,7 +74,7 @@ ROUTES = {  # each token's two experts of four
     ("tokens", "route"), [(1, "spread"), (7, "one has none"), (40, "all to the same"), (150, "spread")]
 )
 def test_few_tokens_meet_the_weights_that_fp8_has_made(tokens, route, device):
-    from megatron_mixtral.fused import few
+    from megatron_mixtral.fused import choice, few
 
     dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
     hidden, width = 128, 256
@@ -85,7 +85,8 @@ def test_few_tokens_meet_the_weights_that_fp8_has_made(tokens, route, device):
     (fc1, scale1, exact1), (fc2, scale2, exact2) = in_fp8(fc1), in_fp8(fc2)
     chosen = torch.tensor([sorted(ROUTES[route](t)) for t in range(tokens)], dtype=torch.int32, device=device)
     probs = torch.rand(tokens, 2, device=device).to(dtype)
-    rows = few.experts(x, few.Choice(experts=chosen, probs=probs), fc1, fc2, (scale1, scale2))
+    made = choice.Choice(experts=chosen, probs=probs)
+    rows = few.experts(x, made, choice.sort(made, 4), fc1, fc2, (scale1, scale2))
     residual = torch.zeros_like(x)
     few.add_and_norm(residual, rows, torch.ones_like(x[0]), 1e-6)
     assert distance(residual, in_double(x, chosen, probs, exact1, exact2)) < CLOSE
@@ -101,9 +102,13 @@ def in_double(x, chosen, probs, fc1, fc2):
     return total
 
 
-@pytest.mark.parametrize("counts", [(5, 0, 17, 3), (0, 0, 64, 0), (1, 0, 0, 0)])
-def test_many_tokens_meet_the_weights_that_fp8_has_made(counts, device):
-    """By torch's scaled product rows are rounded, too, to four significant bits."""
+COUNTS = [(5, 0, 17, 3), (0, 0, 64, 0), (1, 0, 0, 0), (65, 130, 1, 300)]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("tiled", [True, False])
+def test_many_tokens_meet_the_weights_that_fp8_has_made(tiled, counts, device):
+    """In tiles rows are rounded, too, to four significant bits."""
     from megatron_mixtral.fused import experts, products
 
     dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
@@ -113,38 +118,27 @@ def test_many_tokens_meet_the_weights_that_fp8_has_made(counts, device):
     )
     probs = torch.rand(len(x), device=device).to(dtype)
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
-    out = experts.forward(x, probs, counted, fc1, fc2, (scale1, scale2))
+    way = products.Tiled(counted.cumsum(0, dtype=torch.int32)) if tiled else products.OneByOne(counted)
+    out = experts.forward(x, probs, way, fc1, fc2, (scale1, scale2))
     chosen = torch.arange(4, device=device).repeat_interleave(counted)[:, None]
-    rounded = products.scaled_mm_serves(fc1, fc2)
     assert out.dtype == dtype
-    assert distance(out, in_double(x, chosen, probs[:, None], exact1, exact2)) < (6e-2 if rounded else CLOSE)
+    rounded = 0.2 if fused.INTERPRETED else 6e-2  # the interpreter loses a carry when it rounds to FP8
+    assert distance(out, in_double(x, chosen, probs[:, None], exact1, exact2)) < (rounded if tiled else CLOSE)
 
 
-def test_the_scaled_product_is_what_it_says(device):
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_product_in_tiles_is_what_it_says(counts, device):
     """Rows that FP8 holds without loss give what the plain product of the same numbers gives."""
-    from megatron_mixtral.fused import products
+    from megatron_mixtral.fused import tiles
 
-    weight, scale, exact = in_fp8(torch.randn(4, 256, 128, device=device))
-    if not products.scaled_mm_serves(weight):
-        pytest.skip("torch's scaled grouped product needs a GPU of compute capability 9")
-    x = torch.randint(-7, 8, (40, 128), device=device) * 64.0
+    weight, scale, exact = in_fp8(torch.randn(4, 272, 144, device=device))
+    counted = torch.tensor(counts, dtype=torch.int32, device=device)
+    x = torch.randint(-7, 8, (sum(counts), 144), device=device) * 64.0
     x[:, 0] = 448
-    counts = torch.tensor([5, 0, 34, 1], dtype=torch.int32, device=device)
-    out = products.best(counts, weight).of(x.bfloat16(), weight.transpose(1, 2), scale)
-    expert = torch.arange(4, device=device).repeat_interleave(counts)
+    x = x if fused.INTERPRETED else x.bfloat16()
+    out = tiles.product(x, weight.transpose(1, 2), counted.cumsum(0, dtype=torch.int32), scale)
+    expert = torch.arange(4, device=device).repeat_interleave(counted)
     assert distance(out, torch.einsum("tnk,tk->tn", exact[expert], x.double())) < 5e-3
-
-
-def test_torch_takes_these_shapes():
-    """What its checks say on no device at all, where there is no GPU to say more."""
-    rows, weight = torch.empty(37, 128, device="meta"), torch.empty(4, 256, 128, device="meta")
-    rows, weight = (x.to(torch.float8_e4m3fn) for x in (rows, weight))
-    scales = torch.empty(37, device="meta"), torch.empty(4, 256, device="meta")
-    ends = torch.empty(4, dtype=torch.int32, device="meta")
-    out = torch._scaled_grouped_mm(
-        rows, weight.transpose(1, 2), *scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    assert (out.shape, out.dtype) == ((37, 256), torch.bfloat16)
 
 
 def apart(ones, others):

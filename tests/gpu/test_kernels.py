@@ -161,16 +161,17 @@ def test_every_row_of_the_plan_is_taken_once(device):
 
 def test_tokens_that_do_not_count_are_sent_nowhere(device):
     """A decoding batch is filled up to the size of its graph."""
-    from megatron_mixtral.fused import routing
+    from megatron_mixtral.fused import choice
 
     x, probs = torch.randn(5, 8, device=device), torch.rand(5, 2, device=device)
     experts = torch.tensor([[0, 2], [1, 2], [0, 1], [-1, -1], [-1, -1]], dtype=torch.int32, device=device)
-    plan, rows, row_probs = routing.spread_chosen(x, experts, probs, 4)
-    assert plan.counts.tolist() == [2, 2, 2, 0]
+    chosen = choice.Choice(experts=experts, probs=probs)
+    order = choice.sort(chosen, 4)
+    assert order.ends.tolist() == [2, 4, 6, 6]
+    assert order.place.tolist() == [[0, 4], [2, 5], [1, 3], [-1, -1], [-1, -1]]
+    rows, row_probs = choice.spread(x, chosen, order)
     assert torch.equal(rows[:6], x[[0, 2, 1, 2, 0, 1]])
     assert torch.equal(row_probs[:6], probs.flatten()[[0, 4, 2, 5, 1, 3]])
-    back, _ = routing.gather(rows, None, plan)
-    assert torch.equal(back[3:], torch.zeros_like(back[3:]))
 
 
 def test_weight_gradients_are_added_to_the_fp32_buffer(device):
@@ -222,6 +223,30 @@ def test_products_of_each_experts_rows(name, counts, device):
     if rows:
         assert distance(forward, torch.cat([x[s].double() @ weight[i].double().t() for i, s in parts])) < 6e-3
         assert distance(back, torch.cat([grad[s].double() @ weight[i].double() for i, s in parts])) < 6e-3
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 8], [0, 0, 0, 1], [0, 700, 0, 0], [130, 257, 1, 64], [0, 0, 0, 0]])
+def test_products_in_tiles(counts, device):
+    """Widths and depth that no tile divides; at the end a row that is nobody's."""
+    from megatron_mixtral.fused import tiles
+
+    dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
+
+    counted = torch.tensor(counts, dtype=torch.int32, device=device)
+    ends, rows = counted.cumsum(0, dtype=torch.int32), sum(counts)
+    x, weight = (
+        torch.randn(rows + 1, 136, device=device).to(dtype),
+        torch.randn(4, 264, 136, device=device).to(dtype),
+    )
+    probs, across = torch.rand(rows + 1, device=device).to(dtype), weight.transpose(1, 2)
+    expert = torch.arange(4, device=device).repeat_interleave(counted)
+    exact = torch.einsum("tk,tnk->tn", x[:rows].double(), weight.double()[expert])
+    gate, up = exact.chunk(2, dim=1)
+    if rows:
+        assert distance(tiles.product(x, across, ends)[:rows], exact) < BOUND[dtype]
+        inner = torch.nn.functional.silu(gate) * up * probs[:rows, None].double()
+        assert distance(tiles.swiglu(x, across, probs, ends)[:rows], inner) < BOUND[dtype]
+    assert tiles.product(x[:0], across, torch.zeros_like(ends)).shape == (0, 264)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 700])

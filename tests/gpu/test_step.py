@@ -110,7 +110,7 @@ def test_pipeline_stages_make_the_same_logits_on_all_ranks(tied):
 
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300, 600])
 def test_experts_for_few_tokens_are_those_for_many(tokens, device):
-    from megatron_mixtral.fused import few
+    from megatron_mixtral.fused import choice, few
 
     torch.manual_seed(0)
     hidden, width, count = (256, 128, 8) if not fused.INTERPRETED else (128, 128, 4)
@@ -121,21 +121,23 @@ def test_experts_for_few_tokens_are_those_for_many(tokens, device):
         for shape in [(count, hidden), (count, 2 * width, hidden), (count, hidden, width)]
     )
     real = torch.tensor([max(1, tokens - 1)], dtype=torch.int32, device=device)
-    choice = few.choose(x, router, 2, real)
+    chosen = choice.choose(x, router, 2, real)
     logits = (x @ router.t()).float()
     top = logits.topk(2, dim=1)
     counted = int(real.item())
-    same = choice.experts[:counted].sort(1).values == top.indices[:counted].sort(1).values
+    same = chosen.experts[:counted].sort(1).values == top.indices[:counted].sort(1).values
     assert same.float().mean() > 0.98  # products in another order break ties of bf16 otherwise
-    assert torch.all(choice.experts[counted:] == -1)
-    assert torch.allclose(choice.probs[:counted].float().sum(1), torch.ones((), device=device), atol=1e-2)
+    assert torch.all(chosen.experts[counted:] == -1)
+    assert torch.allclose(chosen.probs[:counted].float().sum(1), torch.ones((), device=device), atol=1e-2)
 
     residual = torch.zeros_like(x)
-    few.add_and_norm(residual, few.experts(x, choice, fc1, fc2), torch.ones_like(x[0]), 1e-6)
+    few.add_and_norm(
+        residual, few.experts(x, chosen, choice.sort(chosen, count), fc1, fc2), torch.ones_like(x[0]), 1e-6
+    )
     expected = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
     for k in range(2):
         for t in range(counted):
-            e = choice.experts[t, k]
+            e = chosen.experts[t, k]
             gate, up = (fc1[e].double() @ x[t].double()).chunk(2)
-            expected[t] += fc2[e].double() @ (torch.nn.functional.silu(gate) * up) * choice.probs[t, k].double()
+            expected[t] += fc2[e].double() @ (torch.nn.functional.silu(gate) * up) * chosen.probs[t, k].double()
     assert float((residual.double() - expected).norm() / expected.norm()) < (1e-5 if fused.INTERPRETED else 1e-2)

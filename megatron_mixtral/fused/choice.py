@@ -1,0 +1,122 @@
+"""Which experts a server's tokens go to, and their rows in the order of experts, with nothing known on the host.
+
+Shapes: T tokens, k experts a token, R = T k rows, E experts, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which experts each token goes to, in order of experts, and with what weight."""
+
+    experts: Tensor  # [T, k] int32; -1 for tokens that don't count
+    probs: Tensor  # [T, k]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Rows by expert; as many at the end as tokens don't count are nobody's."""
+
+    source: Tensor  # [R] int32: the place in `Choice` that each row has
+    place: Tensor  # [T, k] int32: the row of each place; -1: none
+    ends: Tensor  # [E] int32: where each expert's rows end
+
+
+@triton.jit
+def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """The K largest logits of a token and their softmax; logits rounded to the model's type, as when trained."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    expert = tl.arange(0, E)
+    logits = tl.zeros([E], tl.float32)
+    for start in range(0, width, BLOCK):
+        mask = start + at < width
+        value = tl.load(x + token * width + start + at, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + expert[:, None] * width + (start + at)[None, :], mask=mask[None, :], other=0.0)
+        logits += tl.sum(w.to(tl.float32) * value[None, :], 1)
+    logits = logits.to(x.dtype.element_ty).to(tl.float32)
+    top = tl.max(logits)
+    total = 0.0
+    left = logits
+    picked = tl.zeros([E], tl.int32)
+    for _ in tl.static_range(K):
+        best = tl.argmax(left, 0)
+        total += tl.exp(tl.max(left) - top)
+        picked = tl.where(expert == best, 1, picked)
+        left = tl.where(expert == best, float("-inf"), left)
+    counts = token < tl.load(real)
+    rank = tl.cumsum(picked) - 1  # the expert's place among the token's own, in order of experts
+    at_own = token * K + rank
+    tl.store(chosen + at_own, tl.where(counts, expert, -1), mask=picked > 0)
+    tl.store(probs + at_own, (tl.exp(logits - top) / total).to(probs.dtype.element_ty), mask=picked > 0)
+
+
+@triton.jit
+def _sort(chosen, source, place, ends, rows, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """One program an expert: counts the rows of those before it, then numbers its own."""
+    expert = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    before, own = 0, 0
+    for start in range(0, rows, BLOCK):
+        value = tl.load(chosen + start + at, mask=start + at < rows, other=-1)
+        before += tl.sum(((value >= 0) & (value < expert)).to(tl.int32))
+        own += tl.sum((value == expert).to(tl.int32))
+    tl.store(ends + expert, before + own)
+    for start in range(0, rows, BLOCK):
+        inside = start + at < rows
+        value = tl.load(chosen + start + at, mask=inside, other=-1)
+        mine = value == expert
+        row = before + tl.cumsum(mine.to(tl.int32)) - 1
+        tl.store(source + row, start + at, mask=mine)
+        tl.store(place + start + at, tl.where(mine, row, -1), mask=inside & (mine | ((value < 0) & (expert == 0))))
+        before += tl.sum(mine.to(tl.int32))
+
+
+@triton.jit
+def _spread(x, probs, source, ends, rows, row_probs, width, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(ends + E - 1):
+        own = tl.load(source + row)
+        at = tl.arange(0, BLOCK)
+        value = tl.load(x + (own // K).to(tl.int64) * width + at, mask=at < width, other=0.0)
+        tl.store(rows + row * width + at, value, mask=at < width)
+        tl.store(row_probs + row, tl.load(probs + own))
+
+
+def choose(x: Tensor, router: Tensor, top_k: int, real: Tensor) -> Choice:
+    """x [T, H], router [E, H], `real` [1] int32, how many tokens count; E is a power of two."""
+    tokens, width = x.shape
+    experts = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
+    probs = x.new_empty(tokens, top_k)
+    _choose[(tokens,)](
+        x, router, real, experts, probs, width, E=router.shape[0], K=top_k, BLOCK=2048, num_warps=8
+    )  # fmt: skip
+    return Choice(experts=experts, probs=probs)
+
+
+def sort(choice: Choice, count: int) -> Order:
+    """The rows of `count` experts, each one's in the order of tokens."""
+    rows = choice.experts.numel()
+    source, place = torch.empty_like(choice.experts).view(-1), torch.empty_like(choice.experts)
+    ends = torch.empty(count, dtype=torch.int32, device=source.device)
+    block = min(triton.next_power_of_2(rows), 2048)
+    _sort[(count,)](choice.experts, source, place, ends, rows, BLOCK=block, num_warps=4)
+    return Order(source=source, place=place, ends=ends)
+
+
+def spread(x: Tensor, choice: Choice, order: Order) -> tuple[Tensor, Tensor]:
+    """x [T, H] -> its rows [R, H] and their weights [R]; what is in nobody's rows is left to chance."""
+    (tokens, width), top_k = x.shape, choice.experts.shape[1]
+    rows, probs = x.new_empty(tokens * top_k, width), choice.probs.new_empty(tokens * top_k)
+    block = triton.next_power_of_2(width)
+    _spread[(len(rows),)](
+        x, choice.probs, order.source, order.ends, rows, probs, width, K=top_k, E=len(order.ends), BLOCK=block,
+        num_warps=min(max(block // 1024, 1), 8),
+    )  # fmt: skip
+    return rows, probs
