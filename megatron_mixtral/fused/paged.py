@@ -4,6 +4,8 @@ Shapes: T tokens of all requests in a row, R requests, N query heads in G groups
 positions each. `real` (one number on the device) is how many tokens count; the rest only fill a CUDA graph.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -151,22 +153,31 @@ def decode(
 
 
 @triton.jit
-def _prompts(  # noqa: ANN202
-    q, keys, values, bounds, lengths, table, real, out, most, pages, scale, window,  # noqa: ANN001
-    REQUESTS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Any number of tokens a request: program (rows of one, head), over all positions up to each row's own."""
-    index = tl.arange(0, REQUESTS)
+def _cut(bounds, real, requests, rows, most, REQUESTS: tl.constexpr, ROWS: tl.constexpr):  # noqa: ANN001, ANN202
+    """One program a request: which blocks of rows are its own, and where each begins."""
+    own, index = tl.program_id(0), tl.arange(0, REQUESTS)
     bound = tl.load(bounds + index, mask=index <= most, other=2**30)
     following = tl.load(bounds + index + 1, mask=index < most, other=2**30)
     count = tl.min(tl.where(bound >= tl.load(real), index, REQUESTS))  # there all tokens end; what follows is old
-    blocks = tl.where(index < count, (following - bound + ROWS - 1) // ROWS, 0)
-    ends = tl.cumsum(blocks)
-    request = tl.sum((ends <= tl.program_id(0)).to(tl.int32))
-    if request < count:
+    if own < count:
+        blocks = (following - bound + ROWS - 1) // ROWS
+        first = tl.sum(tl.where(index < own, blocks, 0))
+        for block in range(tl.sum(tl.where(index == own, blocks, 0))):
+            tl.store(requests + first + block, own)
+            tl.store(rows + first + block, block * ROWS)
+
+
+@triton.jit
+def _prompts(  # noqa: ANN202
+    q, keys, values, bounds, lengths, table, requests, rows, out, pages, scale, window,  # noqa: ANN001
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Any number of tokens a request: program (block, head), over all positions up to each row's own."""
+    request = tl.load(requests + tl.program_id(0)).to(tl.int64)
+    if request >= 0:
         head = tl.program_id(1)
-        above = (tl.program_id(0) - tl.sum(tl.where(index == request, ends - blocks, 0))) * ROWS
+        above = tl.load(rows + tl.program_id(0))
         begin, end = tl.load(bounds + request), tl.load(bounds + request + 1)
         length = tl.load(lengths + request)
         row, column = above + tl.arange(0, ROWS), tl.arange(0, D)
@@ -182,7 +193,7 @@ def _prompts(  # noqa: ANN202
         sums = tl.zeros([ROWS, D], tl.float32)
         for first in range(start, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)
-            page = tl.load(table + request.to(tl.int64) * pages + first // PAGE).to(tl.int64)
+            page = tl.load(table + request * pages + first // PAGE).to(tl.int64)
             cache_at = ((page * PAGE + position % PAGE) * GROUPS + head // QUERIES)[:, None] * D + column[None, :]
             key = tl.load(keys + cache_at, mask=(position < length)[:, None], other=0.0)
             value = tl.load(values + cache_at, mask=(position < length)[:, None], other=0.0)
@@ -199,21 +210,38 @@ def _prompts(  # noqa: ANN202
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def prompts(
-    q: Tensor, cache: Tensor, bounds: Tensor, lengths: Tensor, table: Tensor, real: Tensor, requests: int, *,
-    scale: float, window: int | None,
-) -> Tensor:  # fmt: skip
-    """q [T, N, D] -> [T, N, D]; request r has rows bounds[r] to bounds[r + 1], until `real` are had; then 0.
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A batch of prompts in blocks of rows: each one's request (-1: none) and first row in it."""
 
-    bounds [most + 1], lengths [most] and table [most, most pages] may hold anything beyond the `requests` at most
-    that there are.
+    requests: Tensor  # [blocks] int32
+    rows: Tensor  # [blocks] int32
+
+
+def cut(bounds: Tensor, real: Tensor, tokens: int, requests: int) -> Cut:
+    """Request r has rows bounds[r] to bounds[r + 1], until `real` of at most `tokens` are had.
+
+    bounds [most + 1] may hold anything beyond the `requests` at most that there are.
     """
-    tokens, heads, size = q.shape
-    groups, page, most = cache.shape[3], cache.shape[2], lengths.shape[0]
+    most, blocks = len(bounds) - 1, tokens // ROWS + min(requests, tokens)
+    made = Cut(requests=bounds.new_full((blocks,), -1), rows=bounds.new_empty(blocks))
+    _cut[(requests,)](
+        bounds, real, made.requests, made.rows, most, REQUESTS=triton.next_power_of_2(most + 1), ROWS=ROWS
+    )  # fmt: skip
+    return made
+
+
+def prompts(
+    q: Tensor, cache: Tensor, bounds: Tensor, lengths: Tensor, table: Tensor, cut: Cut, *, scale: float,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """q [T, N, D] -> [T, N, D], 0 where no request has a row; lengths [most], table [most, most pages]."""
+    heads, size = q.shape[1:]
+    groups, page = cache.shape[3], cache.shape[2]
     out = torch.zeros_like(q)
-    _prompts[(tokens // ROWS + min(requests, tokens), heads)](
-        q, cache[0], cache[1], bounds, lengths, table, real, out, most, table.stride(0), scale, window or 2**30,
-        REQUESTS=triton.next_power_of_2(most + 1), GROUPS=groups, QUERIES=heads // groups, D=size, PAGE=page,
-        ROWS=ROWS, BLOCK=min(BLOCK, page), num_warps=4, num_stages=3,
+    _prompts[(len(cut.requests), heads)](
+        q, cache[0], cache[1], bounds, lengths, table, cut.requests, cut.rows, out, table.stride(0), scale,
+        window or 2**30, GROUPS=groups, QUERIES=heads // groups, D=size, PAGE=page, ROWS=ROWS,
+        BLOCK=min(BLOCK, page), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

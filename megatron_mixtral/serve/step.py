@@ -171,12 +171,10 @@ class Step:
         """`requests` at most; how many there are and which tokens count lies on the device."""
         view = self.context.gpu_view
         bounds, lengths, table = view.mha_cu_query_seq_lengths, view.mha_kv_seq_lengths, view.mha_block_table
-        real = view.real_token_count
+        cut = self.paged.cut(bounds, view.real_token_count, tokens, requests)
 
         def attend(q: Tensor, cache: Tensor) -> Tensor:
-            return self.paged.prompts(
-                q, cache, bounds, lengths, table, real, requests, scale=self.scale, window=self.window
-            )
+            return self.paged.prompts(q, cache, bounds, lengths, table, cut, scale=self.scale, window=self.window)
 
         x = self._layers(tokens, attend)
         if self.head is not None:
