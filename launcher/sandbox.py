@@ -167,12 +167,15 @@ def _is_open(folder: Path, descriptor: int) -> bool:
     return False
 
 
-def _start_or_clear(folder: Path, shape: Shape, accounting: bool, timeout: float) -> Sandbox:
+def _start_or_clear(folder: Path, shape: Shape, accounting: bool, timeout: float, tries: int = 3) -> Sandbox:
+    """Somebody may take a port between our look at it and a daemon's; then once more, on others."""
     try:
         return _start(folder, shape, accounting, time.monotonic() + timeout)
     except BaseException as error:
-        log = _last_errors(folder)
+        log, taken = _last_errors(folder), "Address already in use" in _logs(folder)
         _clear(folder)
+        if isinstance(error, Fault) and taken and tries > 1:
+            return _start_or_clear(folder, shape, accounting, timeout, tries - 1)
         folder.rmdir()
         if isinstance(error, Fault):
             raise Fault(f"the sandbox didn't start: {error}{log}") from error
@@ -296,6 +299,10 @@ def _job_processes(sandbox: Sandbox) -> list[int]:
     ours = processes.marked(**{MARK: sandbox.mark})
     escaped = processes.marked(SLURM_CONF=str(sandbox.slurm_conf), SLURM_JOB_ID="")
     return sorted((set(processes.descendants(ours)) | set(escaped)) - set(ours) - {os.getpid()})
+
+
+def _logs(folder: Path) -> str:
+    return "".join(log.read_text(errors="replace") for log in (folder / "logs").glob("*"))
 
 
 def _last_errors(folder: Path) -> str:

@@ -4,6 +4,7 @@ import getpass
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -145,6 +146,22 @@ def test_a_daemon_that_cant_start_is_an_error_that_leaves_nothing(folder, monkey
     with pytest.raises(Fault, match=r"(?s)the sandbox didn't start.*(error|fatal)"):
         sandbox.up(folder, bad, accounting=False)
     assert not folder.exists()
+
+
+def test_a_port_that_is_taken_meanwhile_is_given_up_for_another(folder, monkeypatch):
+    choose, given = sandbox._free_ports, []
+    with socket.socket() as other:
+
+        def ports(count):
+            given.append(choose(count))
+            if len(given) == 1:
+                other.bind(("", given[0][-1]))  # the node's
+                other.listen()
+            return given[-1]
+
+        monkeypatch.setattr(sandbox, "_free_ports", ports)
+        assert sandbox.up(folder, SMALL, accounting=False, timeout=60).ready
+    assert len(given) == 2
 
 
 AS_NOBODY = """
