@@ -95,7 +95,7 @@ def up(
                 )
             return found.sandbox
         _clear(folder)
-        return _start_or_clear(folder, shape, accounting, timeout)
+        return _start_or_clear(folder, shape, accounting, time.monotonic() + timeout)
 
 
 def down(folder: Path | None = None) -> bool:
@@ -167,15 +167,15 @@ def _is_open(folder: Path, descriptor: int) -> bool:
     return False
 
 
-def _start_or_clear(folder: Path, shape: Shape, accounting: bool, timeout: float, tries: int = 3) -> Sandbox:
+def _start_or_clear(folder: Path, shape: Shape, accounting: bool, deadline: float) -> Sandbox:
     """Somebody may take a port between our look at it and a daemon's; then once more, on others."""
     try:
-        return _start(folder, shape, accounting, time.monotonic() + timeout)
+        return _start(folder, shape, accounting, deadline)
     except BaseException as error:
         log, taken = _last_errors(folder), "Address already in use" in _logs(folder)
         _clear(folder)
-        if isinstance(error, Fault) and taken and tries > 1:
-            return _start_or_clear(folder, shape, accounting, timeout, tries - 1)
+        if isinstance(error, Fault) and taken and time.monotonic() < deadline:
+            return _start_or_clear(folder, shape, accounting, deadline)
         folder.rmdir()
         if isinstance(error, Fault):
             raise Fault(f"the sandbox didn't start: {error}{log}") from error

@@ -235,7 +235,10 @@ def _ids(item: Document, words: tokenizer.Tokenizer, form: chat.Form) -> tuple[l
         ids, mask = form.encode(words, list(item.turns))
         return ids, bytes(mask)
     ids = words.encode(item.text)
-    ids = ([words.bos] if item.opens else []) + ids + ([words.eos] if item.closes else [])
+    if item.opens:
+        ids.insert(0, words.bos)  # in place: a book in one line isn't held thrice
+    if item.closes:
+        ids.append(words.eos)
     return ids, b"\x01" * len(ids)
 
 

@@ -68,4 +68,4 @@ def describe(experts: Experts) -> str:
     words = "experts' weights in FP8 (e4m3, a scale a row)"
     if products.tiles_serve(experts.linear_fc1, experts.linear_fc2):
         return f"{words}; prompts by our grouped product"
-    return f"{words}; prompts without our grouped product, slowly: it needs compute capability 9 and Triton 3.4"
+    return f"{words}; prompts without our grouped product, slowly: it needs a Hopper GPU and Triton 3.4"

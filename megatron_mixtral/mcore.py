@@ -56,7 +56,7 @@ def _uncompiled() -> Iterator[None]:
 
 
 @contextmanager
-def _without_recorders() -> Iterator[None]:
+def without_recorders() -> Iterator[None]:
     """While megatron-core is imported: it takes them along, 0.4 s a rank, for records that are kept elsewhere."""
     absent = [name for name in ("torch.utils.tensorboard", "wandb") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def _import_megatron() -> None:
         assert "megatron.core" not in sys.modules, "import megatron_mixtral.mcore before megatron.core"
         nocuda.install()
         _leave_dynamo_out()
-    with quiet(), _uncompiled(), _without_recorders():
+    with quiet(), _uncompiled(), without_recorders():
         import megatron.core.distributed
         import megatron.core.jit
         import megatron.core.models.gpt.gpt_layer_specs

@@ -43,7 +43,7 @@ def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.conste
     logits = logits.to(x.dtype.element_ty).to(tl.float32)
     top = tl.max(logits)
     total = 0.0
-    left = logits
+    left = tl.where(logits > float("-inf"), logits, -3e38)  # of NaN, too, K different ones are taken
     picked = tl.zeros([E], tl.int32)
     for _ in tl.static_range(K):
         best = tl.argmax(left, 0)
@@ -74,7 +74,8 @@ def _sort(chosen, source, place, ends, rows, BLOCK: tl.constexpr):  # noqa: ANN0
         mine = value == expert
         row = before + tl.cumsum(mine.to(tl.int32)) - 1
         tl.store(source + row, start + at, mask=mine)
-        tl.store(place + start + at, tl.where(mine, row, -1), mask=inside & (mine | ((value < 0) & (expert == 0))))
+        nobodys = (value < 0) | (value >= tl.num_programs(0))
+        tl.store(place + start + at, tl.where(mine, row, -1), mask=inside & (mine | (nobodys & (expert == 0))))
         before += tl.sum(mine.to(tl.int32))
 
 

@@ -1,8 +1,8 @@
 """Products of each row with its own expert's matrix, and of each expert's rows with each other.
 
-The fastest way there is here: quack's kernels for Hopper where that package is installed, torch's grouped product
-and cuBLAS else, one product after another where neither runs. Weights in FP8 (e4m3) have a scale a row of each
-matrix, which is a column here. Shapes: R rows sorted by expert, E experts.
+The fastest way there is here. To train: quack's kernels for Hopper where that package is installed, torch's grouped
+product and cuBLAS else; to serve on Hopper our own; one product after another where none of them runs. Weights in
+FP8 (e4m3) have a scale a row of each matrix, which is a column here. Shapes: R rows sorted by expert, E experts.
 """
 
 import functools
@@ -23,7 +23,7 @@ Scales = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Products(Protocol):
-    """Made of `counts` [E], the rows of each expert; good for one forward and backward pass."""
+    """Made of how many rows each expert has; good for one pass, forward and, if it is to be trained, backward."""
 
     def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         """x [R, K], weight [E, K, N] -> [R, N] in the type of x; `scale` [E, N] if the weight is in FP8."""
@@ -36,9 +36,11 @@ class Products(Protocol):
 
     def between(self, grad: Tensor, x: Tensor) -> Tensor:
         """grad [R, N], x [R, K] -> [E, N, K], in their type."""
+        raise NotImplementedError
 
     def add_between(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
         """The same, added to `total` in fp32."""
+        raise NotImplementedError
 
 
 class OneByOne(Products):
@@ -83,7 +85,7 @@ class Grouped(OneByOne):
         return F.grouped_mm(grad.t(), x, offs=self.ends)
 
 
-class Tiled(OneByOne):
+class Tiled(Products):
     """By our own kernels, forward only; with weights in FP8 rows become e4m3 as well."""
 
     def __init__(self, ends: Tensor) -> None:

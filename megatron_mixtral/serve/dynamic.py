@@ -23,10 +23,12 @@ from megatron.core import parallel_state
 from megatron.core.inference import communication_utils
 from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
-from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.models.gpt.gpt_model import GPTModel
+
+with mcore.without_recorders():
+    from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 
 GIB = 1024**3
 for _number in (signal.SIGTERM, signal.SIGINT):

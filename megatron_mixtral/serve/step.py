@@ -27,8 +27,8 @@ def missing(model: GPTModel) -> str | None:
     """Why the engine's own forward pass is used for `model`; None when ours can be."""
     if reason := fused.missing():
         return reason
-    if mcore.VERSION < (0, 17):
-        return f"megatron-core {mcore.VERSION[0]}.{mcore.VERSION[1]} keeps its bookkeeping on the device"
+    if mcore.VERSION < (0, 19):
+        return f"megatron-core {mcore.VERSION[0]}.{mcore.VERSION[1]} keeps its bookkeeping elsewhere"
     state = parallel_state
     if state.get_tensor_model_parallel_world_size() * state.get_expert_model_parallel_world_size() > 1:
         return "tensors or experts are spread over ranks"
@@ -104,7 +104,7 @@ def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
 
 
 class Step:
-    """The stage's weights, the engine's bookkeeping, and a graph for each size of a decoding batch."""
+    """The stage's weights, the engine's bookkeeping, and a graph for each size of a batch."""
 
     def __init__(self, model: GPTModel, context: Any) -> None:
         from megatron_mixtral.fused import choice, experts, few, norm, paged  # imports triton
@@ -120,7 +120,7 @@ class Step:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of decoding, by requests
         self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of prompts among them, by tokens
         kind = {"dtype": self.config.params_dtype, "device": mcore.device()}
-        self.residual = torch.empty(context.max_tokens, self.config.hidden_size, **kind)
+        self.residual = torch.zeros(context.max_tokens, self.config.hidden_size, **kind)
         self.logits = torch.empty(context.max_requests, model.vocab_size, **kind)
 
     @torch.inference_mode()
@@ -148,11 +148,17 @@ class Step:
         self.stage.receive(self.residual[:1])  # the first time, the ranks' connections are made
         self.stage.send(self.residual[:1])
         self.stage.share(self.logits[:1])
-        most, pool = self.context.max_requests, torch.cuda.graph_pool_handle()
-        for size in reversed([size for size in PROMPT_SIZES if size <= self.context.max_tokens]):
+        most, pool, largest = self.context.max_requests, torch.cuda.graph_pool_handle(), self._largest_graph()
+        for size in reversed([size for size in PROMPT_SIZES if size <= min(self.context.max_tokens, largest)]):
             self.prompt_graphs[size] = _captured(partial(self._prompts, size, most), pool)
-        for size in reversed(graph_sizes(most)):
+        for size in reversed([size for size in graph_sizes(most) if size <= largest]):
             self.graphs[size] = _captured(partial(self._decode, size), pool)
+
+    def _largest_graph(self) -> float:
+        """Tokens beyond which experts may ask the host for counts, which no graph can."""
+        experts = self.model.decoder.layers[0].mlp.experts
+        weights = experts.linear_fc1, experts.linear_fc2
+        return float("inf") if products.tiles_serve(*weights) else self.few.most(*weights)
 
     def _decode(self, requests: int) -> None:
         view = self.context.gpu_view

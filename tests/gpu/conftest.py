@@ -19,13 +19,25 @@ def dtype(request):
 
 
 @pytest.fixture
+def tiles(device):
+    """Our grouped products, on the GPUs that they are for."""
+    from megatron_mixtral.fused import products
+
+    if not (fused.INTERPRETED or products._have_tiles()):
+        pytest.skip("our grouped products need a Hopper GPU and Triton 3.4")
+    from megatron_mixtral.fused import tiles
+
+    return tiles
+
+
+@pytest.fixture
 def one_rank(device):
     """megatron-core with one rank, for an engine that our own forward pass can serve."""
     from megatron_mixtral import mcore
     from megatron_mixtral.config import Layout
 
-    if mcore.VERSION < (0, 17):
-        pytest.skip("megatron-core before 0.17 keeps its bookkeeping elsewhere")
+    if mcore.VERSION < (0, 19):
+        pytest.skip("megatron-core before 0.19 keeps its bookkeeping elsewhere")
     mcore.initialize(Layout())
     yield
     from megatron.core.inference.utils import InferenceMode

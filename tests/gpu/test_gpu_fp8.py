@@ -107,10 +107,12 @@ COUNTS = [(5, 0, 17, 3), (0, 0, 64, 0), (1, 0, 0, 0), (65, 130, 1, 300)]
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("tiled", [True, False])
-def test_many_tokens_meet_the_weights_that_fp8_has_made(tiled, counts, device):
+def test_many_tokens_meet_the_weights_that_fp8_has_made(tiled, counts, device, request):
     """In tiles rows are rounded, too, to four significant bits."""
     from megatron_mixtral.fused import experts, products
 
+    if tiled:
+        request.getfixturevalue("tiles")
     dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
     x = torch.randn(sum(counts), 128, device=device).to(dtype)
     (fc1, scale1, exact1), (fc2, scale2, exact2) = (
@@ -127,10 +129,8 @@ def test_many_tokens_meet_the_weights_that_fp8_has_made(tiled, counts, device):
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_a_product_in_tiles_is_what_it_says(counts, device):
+def test_a_product_in_tiles_is_what_it_says(counts, tiles, device):
     """Rows that FP8 holds without loss give what the plain product of the same numbers gives."""
-    from megatron_mixtral.fused import tiles
-
     weight, scale, exact = in_fp8(torch.randn(4, 272, 144, device=device))
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
     x = torch.randint(-7, 8, (sum(counts), 144), device=device) * 64.0

@@ -164,7 +164,8 @@ def test_tokens_that_do_not_count_are_sent_nowhere(device):
     from megatron_mixtral.fused import choice
 
     x, probs = torch.randn(5, 8, device=device), torch.rand(5, 2, device=device)
-    experts = torch.tensor([[0, 2], [1, 2], [0, 1], [-1, -1], [-1, -1]], dtype=torch.int32, device=device)
+    # -1, and what is no expert at all
+    experts = torch.tensor([[0, 2], [1, 2], [0, 1], [-1, -1], [99, 4]], dtype=torch.int32, device=device)
     chosen = choice.Choice(experts=experts, probs=probs)
     order = choice.sort(chosen, 4)
     assert order.ends.tolist() == [2, 4, 6, 6]
@@ -172,6 +173,15 @@ def test_tokens_that_do_not_count_are_sent_nowhere(device):
     rows, row_probs = choice.spread(x, chosen, order)
     assert torch.equal(rows[:6], x[[0, 2, 1, 2, 0, 1]])
     assert torch.equal(row_probs[:6], probs.flatten()[[0, 4, 2, 5, 1, 3]])
+
+
+def test_a_token_without_numbers_goes_to_different_experts_all_the_same(device):
+    from megatron_mixtral.fused import choice
+
+    x, router = torch.full((3, 128), float("nan"), device=device), torch.randn(8, 128, device=device)
+    x[1] = 1
+    made = choice.choose(x, router, 2, torch.tensor([3], dtype=torch.int32, device=device))
+    assert all(0 <= a < b < 8 for a, b in made.experts.tolist())
 
 
 def test_weight_gradients_are_added_to_the_fp32_buffer(device):
@@ -226,10 +236,8 @@ def test_products_of_each_experts_rows(name, counts, device):
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 8], [0, 0, 0, 1], [0, 700, 0, 0], [130, 257, 1, 64], [0, 0, 0, 0]])
-def test_products_in_tiles(counts, device):
-    """Widths and depth that no tile divides; at the end a row that is nobody's."""
-    from megatron_mixtral.fused import tiles
-
+def test_products_in_tiles(counts, tiles, device):
+    """Widths and depth that no tile divides; at the end a row that is nobody's, and no number."""
     dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
 
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
@@ -238,6 +246,7 @@ def test_products_in_tiles(counts, device):
         torch.randn(rows + 1, 136, device=device).to(dtype),
         torch.randn(4, 264, 136, device=device).to(dtype),
     )
+    x[rows] = float("nan")
     probs, across = torch.rand(rows + 1, device=device).to(dtype), weight.transpose(1, 2)
     expert = torch.arange(4, device=device).repeat_interleave(counted)
     exact = torch.einsum("tk,tnk->tn", x[:rows].double(), weight.double()[expert])
@@ -247,6 +256,22 @@ def test_products_in_tiles(counts, device):
         inner = torch.nn.functional.silu(gate) * up * probs[:rows, None].double()
         assert distance(tiles.swiglu(x, across, probs, ends)[:rows], inner) < BOUND[dtype]
     assert tiles.product(x[:0], across, torch.zeros_like(ends)).shape == (0, 264)
+
+
+@pytest.mark.parametrize("lengths", [(), (1,), (64, 65, 3), (130, 1, 1, 200, 128, 7, 64)])
+@pytest.mark.parametrize("before", [0, 3000, -7])
+def test_prompts_are_cut_into_blocks_whatever_lay_behind_their_bounds(lengths, before, device):
+    from megatron_mixtral.fused import paged
+
+    bounds = torch.arange(
+        before, before + 8 * 99, 99, dtype=torch.int32, device=device
+    )  # of seven, from another step
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+    bounds[: len(ends)] = ends
+    cut = paged.cut(bounds, ends[-1:].int(), sum(lengths) + 20, 7)
+    expected = [(r, row) for r, length in enumerate(lengths) for row in range(0, length, paged.ROWS)]
+    assert list(zip(cut.requests.tolist(), cut.rows.tolist(), strict=True))[: len(expected)] == expected
+    assert set(cut.requests[len(expected) :].tolist()) <= {-1}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 700])

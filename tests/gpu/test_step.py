@@ -1,6 +1,7 @@
 """Our own forward pass for the serving engine beside the engine's: the same logits, in any company."""
 
 import dataclasses
+import functools
 import random
 
 import pytest
@@ -45,7 +46,30 @@ def replica(shape, layout, *, ours, in_fp8=False):
                 fp8.quantize(values.to(parameter.device), parameter, scales[parameter])
     assert step.missing(built) is None
     made = Replica(built, Sizes(requests=4, context_tokens=160, step_tokens=64, page=64))
-    made._controller.step = (made._controller.step or step.Step(built, made._engine.context)) if ours else None
+    made._controller.step = (
+        (made._controller.step or filled_up(step.Step(built, made._engine.context))) if ours else None
+    )
+    return made
+
+
+class Uncaptured:
+    """In place of a CUDA graph, where there is no GPU: the same call again."""
+
+    def __init__(self, *call):
+        self.replay = functools.partial(*call)
+
+
+def filled_up(made):
+    """Batches filled up as they are for graphs, over whatever lay in memory before."""
+    from megatron_mixtral.serve import step
+
+    most = made.context.max_requests
+    for memory in (made.logits, made.context.memory_buffer):
+        memory.fill_(float("nan"))
+    made.prompt_graphs = {
+        n: Uncaptured(made._prompts, n, most) for n in step.PROMPT_SIZES if n <= made.context.max_tokens
+    }
+    made.graphs = {n: Uncaptured(made._decode, n) for n in step.graph_sizes(most)}
     return made
 
 
