@@ -67,5 +67,5 @@ def describe(experts: Experts) -> str:
     """What is done with the weights here, for a log."""
     words = "experts' weights in FP8 (e4m3, a scale a row)"
     if products.tiles_serve(experts.linear_fc1, experts.linear_fc2):
-        return f"{words}; prompts by our grouped product"
-    return f"{words}; prompts without our grouped product, slowly: it needs a Hopper GPU and Triton 3.4"
+        return f"{words}; batches by our grouped products, whose rows become FP8 as well"
+    return f"{words}; prompts without our grouped products, slowly: they need a Hopper GPU and Triton 3.4"

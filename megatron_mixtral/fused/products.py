@@ -165,7 +165,7 @@ def describe() -> str:
 
 
 def describe_forward() -> str:
-    """Likewise, of prompts that are served."""
+    """Likewise, of those that are served."""
     return "experts by our grouped products" if _have_tiles() else describe()
 
 
