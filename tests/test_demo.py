@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.many_ranks  # its server's port is the README's, whose commands are tested meanwhile
 @pytest.mark.timeout(600)
 def test_make_demo(tmp_path):
     command, folder = "make demo", tmp_path / "a user's"

@@ -27,12 +27,15 @@ SHAPE = {
 }
 # Killed as by a node's end, with its second file half written.
 DIES = """
-import os, signal, sys
+import os, pathlib, signal, sys, time
 from megatron_mixtral import __main__, convert
 write, files = convert.Copier.write, []
 def once(self, unit, descriptor):
     files.append(unit)
     if len(files) == 2:
+        folder = pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent
+        while not any(folder.glob("*.distcp")):  # until there is a finished file to be kept
+            time.sleep(0.05)
         os.write(descriptor, b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
     return write(self, unit, descriptor)
