@@ -195,7 +195,9 @@ def ours(
         found["decoding"][batch] = result
         print(batch, {k: round(v, 2) for k, v in result.items()}, flush=True)
     if profile and replica._controller.step:
+        profile.mkdir(parents=True, exist_ok=True)
         kind = "_fp8" if in_fp8 else ""
+        kind += f"_stage{torch.distributed.get_rank()}" if LAYOUT.pipeline > 1 else ""
         for size in (1, max(options.batches)):
             write_profile(replica._controller.step.graphs[size].replay, profile / f"decode_{size}{kind}.txt")
         path = profile / f"prompt_1024_three_times{kind}.txt"
@@ -328,7 +330,7 @@ def main() -> None:
 
     mcore.initialize(LAYOUT)
     if torch.distributed.get_rank():  # the first stage tells for all
-        sys.stdout, options.json, options.profiles = io.StringIO(), None, None
+        sys.stdout, options.json = io.StringIO(), None
     shape = dataclasses.replace(TWO_LAYERS, num_hidden_layers=options.layers)
     rate = copy_rate()
     report = {

@@ -23,6 +23,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+    "initializer_range": 0.2,
 }
 ANSWER = 16  # tokens that the reference continues each prompt by
 
@@ -36,7 +37,7 @@ def make_model(folder: Path, **changes) -> Path:
 
     torch.manual_seed(7)
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    model = MixtralForCausalLM(MixtralConfig(**(SHAPE | changes), rope_parameters=rope, initializer_range=0.2))
+    model = MixtralForCausalLM(MixtralConfig(**(SHAPE | changes), rope_parameters=rope))
     model.save_pretrained(folder)
     tiny.write_tokenizer(folder)
     return folder
@@ -52,10 +53,14 @@ def continuations(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int
     with torch.inference_mode():
         for prompt in prompts:
             ids = model.generate(torch.tensor([prompt]), max_new_tokens=ANSWER, do_sample=False, eos_token_id=None)
-            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
-            own = logprobs.gather(1, ids[0, 1:, None]).squeeze(1)
-            found.append((ids[0, len(prompt) :].tolist(), own.tolist()))
+            found.append((ids[0, len(prompt) :].tolist(), of_tokens(model, ids)))
     return found
+
+
+def of_tokens(model, ids) -> list[float]:
+    """Log probabilities that a model of transformers gives to all tokens of `ids` [1, length] but the first."""
+    logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
 
 @dataclass
