@@ -107,7 +107,7 @@ class Reader:
             told = f"mixlaunch logs {job}; mixlaunch logs --batch {job}"
             assert now in ("PENDING", "RUNNING", "COMPLETING"), f"{job} is {now}\n{self.types(told)}"
             assert time.monotonic() < deadline, f"{job} is {now} after {seconds} s\n{self.types(told)}"
-            time.sleep(0.5)
+            time.sleep(2)  # a look takes half a second of a core
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def chats(reader: Reader, command: str) -> None:
     deadline = time.monotonic() + 180
     while not re.search(r"^serve-\S+ .* ready ", reader.types("mixlaunch status"), re.M):
         assert time.monotonic() < deadline, reader.types("mixlaunch logs serve; mixlaunch status")
-        time.sleep(0.5)
+        time.sleep(2)
     reader.types(command, stdin="What is 1 and 1?")
 
 
