@@ -72,6 +72,9 @@ def leave_out(plan: "JobPlan") -> "JobPlan":
 
 def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
     """Put nodes on the list, or their entries anew; returns them."""
+    shared = Path(profile.paths.runs).parent
+    if not profile.login_node and not shared.is_dir():
+        raise UsageError(f"{shared} isn't on this machine; run this on a login node of {profile.name}")
     now = datetime.datetime.now().astimezone()
     until = (now + lasting).isoformat(timespec="seconds") if lasting else None
     since = now.isoformat(timespec="seconds")

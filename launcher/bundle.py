@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher import lint, render
+from launcher import lint, quoting, render
 from launcher.errors import Fault, UsageError
 from launcher.jobs import JobPlan
 from launcher.states import SCRIPT
@@ -19,6 +19,7 @@ README = "README.md"
 
 def write(plan: JobPlan, folder: Path, asked: Sequence[str] = ()) -> list[Path]:
     """Make the bundle and return its files; `UsageError` unless `folder` is absent or empty."""
+    quoting.path(quoting.checked(str(folder), "--bundle"), "--bundle")
     script = render.render(plan, bundled=True)
     lint.check(script, plan.profile.slurm_version)
     texts = {SCRIPT: script, CONFIG: render.config_text(plan), README: "\n".join(_readme(plan, asked)) + "\n"}

@@ -17,13 +17,12 @@ SUFFIXES = (".yaml", ".yml")
 
 def own_folder() -> Path:
     """Where a user's own profiles lie unless $MIXLAUNCH_CLUSTERS names other folders."""
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return config / "mixlaunch" / "clusters"
+    return Path(os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config"), "mixlaunch", "clusters")
 
 
 def search_path() -> list[Path]:
     """Folders that profiles are looked for in, first match first; the built-in ones come last."""
-    named = [Path(p).expanduser() for p in os.environ.get("MIXLAUNCH_CLUSTERS", "").split(os.pathsep) if p]
+    named = [Path(os.path.expanduser(p)) for p in os.environ.get("MIXLAUNCH_CLUSTERS", "").split(os.pathsep) if p]
     return [*named, own_folder(), Path(str(resources.files("launcher.clusters")))]
 
 
@@ -42,7 +41,7 @@ def _every() -> list[Path]:
 def find(cluster: str) -> Path:
     """The file of a cluster's name, or of a path that ends in .yaml; `ProfileError` lists what there is."""
     if cluster.endswith(SUFFIXES):
-        path = Path(cluster).expanduser()
+        path = Path(os.path.expanduser(cluster))
         if not path.is_file():
             raise ProfileError(f"cluster profile {cluster}: no such file")
         return path
@@ -55,7 +54,7 @@ def find(cluster: str) -> Path:
 def parent(reference: str, child: Path) -> Path:
     """The file that `extends: reference` in `child` means: a path beside it, or the next profile of that name."""
     if reference.endswith(SUFFIXES):
-        path = child.parent / Path(reference).expanduser()
+        path = child.parent / os.path.expanduser(reference)
         if not path.is_file():
             raise ProfileError(f"{path} doesn't exist")
         return path

@@ -6,6 +6,7 @@ lines of three quotes; lines with a slash are commands.
 
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher import home
 from launcher.errors import Fault, UsageError
 from launcher.servers import KEY, Server, explain, named
 
@@ -35,6 +37,10 @@ class Settings:
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not math.isfinite(self.temperature):
+            raise UsageError(f"--temperature: {self.temperature} isn't a number to sample with")
 
     def fields(self) -> dict[str, Any]:
         named = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
@@ -104,8 +110,8 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
     `raw` continues the text instead of answering it.
     """
     _tolerate_any_bytes()
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+    if prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
+        prompt = sys.stdin.read().strip() if sys.stdin else ""
     if prompt is not None and not prompt:
         raise UsageError("there is nothing to answer: the prompt is empty")
     server = named(server)
@@ -152,8 +158,7 @@ def _line_editing() -> None:
         import readline
     except ImportError:
         return
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    path = state / "mixlaunch" / "chat_history"
+    path = home.state() / "chat_history"
 
     def keep() -> None:
         with suppress(OSError):
@@ -190,7 +195,7 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/save":
         if not argument.strip():
             raise UsageError("/save needs a file's name")
-        conversation.save(path := Path(argument.strip()).expanduser())
+        conversation.save(path := Path(os.path.expanduser(argument.strip())))
         print(f"saved to {path}")
     elif command == "/new":
         conversation.turns.clear()

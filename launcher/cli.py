@@ -17,7 +17,7 @@ from launcher.cli_plan import plan_command
 from launcher.cli_plot import plot
 from launcher.cli_runs import RUN_COMMANDS, roots_of
 from launcher.cli_sandbox import sandbox
-from launcher.errors import MixlaunchError
+from launcher.errors import MixlaunchError, of_system
 from launcher.options import FORCE, HELP, PARALLEL, SectionedOption, job_command
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except MixlaunchError as error:
             raise Failure(error) from error
+        except BrokenPipeError:
+            raise  # click ends quietly
+        except (OSError, UnicodeEncodeError) as error:
+            raise Failure(of_system(error)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in SECTIONS.items():
@@ -283,3 +287,7 @@ def main() -> None:
         cli(prog_name="mixlaunch")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # stdout itself: a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more
+        Failure(of_system(error)).show()
+        sys.exit(1)

@@ -94,7 +94,7 @@ def _runs_folders() -> list[Path]:
 
                 folders.append(profile.read(path).runs_here)
             else:
-                folders.append(Path(str(values["paths"]["runs"])).expanduser())
+                folders.append(Path(os.path.expanduser(str(values["paths"]["runs"]))))
         except (MixlaunchError, KeyError, TypeError, AttributeError):
             continue  # `clusters` shows what is wrong with it
     return list(dict.fromkeys(folders))

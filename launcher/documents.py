@@ -14,13 +14,15 @@ from typing import Any
 
 import yaml
 
-from launcher import catalog, quoting
+from launcher import catalog, home, quoting
 from launcher.errors import ProfileError, UsageError
 
 Location = tuple[str | int, ...]
 REFERENCE = re.compile(r"\$(?:\{(?P<braced>[A-Za-z_]\w*)\}|(?P<plain>[A-Za-z_]\w*))")
 PARENT = "extends"
 OWN = ("name",)  # what a profile doesn't inherit
+NO_VALUE = (yaml.YAMLError, ValueError, LookupError, AttributeError)  # by PyYAML, for `!!int x` and such
+MOST_KEYS = 10_000  # a profile has some dozens; aliases of aliases make billions
 STRUCTURED = ("[", "{", '"', "'")  # how an override's value begins that isn't plain text
 
 
@@ -83,7 +85,7 @@ def _lineage(path: Path, children: tuple[Path, ...]) -> list[Document]:
     reference = _expanded(document, reference, (PARENT,))
     try:
         parent = catalog.parent(reference, path)
-    except ProfileError as error:
+    except (ProfileError, OSError) as error:
         raise document.error((PARENT,), f"extends: {error}") from None
     if parent.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(parent.resolve()) :], parent))
@@ -124,13 +126,15 @@ def _parsed(path: Path) -> Document:
         values = _built(loader, node, (), origins, source)
     except RecursionError as error:
         raise ProfileError(f"{shown}: a value contains itself") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *NO_VALUE) as error:
         raise ProfileError(f"{shown}: {error}") from error
     return Document(values=values, origins=origins, source=source)
 
 
 def _built(loader: Any, node: Any, location: Location, origins: dict[Location, Origin], source: Origin) -> Any:
     """The value of `node`; `origins` gets the line of every key in it."""
+    if len(origins) > MOST_KEYS:
+        raise ProfileError(f"{source.text}: more than {MOST_KEYS} keys and values")
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             origins[(*location, index)] = _at(source, item)
@@ -176,12 +180,15 @@ def _typed(text: str, source: Origin) -> Any:
     """Numbers, true, false, null, and what begins as a list, a mapping or a quotation; all else is text."""
     try:
         if text.startswith(STRUCTURED):
-            return yaml.load(text, Loader=PlainLoader)
+            loader = PlainLoader(quoting.short(text, source.text))
+            return _built(loader, loader.get_single_node(), (), {}, source)
         plain = yaml.ScalarNode("", text)
         loader = PlainLoader("")
         plain.tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         return loader.construct_object(plain)
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise UsageError(f"{source.text}: a value contains itself") from None
+    except NO_VALUE as error:
         raise UsageError(f"{source.text}: {error}") from None
 
 
@@ -209,7 +216,7 @@ def _lookup(match: re.Match[str]) -> str:
 
 def _defaults() -> dict[str, str]:
     """Variables that the built-in profiles use and that have a value unless the environment gives another."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "mixlaunch"
+    state = home.state()
     return {
         "MIXLAUNCH_PYTHON": sys.executable,
         "MIXLAUNCH_STATE": str(state),

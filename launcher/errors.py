@@ -3,6 +3,10 @@
 Raise `UsageError` for what the user can mend (exit 2), `Fault` for what went wrong around them (exit 1).
 """
 
+import errno
+
+OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class MixlaunchError(Exception):
     """Base of all; `exit_code` is what the shell sees."""
@@ -44,3 +48,15 @@ class Interrupted(SubmitError):
     def __init__(self, message: str, job_id: str) -> None:
         super().__init__(message)
         self.job_id = job_id
+
+
+def of_system(error: OSError | UnicodeEncodeError) -> MixlaunchError:
+    """What the operating system or the terminal refused, where nobody nearer to it had better words."""
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object[error.start : error.end]
+        return UsageError(f"{text!a} can't be written in {error.encoding}; set PYTHONIOENCODING=utf-8")
+    if error.errno == errno.ENOENT and error.filename is None:
+        return UsageError("the working directory is gone; change to another")
+    if error.filename is not None and error.errno in OF_A_PATH:
+        return UsageError(f"{error.filename}: {error.strerror}")
+    return Fault(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))

@@ -6,6 +6,7 @@ Only what squeue, sacct and people write: one pair of brackets a name, numbers i
 import re
 from collections.abc import Iterable
 
+from launcher import quoting
 from launcher.errors import UsageError
 
 PART = re.compile(r"(?P<head>[^\[\],\s]*)(?:\[(?P<ranges>[\d,\s-]+)\](?P<tail>[^\[\],\s]*))?")
@@ -63,11 +64,11 @@ def _numbers(ranges: str, text: str) -> list[str]:
     found: list[str] = []
     for item in ranges.split(","):
         first, _, last = item.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise UsageError(f"{text!r}: {item!r} isn't a number or a range of them")
+        if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in (first, last or first)):
+            raise UsageError(f"{quoting.shown(text)}: {quoting.shown(item)} isn't a number or a range of them")
         low, high = int(first), int(last or first)
         if not 0 <= high - low < MOST:
-            raise UsageError(f"{text!r}: {item!r} isn't a range")
+            raise UsageError(f"{quoting.shown(text)}: {item!r} isn't a range of at most {MOST} nodes")
         found += [f"{number:0{len(first)}d}" for number in range(low, high + 1)]
     return found
 

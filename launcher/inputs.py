@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,8 @@ def shape(profile: ClusterProfile, model: str) -> Shape | None:
     folders = places.model_folders(profile, model)
     texts = _texts_there(profile.login_node, folders) if profile.login_node else _texts_here(folders)
     for text in texts:
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError
-        ):  # not a model's: the job itself says what is wrong
+        # Not a model's: the job itself says what is wrong.
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             return _shape(json.loads(text))
     return None
 
@@ -70,7 +70,7 @@ def _texts_there(login: ssh.Login, folders: Sequence[str]) -> Iterator[str]:
 
 def _shape(config: dict[str, Any]) -> Shape:
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    return Shape(
+    found = Shape(
         layers=int(config["num_hidden_layers"]),
         experts=int(config["num_local_experts"]),
         heads=heads,
@@ -83,6 +83,9 @@ def _shape(config: dict[str, Any]) -> Shape:
         positions=int(config.get("max_position_embeddings") or 32768),
         tied=bool(config.get("tie_word_embeddings")),
     )
+    if any(size < 1 for name, size in asdict(found).items() if name != "tied"):
+        raise ValueError("a size below 1")
+    return found
 
 
 def missing(plan: "JobPlan") -> list["Input"]:
@@ -120,7 +123,9 @@ def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
 
 def require(plan: "JobPlan") -> None:
     """`UsageError` naming every input that isn't there and how one gets it."""
-    login = plan.profile.login_node
+    login, conf = plan.profile.login_node, plan.profile.slurm_conf
+    if conf and not login and not Path(conf).exists():  # Slurm's commands would ask for it for a minute
+        raise UsageError(f"slurm_conf: {conf} isn't on this machine; is this a login node of {plan.profile.name}?")
     where = f" on {login.host}" if login else ""
     if absent := missing(plan):
         lines = (f"{i.what}: {i.path} doesn't exist{where}\n  {i.hint}".rstrip() for i in absent)

@@ -372,12 +372,12 @@ def _single(job: str, profile: ClusterProfile, ask: Ask, config: dict[str, Any],
 
 def _common(job: str, profile: ClusterProfile, ask: Ask) -> dict[str, Any]:
     try:
-        limit = time_limit(ask.time) if ask.time else profile.time
+        limit = profile.time if ask.time is None else time_limit(ask.time)
     except ValueError as error:
         raise UsageError(f"--time: {error}") from None
     return {
         "job": job,
-        "name": quoting.name(ask.name or job, "--name"),
+        "name": quoting.name(job if ask.name is None else ask.name, "--name"),
         "profile": profile,
         "time": limit,
         "secrets": secrets_env.named(profile, ask.secrets),

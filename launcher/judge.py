@@ -90,11 +90,11 @@ def _of_host(evidence: Evidence) -> Finding | None:
     for cause in (*HOST, *RANK):
         matches = [(line, match) for line in evidence.host if (match := cause.match_host(line.text))]
         if matches or evidence.state in cause.states:
-            return _host_finding(evidence, cause, matches)
+            return _host_finding(cause, matches)
     return None
 
 
-def _host_finding(evidence: Evidence, cause: Cause, matches: "list[tuple[Line, re.Match[str]]]") -> Finding:
+def _host_finding(cause: Cause, matches: "list[tuple[Line, re.Match[str]]]") -> Finding:
     groups = [match.groupdict() for _, match in matches]
     nodes = [name for group in groups for name in _expanded(group.get("node"))]
     ranks = [int(group["rank"]) for group in groups if group.get("rank")]
@@ -115,7 +115,7 @@ def _of_lost_node(evidence: Evidence) -> Finding | None:
         return None
     matches = [(line, match) for line in evidence.host if (match := causes.NODE_LOST.match_host(line.text))]
     others = [found for found in matches if not first or found[1]["node"] != first.node]
-    return _host_finding(evidence, causes.NODE_LOST, others[:1]) if others else None
+    return _host_finding(causes.NODE_LOST, others[:1]) if others else None
 
 
 def _expanded(text: str | None) -> list[str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from launcher.errors import LayoutError
 
+MOST_RANKS = 100_000  # beyond any cluster: a slip of the finger, and arithmetic over ranks that takes minutes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -170,6 +172,9 @@ class Placement:
 
 def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:
     """Whole nodes when `nodes` is given, else the fewest ranks on the fewest nodes; 0 `gpus` is no limit."""
+    for what, ranks in ((f"{nodes} nodes x {gpus} GPUs", (nodes or 0) * gpus), ("this layout", layout.unit)):
+        if ranks > MOST_RANKS:
+            raise LayoutError(f"{what}: {ranks} ranks; at most {MOST_RANKS}")
     if nodes is None:
         fewest = math.ceil(layout.unit / gpus) if gpus else 1
         count = next(n for n in range(fewest, layout.unit + 1) if layout.unit % n == 0)

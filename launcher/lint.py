@@ -27,6 +27,8 @@ def check(text: str, slurm_version: str = NEWEST) -> None:
 
 def findings(text: str, slurm_version: str = NEWEST) -> Iterator[str]:
     """Every finding, each beginning with the line it is on."""
+    if not text.startswith("#!"):
+        yield "line 1: sbatch takes no script that doesn't begin with `#!`"
     yield from _control_characters(text)
     yield from _directives(text, slurm_version)
     yield from _frozen_variables(text)

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher import ssh
+from launcher import home, ssh
 from launcher.ssh import Login
 
 RECORD = ".login"
@@ -135,8 +135,7 @@ def _below(path: Path) -> tuple[str, ...]:
 
 
 def _home() -> Path:
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    return state.resolve() / "mixlaunch" / "remote"
+    return home.state().resolve() / "remote"
 
 
 def _folder(login: Login) -> Path:

@@ -18,6 +18,7 @@ from launcher.memory import GIB, Serving
 SHOWN = 4
 ENOUGH = 3  # suggestions that need no further change beside them
 MOST_CHANGES = 3
+MOST_CHUNKS = 128  # of layers to suggest; no Mixtral has as many
 MOST_NODES, MOST_STAGES = 512, 64
 SHORTEST = 256  # tokens of an answer worth serving
 OPTIONS = {  # of what can be changed, in the order that people think of it
@@ -205,7 +206,7 @@ def _of_work(request: Request) -> dict[str, list[Any]]:
             ),
             "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
             "recompute": ["full"],
-            "virtual_pipeline": list(range(1, work.virtual_pipeline)),
+            "virtual_pipeline": list(range(1, min(work.virtual_pipeline, MOST_CHUNKS))),
             "first_stage_layers": [0],
             "last_stage_layers": [0],
         }

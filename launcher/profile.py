@@ -14,12 +14,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from launcher import capabilities, catalog, documents, mirror, quoting, ssh, stock
+from launcher import capabilities, catalog, documents, hostlist, mirror, quoting, ssh, stock
 from launcher.documents import Document, Location
 from launcher.errors import ProfileError
 from launcher.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
 
-TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d(:\d\d)?)?")
+TIME = re.compile(r"\d{1,8}|\d{1,8}:\d\d(:\d\d)?|\d{1,8}-\d\d?(:\d\d(:\d\d)?)?", re.ASCII)
 # What the launcher itself decides for every job; `extra` adds to these and never replaces them.
 OWNED = frozenset(
     (
@@ -40,6 +40,9 @@ OF_RANKS = (
     *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
     *("SLURM_JOB_ID", "MIXLAUNCH_RUN", "MIXLAUNCH_LOGS", "MIXLAUNCH_ATTEMPT"),
 )
+
+
+OF_BASH = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO")
 
 
 class ClusterProfile(Part):
@@ -129,7 +132,7 @@ class ClusterProfile(Part):
     def _program(cls, value: str | None) -> str | None:
         if value is not None and (not value or value.startswith("-")):
             raise ValueError(f"{value!r} isn't a path")
-        return as_value_error(quoting.path, value) if value else value
+        return as_value_error(quoting.path, os.path.expanduser(value)) if value else value
 
     @field_validator("templates")
     @classmethod
@@ -213,7 +216,7 @@ class ClusterProfile(Part):
 def time_limit(value: str) -> str:
     """`value` if Slurm reads it as a time limit; `ValueError` otherwise."""
     if not TIME.fullmatch(value):
-        raise ValueError(f"{value!r} isn't a time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
+        raise ValueError(f"{quoting.shown(value)} isn't a time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
     return value
 
 
@@ -225,6 +228,10 @@ def _option(option: str, value: str | bool) -> None:
         raise ValueError(f"{option!r} is the launcher's own; the profile's keys decide it")
     if isinstance(value, str):
         as_value_error(quoting.directive, value)
+    if option == "exclude":
+        if value is True:
+            raise ValueError("'exclude' needs nodes, such as gpu[01-04]")
+        as_value_error(lambda hosts, _: ",".join(hostlist.expand(hosts)), str(value))
 
 
 def _part(name: str, path: str) -> None:
@@ -248,11 +255,13 @@ def _variable(name: str) -> None:
     as_value_error(quoting.variable, name)
     if name in OF_RANKS:
         raise ValueError(f"{name} is the launcher's own: by it a rank knows its place")
+    if name in OF_BASH:
+        raise ValueError(f"{name} is bash's own, which gives it no other value")
 
 
 def load(cluster: str | None = None, overrides: Sequence[str] = ()) -> ClusterProfile:
     """The profile named by `cluster`, else by $MIXLAUNCH_CLUSTER, else `local`, with KEY=VALUEs over it."""
-    return read(catalog.find(cluster or catalog.default()), overrides)
+    return read(catalog.find(catalog.default() if cluster is None else cluster), overrides)
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> ClusterProfile:
@@ -281,11 +290,12 @@ def _mistake_at(message: str, *location: str) -> PydanticCustomError:
 
 def _explain(document: Document, error: ValidationError) -> str:
     """One line per mistake, in the words of this module rather than pydantic's."""
-    lines = []
+    lines: dict[Location, str] = {}  # the first of each key: a union has one for every kind that it might be
     for found in error.errors(include_url=False):
+        found["loc"] = tuple(part for part in found["loc"] if "[" not in str(part))  # pydantic's own names of kinds
         location = found["ctx"]["location"] if found["type"] == "at" else found["loc"]
-        lines.append(str(document.error(location, _mistake(found))))
-    return "\n".join(dict.fromkeys(lines))
+        lines.setdefault(location, str(document.error(location, _mistake(found))))
+    return "\n".join(dict.fromkeys(lines.values()))
 
 
 def _mistake(error: Any) -> str:
@@ -306,10 +316,9 @@ def _nearest(location: Location) -> str:
     """A hint at the valid key that was probably meant, in this section or else in another."""
     key = str(location[-1])
     nested = {leaf: f"{part}.{leaf}" for part in keys_at(()) for leaf in keys_at((part,))}
-    if key in nested:
+    near = difflib.get_close_matches(key, keys_at(location[:-1]), n=1, cutoff=0.5)
+    if key in nested and (len(location) == 1 or not near):
         near = [nested[key]]
-    else:
-        near = difflib.get_close_matches(key, keys_at(location[:-1]), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
 
 

@@ -29,8 +29,14 @@ def checked(value: str, field: str) -> str:
     for character in value:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             raise UsageError(f"{field}: the character {character!a} can't be part of a script; remove it")
-    if len(value.encode()) > LONGEST:
-        raise UsageError(f"{field}: {len(value.encode())} bytes long; at most {LONGEST}")
+    return short(value, field)
+
+
+def short(value: str, field: str) -> str:
+    """`value` itself, unless it is longer than any real one."""
+    size = len(value.encode(errors="surrogateescape"))
+    if size > LONGEST:
+        raise UsageError(f"{field}: {size} bytes long; at most {LONGEST}")
     return value
 
 

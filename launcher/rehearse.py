@@ -73,13 +73,13 @@ def _rehearse(plan: JobPlan, site: Sandbox, folder: Path) -> None:
     screen.heading("the rehearsal")
     started = runs.start(mirrored, asked=sys.argv[1:], path=path)
     _say("submitted", f"job {started.job_id}, accepted by sbatch as it would be there")
-    first = _first_attempt(started)
-    _warn_and_requeue(started, first)
+    _first_attempt(started)
+    _warn_and_requeue(started)
     _second_attempt(started)
 
 
-def _first_attempt(run: Run) -> dict[str, Any]:
-    """Up to three steps; the newest step's event."""
+def _first_attempt(run: Run) -> None:
+    """Up to three steps."""
     start = _await(run, lambda e: e["event"] == "start", "the ranks to meet and build the model")
     _say("rendezvous", f"{start['world']} ranks met")
     layout = ", ".join(f"{axis} {size}" for axis, size in start["layout"].items())
@@ -90,10 +90,9 @@ def _first_attempt(run: Run) -> dict[str, Any]:
     if not math.isfinite(newest["loss"]):
         raise Failed(f"the loss is {newest['loss']} after {STEPS} steps")
     _say(f"{STEPS} steps", f"loss {first['loss']:.3f} -> {newest['loss']:.3f}")
-    return newest
 
 
-def _warn_and_requeue(run: Run, newest: dict[str, Any]) -> None:
+def _warn_and_requeue(run: Run) -> None:
     """The warning that a time limit or a preemption sends, as Slurm sends it: to the batch script."""
     assert run.job_id is not None
     slurm.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)

@@ -200,11 +200,25 @@ def read(path: Path) -> Run:
         raise UsageError(f"{path}: no run directory (it has no {RECORD})") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path / RECORD}: {error}") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{path / RECORD}: not the record of a run")
     if record.get("schema") != SCHEMA:
         raise UsageError(
             f"{path / RECORD}: schema {record.get('schema')}, this mixlaunch reads {SCHEMA}; update it"
         )
+    if not _whole(record):
+        raise UsageError(f"{path / RECORD}: not the record of a run")
     return Run(path=path, record=record)
+
+
+def _whole(record: dict[str, Any]) -> bool:
+    """Whether it has what every command looks at."""
+    kinds = {"job": str, "created": str, "jobs": list, "host": str, "resumable": bool, "cancelled": bool}
+    of_profile = {"name": str, "scheduler": str}
+    profile = record.get("profile")
+    return all(isinstance(record.get(key), kind) for key, kind in kinds.items()) and (
+        isinstance(profile, dict) and all(isinstance(profile.get(key), kind) for key, kind in of_profile.items())
+    )
 
 
 def reread(run: Run) -> Run:
@@ -245,7 +259,7 @@ def find(reference: str, roots: Iterable[Path]) -> Run:
     Of a run behind a login node, every log is brought here.
     """
     if "/" in reference:
-        return read(Path(reference).expanduser().absolute())
+        return read(Path(os.path.expanduser(reference)).absolute())
     found = _matching(reference, list(roots))
     if mirror.login_of(found.path):
         mirror.refresh(found.path)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import processes, sandbox_config, slurm
+from launcher import home, processes, sandbox_config, slurm
 from launcher import sandbox_daemons as daemons
 from launcher.errors import Fault, UsageError
 from launcher.sandbox_config import Shape, Site
@@ -54,8 +54,7 @@ class Status:
 
 def default_folder() -> Path:
     """$MIXLAUNCH_SANDBOX, else `mixlaunch/sandbox` in the user's state folder."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
-    return Path(os.environ.get("MIXLAUNCH_SANDBOX") or state / "mixlaunch" / "sandbox").expanduser()
+    return Path(os.path.expanduser(os.environ.get("MIXLAUNCH_SANDBOX") or home.state() / "sandbox"))
 
 
 def missing_packages() -> list[str]:
@@ -130,7 +129,7 @@ def status(folder: Path | None = None) -> Status:
 
 def _checked(folder: Path, shape: Shape) -> Path:
     """Refuse what can't work before anything is written."""
-    folder = folder.expanduser().absolute()
+    folder = Path(os.path.expanduser(folder)).absolute()
     if packages := missing_packages():
         raise UsageError(f"Slurm's daemons aren't installed; on Debian: apt-get install {' '.join(packages)}")
     if odd := re.search(r"[^\w./+@:-]", str(folder)):

@@ -49,7 +49,7 @@ class Site:
 def slurm_conf(shape: Shape, site: Site) -> str:
     """The one configuration that daemons and clients share."""
     return "\n".join(
-        [*_controller(site), *_scheduling(site), *_accounting(site), *_nodes(shape, site), *_partitions(shape), ""]
+        [*_controller(site), *_scheduling(), *_accounting(site), *_nodes(shape, site), *_partitions(shape), ""]
     )
 
 
@@ -115,7 +115,7 @@ def _controller(site: Site) -> list[str]:
     ]
 
 
-def _scheduling(site: Site) -> list[str]:
+def _scheduling() -> list[str]:
     return [
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",

@@ -35,11 +35,11 @@ STYLES = {  # of the states that Slurm knows
 
 
 @functools.cache
-def console(stderr: bool = False) -> "Console":
+def console() -> "Console":
     """The terminal. A pipe gets whole lines, never wrapped ones."""
     from rich.console import Console
 
-    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
     terminal = Console(**plain)
     return terminal if terminal.is_terminal else Console(**plain, width=10_000)
 
@@ -91,11 +91,9 @@ def heading_with_state(text: str, state: str) -> None:
     console().print(Text.assemble((text, "bold"), "  ", (state, STYLES.get(state, ""))), soft_wrap=True)
 
 
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spare: Sequence[str] = ()
-) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table without lines: people read it, and so do `cut` and `awk`."""
-    console().print(grid(columns, rows, right=right, spare=spare))
+    console().print(grid(columns, rows))
 
 
 def grid(

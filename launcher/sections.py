@@ -10,7 +10,16 @@ import socket
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from launcher import quoting, ssh
 from launcher.errors import UsageError
@@ -40,11 +49,19 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind in (int, int | None, float, float | None):
+            raise ValueError(f"{str(value).lower()} isn't a number")
+        return value
+
 
 class Node(Part):
     """One node's shape. `gpus: 0` means that ranks run on processors and any number of them fits."""
 
-    gpus: int = Field(default=0, ge=0, description="GPUs a node")
+    gpus: int = Field(default=0, ge=0, le=10_000, description="GPUs a node")
     gpu_type: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$",
@@ -54,7 +71,7 @@ class Node(Part):
     memory_gb: int | None = Field(
         default=None, ge=1, description="memory a node, GB; asked for unless nodes are exclusive"
     )
-    gpu_memory_gb: float | None = Field(default=None, gt=0, description="memory of one GPU, GB")
+    gpu_memory_gb: float | None = Field(default=None, gt=0, le=1_000_000, description="memory of one GPU, GB")
     nvlink_domain: int | None = Field(
         default=None, ge=1, description="GPUs that NVLink joins; the node's unless given"
     )

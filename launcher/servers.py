@@ -9,13 +9,14 @@ import os
 import re
 import shlex
 import socket
+import urllib.parse
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import mirror, runs
+from launcher import mirror, quoting, runs
 from launcher.errors import Fault, UsageError
 
 if TYPE_CHECKING:
@@ -53,10 +54,22 @@ def find(where: str | None, roots: Iterable[Path]) -> Server:
     if where is None:
         return newest(roots)
     if where.startswith(("http://", "https://")):
-        return Server(url=where.rstrip("/").removesuffix("/v1"), key=os.environ.get(KEY))
+        return Server(url=_checked(where.rstrip("/").removesuffix("/v1")), key=os.environ.get(KEY))
     if ADDRESS.fullmatch(where):
-        return Server(url=f"http://{where}", key=os.environ.get(KEY))
+        return Server(url=_checked(f"http://{where}"), key=os.environ.get(KEY))
     return of_run(runs.find(where, roots))
+
+
+def _checked(url: str) -> str:
+    """`url` if a server could be there; `UsageError` otherwise."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if not url.isprintable() or not parts.hostname or parts.port == 0:
+            raise ValueError("give a host, and a port from 1 on")
+        parts.hostname.encode("idna")  # where names are refused that no resolver takes
+    except ValueError as error:
+        raise UsageError(f"{quoting.shown(url)} isn't a server's address: {error}") from None
+    return url
 
 
 def of_run(run: runs.Run) -> Server:

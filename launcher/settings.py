@@ -41,7 +41,7 @@ class Setting:
             return value
         try:
             number = int(value) if self.kind is int else float(value)
-            if not math.isfinite(number):
+            if not math.isfinite(number) or (self.kind is int and not -LARGEST < number < LARGEST):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             expected = "a whole number" if self.kind is int else "a number"
@@ -88,6 +88,7 @@ _BASE = Setting(
     kind=str,
     help="Where the base of a run of adapters is, if not where it was.",
 )
+LARGEST = 2**63  # what no counter of a job holds
 LARGEST_SEED = 2**31 - 1
 MODEL = "mistralai/Mixtral-8x7B-v0.1"  # what every job works on unless told otherwise
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from launcher.jobs import JobPlan
     from launcher.runs import Run
 
-LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 ASK_SLURM_EVERY = 3.0
 ASK_HERE_EVERY = 0.5
 LAST_LINES = 15

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mixtral import mcore
+from megatron_mixtral.fused.products import grouped_mm_serves
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -197,9 +198,7 @@ class Experts(MegatronModule):
         Where one expert's tokens end the next one's begin; there may be none.
         """
         both = self._product(hidden, self.linear_fc1, tokens_per_expert)
-        gate, up = both.chunk(2, dim=-1)
-        inner = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
-        return self._product(inner, self.linear_fc2, tokens_per_expert), None
+        return self._product(swiglu(both, probs), self.linear_fc2, tokens_per_expert), None
 
     def _product(self, x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
         return products(x, weight, tokens_per_expert, grouped=self.grouped)
@@ -267,6 +266,12 @@ def join_gate_up(halves: list[Tensor]) -> Tensor:
     return torch.cat(halves, dim=1)
 
 
+def swiglu(both: Tensor, probs: Tensor) -> Tensor:
+    """both [T, 2F] (gate, then up), probs [T] -> [T, F] in the type of `both`."""
+    gate, up = both.chunk(2, dim=-1)
+    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(both.dtype)
+
+
 def products(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, grouped: bool) -> Tensor:
     """x [T, K] sorted by expert, weight [E, N, K] -> [T, N]: each row with its own expert's matrix."""
     if grouped:
@@ -274,13 +279,6 @@ def products(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, grouped: b
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     parts = x.split(tokens_per_expert.tolist())
     return torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])
-
-
-def grouped_mm_serves(*weights: Tensor) -> bool:
-    """Whether one grouped product can do all experts: bf16 on a GPU with rows of whole 16 bytes."""
-    return hasattr(F, "grouped_mm") and all(
-        w.is_cuda and w.dtype == torch.bfloat16 and w.shape[-1] % 8 == 0 and w.shape[-2] % 8 == 0 for w in weights
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

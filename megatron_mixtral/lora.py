@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_mixtral import layers, mcore
 from megatron_mixtral.adapters import SIDES, Lora
+from megatron_mixtral.fused.products import grouped_mm_serves
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -187,14 +188,14 @@ class Experts(layers.Experts):
         both = self._product(hidden, self.linear_fc1, tokens_per_expert)
         both = both + self._added("gate_up_proj", hidden, tokens_per_expert)
         # Computed again in the backward pass: kept, its products would be more than everything else here.
-        inner = checkpoint(_activated, both, probs, use_reentrant=False, preserve_rng_state=False)
+        inner = checkpoint(layers.swiglu, both, probs, use_reentrant=False, preserve_rng_state=False)
         out = self._product(inner, self.linear_fc2, tokens_per_expert)
         return out + self._added("down_proj", inner, tokens_per_expert), None
 
     def _added(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         pair = zip(SIDES, self.adapters[name](), strict=True)
         a, b = (self._whole(f"{name}.{side}", parameter) for side, parameter in pair)
-        grouped = layers.grouped_mm_serves(a, b)
+        grouped = grouped_mm_serves(a, b)
         low = layers.products(x, a, tokens_per_expert, grouped=grouped) * self.scale
         return layers.products(low, b, tokens_per_expert, grouped=grouped)
 
@@ -223,12 +224,6 @@ class Experts(layers.Experts):
         experts = (len(offsets), self.expert_group.rank(), self.expert_group.size())
         cut = (1 + CUTS[name], part, parts) if name in CUTS else None
         return _sharded(key, parameter, (*offsets, experts), cut=cut, replica=replica, front=len(offsets))
-
-
-def _activated(both: Tensor, probs: Tensor) -> Tensor:
-    """[T, 2F], probs [T] -> [T, F]"""
-    gate, up = both.chunk(2, dim=-1)
-    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(both.dtype)
 
 
 GATE_UP_B = "gate_up_proj.lora_B"

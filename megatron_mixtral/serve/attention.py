@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mixtral import mcore
 from megatron_mixtral.layers import causal_mask
 
 from megatron.core.transformer import attention as upstream
@@ -21,7 +20,6 @@ from megatron.core.transformer.attention import SelfAttention
 
 def use_paged_attention(model: torch.nn.Module) -> None:
     """Give every self-attention of `model` the method below; weights and all else stay as they are."""
-    assert mcore.VERSION >= (0, 16)
     upstream.HAVE_FA3 = True  # what `forward` asserts before it calls the method that needs no such package
     for module in model.modules():
         if isinstance(module, SelfAttention):

@@ -25,7 +25,6 @@ SMALL = launcher_layout.Shape(
     head_size=24,  # not hidden / heads
     vocabulary=131,  # odd: tensor parallelism pads it
 )
-WORK = fit.Batch(sequence=64, micro_batch=1, global_batch=64)
 LAYOUTS = [  # model, layout, world
     ("8x7B", {"pipeline": 4, "expert": 8}, 32),
     ("8x7B", {"pipeline": 2, "expert": 4}, 32),

@@ -52,11 +52,6 @@ def visit(running, browser):
     assert complaints == []
 
 
-def errors(message):
-    """A 400 is for the page to show; the browser notes it all the same."""
-    return [message.text] if message.type == "error" and "400" not in message.text else []
-
-
 def ask(page, question):
     page.keyboard.type(question)
     page.keyboard.press("Enter")

@@ -103,7 +103,10 @@ def test_all_ranks_are_followed_at_once_those_that_come_later_too(tmp_path):
 @pytest.fixture
 def typed(tmp_path, monkeypatch):
     """`mixlaunch logs` about a run of three ranks and two attempts."""
-    record = {"schema": 1, "created": "2026-01-01", "jobs": ["1"], "nodes": 1, "tasks_per_node": 12}
+    record = {"schema": 1, "job": "finetune", "created": "2026-01-01", "jobs": ["1"]}
+    record |= {"nodes": 1, "tasks_per_node": 12}
+    record |= {"profile": {"name": "selene", "scheduler": "slurm"}, "host": "login", "resumable": True}
+    record |= {"cancelled": False}
     (tmp_path / "run.json").write_text(json.dumps(record))
     for attempt in (0, 1):
         for rank in (0, 1, 10):

@@ -116,6 +116,7 @@ def test_of_several_servers_the_newest_that_answers_is_found(tmp_path):
             folder = tmp_path / f"serve-{number}"
             folder.mkdir()
             record = {"schema": runs.SCHEMA, "job": "serve", "name": folder.name, "jobs": []}
+            record |= {"host": "here", "resumable": True, "cancelled": False}
             record |= {
                 "profile": {"name": "local", "scheduler": "local"},
                 "created": f"2026-01-0{number}T00:00:00Z",
