@@ -132,7 +132,7 @@ def _script(run: "Run", limit: str | None, explicit: Iterable[str]) -> str:
         return text
     profile = run.profile
     listed = [entry.node for entry in bad_nodes.read(profile)]
-    nodes = {*hostlist.expand(str(profile.extra.get("exclude", ""))), *explicit, *listed}
+    nodes = {*profile.excluded, *explicit, *listed}
     text = _with_option(text, "exclude", hostlist.compress(nodes) or None)
     return _with_option(text, "time", limit) if limit else text
 

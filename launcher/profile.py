@@ -197,6 +197,11 @@ class ClusterProfile(Part):
         return self.container.runtime != "none"
 
     @property
+    def excluded(self) -> set[str]:
+        """Nodes that no job of this profile gets."""
+        return set(hostlist.expand(str(self.extra.get("exclude", ""))))
+
+    @property
     def slurm_environment(self) -> dict[str, str]:
         """What every call of a Slurm command needs besides the caller's environment."""
         login = self.login.node

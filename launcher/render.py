@@ -85,7 +85,7 @@ def _directives(plan: JobPlan, run_dir: str | None) -> Iterator[tuple[str, str |
     yield ("requeue" if plan.resumable else "no-requeue"), None
     if run_dir:
         yield "output", f"{run_dir.replace('%', '%%')}/logs/slurm-%j.out"
-    if nodes := {*hostlist.expand(str(profile.extra.get("exclude", ""))), *plan.exclude, *plan.bad_nodes}:
+    if nodes := {*profile.excluded, *plan.exclude, *plan.bad_nodes}:
         yield "exclude", hostlist.compress(nodes)
     for name, value in profile.extra.items():
         if name != "exclude":

@@ -43,6 +43,11 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 VARLEN = torch.__version__ >= (2, 11)  # has one kernel for stretches, with a scale and a window
 
 
+def window_of(config: TransformerConfig) -> int | None:
+    """Tokens that a query sees, itself among them; None for all before it. megatron-core counts those before."""
+    return config.window_size[0] + 1 if config.window_size else None
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square normalisation over H, replicated on tensor-parallel ranks."""
 
@@ -67,7 +72,7 @@ class Attention(MegatronModule):
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.window = window_of(config)
         self.dropout = config.attention_dropout
 
     def forward(

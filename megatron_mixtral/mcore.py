@@ -1,7 +1,8 @@
-"""The one place that knows megatron-core's versions, and what stands in for CUDA where no GPU is visible.
+"""The one place that knows megatron-core's versions (but for its engine's, which `serve.dynamic` knows).
 
-Import it before `megatron.core`; `initialize` then joins the process group that the environment describes, lays the
-model-parallel groups over it and seeds the ranks, with NCCL on GPUs and gloo on CPU.
+It also brings what stands in for CUDA where no GPU is visible. Import it before `megatron.core`; `initialize` then
+joins the process group that the environment describes, lays the model-parallel groups over it and seeds the ranks,
+with NCCL on GPUs and gloo on CPU.
 """
 
 import gc
@@ -99,6 +100,7 @@ _import_megatron()
 
 import megatron.core  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing import serialization  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.optimizer import clip_grads  # noqa: E402
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers  # noqa: E402
@@ -135,6 +137,9 @@ def _mend_loading_of_adam() -> None:
 _mend_loading_of_adam()
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+ENGINE_COUNTS_ON_DEVICE = VERSION >= (0, 19)  # what a step has to compute, where our own forward pass reads it
+# A checkpoint's common part: newer ones keep it among the tensors, older ones in a file of its own.
+COMMON_AMONG_TENSORS = not hasattr(serialization, "get_default_save_common_strategy")
 
 
 def _mend_balancing_loss() -> None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mixtral import agreement, mcore
 from megatron_mixtral.errors import SaveError
 
-from megatron.core.dist_checkpointing import core, mapping, serialization, state_dict_utils
+from megatron.core.dist_checkpointing import core, mapping, state_dict_utils
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 
 COMMON, CONFIG = "common.pt", "metadata.json"
@@ -39,8 +39,7 @@ def content(state: dict[str, Any], metadata: dict[str, Any], *, copied: bool) ->
     """`state` as torch's writer takes it; all ranks call it. `copied` where it may change before it's written."""
     with mcore.quiet():
         sharded, common = state_dict_utils.save_preprocess({**state, "content_metadata": metadata}, True)
-    if not hasattr(serialization, "get_default_save_common_strategy"):
-        # Newer versions keep the common part among the tensors, older ones in its file: ours has both.
+    if mcore.COMMON_AMONG_TENSORS:  # ours has the file too, so that either reads it
         sharded["common_state"] = mapping.ShardedObject("common_state", common, (1,), (0,), dist.get_rank())
     flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(sharded, True)
     if copied:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mixtral.layers import causal_mask
+from megatron_mixtral.layers import causal_mask, window_of
 
 from megatron.core.transformer import attention as upstream
 from megatron.core.transformer.attention import SelfAttention
@@ -44,7 +44,7 @@ class PagedSelfAttention(SelfAttention):
         softmax_offset: Tensor | None = None,
     ) -> Tensor:  # [T, 1, N, D]; rows that only pad the batch stay 0
         assert softmax_offset is None, "Mixtral has no attention sinks"
-        window = self.config.window_size[0] + 1 if self.config.window_size else None
+        window = window_of(self.config)
         scale = self.config.softmax_scale or q.shape[-1] ** -0.5
         if is_decode_only:
             return _decode(q, k, v, seqlens_k, block_table, window, scale)

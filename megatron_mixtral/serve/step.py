@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_mixtral import fused, mcore
 from megatron_mixtral.fused import products
-from megatron_mixtral.layers import Experts
+from megatron_mixtral.layers import Experts, window_of
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -27,7 +27,7 @@ def missing(model: GPTModel) -> str | None:
     """Why the engine's own forward pass is used for `model`; None when ours can be."""
     if reason := fused.missing():
         return reason
-    if mcore.VERSION < (0, 19):
+    if not mcore.ENGINE_COUNTS_ON_DEVICE:
         return f"megatron-core {mcore.VERSION[0]}.{mcore.VERSION[1]} keeps its bookkeeping elsewhere"
     state = parallel_state
     if state.get_tensor_model_parallel_world_size() * state.get_expert_model_parallel_world_size() > 1:
@@ -115,7 +115,7 @@ class Step:
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=mcore.device()) / size
         self.frequency = model.shape.rope_theta**-exponent
         self.scale = self.config.softmax_scale or size**-0.5
-        self.window = self.config.window_size[0] + 1 if self.config.window_size else None
+        self.window = window_of(self.config)
         self.stage, self.head = Stage(), _head(model)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of decoding, by requests
         self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of prompts among them, by tokens
