@@ -70,11 +70,15 @@ def leave_out(plan: "JobPlan") -> "JobPlan":
     return replace(plan, bad_nodes=tuple(entry.node for entry in read(plan.profile)))
 
 
+def require_file_system(profile: "ClusterProfile") -> None:
+    """`UsageError` where a list would lie on this machine's own disk, and nobody else would ever see it."""
+    mount = Path(*Path(profile.paths.runs).parts[:2])
+    if not profile.login_node and not mount.is_dir():
+        raise UsageError(f"{mount} isn't on this machine; run this on a login node of {profile.name}")
+
+
 def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
     """Put nodes on the list, or their entries anew; returns them."""
-    shared = Path(profile.paths.runs).parent
-    if not profile.login_node and not shared.is_dir():
-        raise UsageError(f"{shared} isn't on this machine; run this on a login node of {profile.name}")
     now = datetime.datetime.now().astimezone()
     until = (now + lasting).isoformat(timespec="seconds") if lasting else None
     since = now.isoformat(timespec="seconds")

@@ -54,6 +54,8 @@ class Commands(click.Group):
             raise Failure(error) from error
         except BrokenPipeError:
             raise  # click ends quietly
+        except KeyboardInterrupt:
+            sys.exit(130)  # click would say 1
         except (OSError, UnicodeEncodeError) as error:
             raise Failure(of_system(error)) from error
 

@@ -33,7 +33,7 @@ def roots_of(cluster: str | None) -> list[Path]:
     """
     from launcher import catalog, mirror, profile
 
-    if cluster:
+    if cluster is not None:
         return [profile.load(cluster).runs_here]
     roots = [profile.load().runs_here]
     for path in catalog.available().values():

@@ -21,8 +21,9 @@ Location = tuple[str | int, ...]
 REFERENCE = re.compile(r"\$(?:\{(?P<braced>[A-Za-z_]\w*)\}|(?P<plain>[A-Za-z_]\w*))")
 PARENT = "extends"
 OWN = ("name",)  # what a profile doesn't inherit
-NO_VALUE = (yaml.YAMLError, ValueError, LookupError, AttributeError)  # by PyYAML, for `!!int x` and such
+NO_VALUE = (ValueError, LookupError, AttributeError, ArithmeticError)  # by PyYAML, for `!!int x` and such
 MOST_KEYS = 10_000  # a profile has some dozens; aliases of aliases make billions
+DEEPEST = 100  # sections in sections
 STRUCTURED = ("[", "{", '"', "'")  # how an override's value begins that isn't plain text
 
 
@@ -119,16 +120,26 @@ def _parsed(path: Path) -> Document:
     origins: dict[Location, Origin] = {}
     source = Origin(text=shown, folder=path.parent.absolute())
     try:
-        loader = PlainLoader(path.read_text())
-        node = loader.get_single_node()
+        loader, node = _composed(path.read_text())
         if not isinstance(node, yaml.MappingNode):
             raise ProfileError(f"{shown}: expected keys and values, such as `scheduler: slurm`")
         values = _built(loader, node, (), origins, source)
     except RecursionError as error:
         raise ProfileError(f"{shown}: a value contains itself") from error
-    except (OSError, *NO_VALUE) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProfileError(f"{shown}: {error}") from error
     return Document(values=values, origins=origins, source=source)
+
+
+def _composed(text: str) -> tuple[Any, Any]:
+    """A loader and the node of all of `text`. libyaml composes by recursion without an end, and dies of it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=PlainLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+    loader = PlainLoader(text)
+    return loader, loader.get_single_node()
 
 
 def _built(loader: Any, node: Any, location: Location, origins: dict[Location, Origin], source: Origin) -> Any:
@@ -140,7 +151,11 @@ def _built(loader: Any, node: Any, location: Location, origins: dict[Location, O
             origins[(*location, index)] = _at(source, item)
         return [_built(loader, item, (*location, i), origins, source) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except NO_VALUE:
+            kind = node.tag.rpartition(":")[2]
+            raise ProfileError(f"{_at(source, node).text}: {quoting.shown(node.value)} isn't {kind}") from None
     merges = any(key.tag.endswith(":merge") for key, _ in node.value)
     if merges:
         loader.flatten_mapping(node)
@@ -180,15 +195,14 @@ def _typed(text: str, source: Origin) -> Any:
     """Numbers, true, false, null, and what begins as a list, a mapping or a quotation; all else is text."""
     try:
         if text.startswith(STRUCTURED):
-            loader = PlainLoader(quoting.short(text, source.text))
-            return _built(loader, loader.get_single_node(), (), {}, source)
+            return _built(*_composed(quoting.short(text, source.text)), (), {}, source)
         plain = yaml.ScalarNode("", text)
         loader = PlainLoader("")
         plain.tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         return loader.construct_object(plain)
     except RecursionError:
         raise UsageError(f"{source.text}: a value contains itself") from None
-    except NO_VALUE as error:
+    except (yaml.YAMLError, *NO_VALUE) as error:
         raise UsageError(f"{source.text}: {error}") from None
 
 

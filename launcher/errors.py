@@ -4,6 +4,7 @@ Raise `UsageError` for what the user can mend (exit 2), `Fault` for what went wr
 """
 
 import errno
+import os
 
 OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -53,9 +54,11 @@ class Interrupted(SubmitError):
 def of_system(error: OSError | UnicodeEncodeError) -> MixlaunchError:
     """What the operating system or the terminal refused, where nobody nearer to it had better words."""
     if isinstance(error, UnicodeEncodeError):
-        text = error.object[error.start : error.end]
-        return UsageError(f"{text!a} can't be written in {error.encoding}; set PYTHONIOENCODING=utf-8")
-    if error.errno == errno.ENOENT and error.filename is None:
+        hint = "" if error.encoding.startswith("utf") else "; set PYTHONIOENCODING=utf-8"
+        return UsageError(f"{error.object[error.start : error.end]!a} can't be written in {error.encoding}{hint}")
+    try:
+        os.getcwd()
+    except OSError:
         return UsageError("the working directory is gone; change to another")
     if error.filename is not None and error.errno in OF_A_PATH:
         return UsageError(f"{error.filename}: {error.strerror}")

@@ -6,7 +6,12 @@ Copies of runs, the sandbox, lines typed in `chat` and the runs of `local` lie b
 import os
 from pathlib import Path
 
+from launcher.errors import UsageError
+
 
 def state() -> Path:
-    """`mixlaunch` in the user's state folder."""
-    return Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"), "mixlaunch")
+    """`mixlaunch` in the user's state folder; `UsageError` where it is nobody's."""
+    folder = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"), "mixlaunch")
+    if not folder.is_absolute():
+        raise UsageError(f"{folder} isn't absolute; set HOME or XDG_STATE_HOME")
+    return folder

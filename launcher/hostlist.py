@@ -23,6 +23,8 @@ def expand(text: str) -> list[str]:
             raise UsageError(f"{text!r}: {part!r} isn't a host or hosts; such as gpu07 or gpu[01-04,7]")
         head, ranges, tail = match["head"], match["ranges"], match["tail"] or ""
         names += [f"{head}{number}{tail}" for number in _numbers(ranges, text)] if ranges else [head]
+        if len(names) > MOST:
+            raise UsageError(f"{quoting.shown(text)}: more than {MOST} nodes")
     for name in names:
         if not NAME.fullmatch(name):
             raise UsageError(f"{text!r}: {name!r} isn't the name of a host")
@@ -70,6 +72,8 @@ def _numbers(ranges: str, text: str) -> list[str]:
         if not 0 <= high - low < MOST:
             raise UsageError(f"{quoting.shown(text)}: {item!r} isn't a range of at most {MOST} nodes")
         found += [f"{number:0{len(first)}d}" for number in range(low, high + 1)]
+        if len(found) > MOST:
+            raise UsageError(f"{quoting.shown(text)}: more than {MOST} nodes")
     return found
 
 

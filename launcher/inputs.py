@@ -123,9 +123,7 @@ def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
 
 def require(plan: "JobPlan") -> None:
     """`UsageError` naming every input that isn't there and how one gets it."""
-    login, conf = plan.profile.login_node, plan.profile.slurm_conf
-    if conf and not login and not Path(conf).exists():  # Slurm's commands would ask for it for a minute
-        raise UsageError(f"slurm_conf: {conf} isn't on this machine; is this a login node of {plan.profile.name}?")
+    login = plan.profile.login_node
     where = f" on {login.host}" if login else ""
     if absent := missing(plan):
         lines = (f"{i.what}: {i.path} doesn't exist{where}\n  {i.hint}".rstrip() for i in absent)

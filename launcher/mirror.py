@@ -130,8 +130,8 @@ def is_known(login: Login) -> bool:
 
 def _below(path: Path) -> tuple[str, ...]:
     """The parts of a path below the folder of all copies."""
-    home = _home()
-    return path.relative_to(home).parts if path.is_relative_to(home) else ()
+    copies = _home()
+    return path.relative_to(copies).parts if path.is_relative_to(copies) else ()
 
 
 def _home() -> Path:

@@ -94,7 +94,7 @@ class _Draft:
 
     def ask(self, step: str) -> Ask:
         """A step's name, and what holds for every step."""
-        name = f"{self._asked.name}-{step}" if self._asked.name else step
+        name = step if self._asked.name is None else f"{self._asked.name}-{step}"
         return Ask(name=name, secrets=self._asked.secrets)
 
     def add(self, name: str, made: JobPlan, *, makes: str | None = None) -> Path:

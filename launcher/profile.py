@@ -42,6 +42,7 @@ OF_RANKS = (
 )
 
 
+KIND = re.compile(r"(function-\w+|literal)\[")  # how pydantic calls the alternatives of a union, behind a key
 OF_BASH = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO")
 
 
@@ -297,7 +298,7 @@ def _explain(document: Document, error: ValidationError) -> str:
     """One line per mistake, in the words of this module rather than pydantic's."""
     lines: dict[Location, str] = {}  # the first of each key: a union has one for every kind that it might be
     for found in error.errors(include_url=False):
-        found["loc"] = tuple(part for part in found["loc"] if "[" not in str(part))  # pydantic's own names of kinds
+        found["loc"] = tuple(part for part in found["loc"] if not KIND.match(str(part)))
         location = found["ctx"]["location"] if found["type"] == "at" else found["loc"]
         lines.setdefault(location, str(document.error(location, _mistake(found))))
     return "\n".join(dict.fromkeys(lines.values()))

@@ -353,8 +353,12 @@ def _noted(run: Run) -> str | None:
 
 
 def with_job(run: Run, job_id: str) -> Run:
-    """`run` with a job more, whose submission is over."""
-    return changed(run, jobs=[*run.job_ids, job_id], submitting=False)
+    """`run` with a job more, whose submission is over; the job's id is told even where it can't be kept."""
+    try:
+        return changed(run, jobs=[*run.job_ids, job_id], submitting=False)
+    except OSError as error:
+        path = run.path / RECORD
+        raise UncertainError(f"job {job_id} is submitted, but {path} can't say so: {error.strerror}") from error
 
 
 def changed(run: Run, **values: Any) -> Run:

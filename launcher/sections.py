@@ -33,6 +33,7 @@ def _text(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": ["string", "number"]})]
+NUMBERS = tuple[Annotated[int, Field(ge=0)], ...]
 # `--cpu-bind=verbose,map_cpu:0,1`, `--gpu-bind=single:1`, `--distribution=block:cyclic`: srun's own words.
 BIND = re.compile(r"[a-z][a-z_]*([,:*][A-Za-z0-9_,:*.-]+)?")
 
@@ -53,8 +54,9 @@ class Part(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind in (int, int | None, float, float | None):
-            raise ValueError(f"{str(value).lower()} isn't a number")
+        for each in value if kind == NUMBERS and isinstance(value, list) else [value]:
+            if isinstance(each, bool) and kind in (int, int | None, float, float | None, NUMBERS):
+                raise ValueError(f"{str(each).lower()} isn't a number")
         return value
 
 
@@ -87,9 +89,7 @@ class Binding(Part):
     memory: str | None = Field(default=None, description="srun's --mem-bind: local, none, ...")
     gpu: str | None = Field(default=None, description="srun's --gpu-bind: none, closest, single:1, ...")
     distribution: str | None = Field(default=None, description="srun's --distribution: block:block, ...")
-    numa: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(), description="NUMA node of each GPU; a rank keeps to its GPU's, by numactl"
-    )
+    numa: NUMBERS = Field(default=(), description="NUMA node of each GPU; a rank keeps to its GPU's, by numactl")
 
     @field_validator("cpu", "memory", "gpu", "distribution")
     @classmethod

@@ -62,12 +62,15 @@ def find(where: str | None, roots: Iterable[Path]) -> Server:
 
 def _checked(url: str) -> str:
     """`url` if a server could be there; `UsageError` otherwise."""
+    import httpx
+
     try:
+        httpx.URL(url)
         parts = urllib.parse.urlsplit(url)
         if not url.isprintable() or not parts.hostname or parts.port == 0:
             raise ValueError("give a host, and a port from 1 on")
         parts.hostname.encode("idna")  # where names are refused that no resolver takes
-    except ValueError as error:
+    except (ValueError, httpx.InvalidURL) as error:
         raise UsageError(f"{quoting.shown(url)} isn't a server's address: {error}") from None
     return url
 

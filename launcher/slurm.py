@@ -14,6 +14,7 @@ from launcher.errors import Fault
 from launcher.ssh import Login
 
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # daemons live here, and an ordinary PATH lacks them
+OF_THE_SHELL = ("sh", "id")  # questions about the machine that Slurm's commands run on
 TIMEOUT = 30  # seconds; a busy controller takes some
 # Everything else (PENDING, COMPLETING, SIGNALING, REQUEUED, ...) may still turn into something.
 ENDED = {
@@ -64,6 +65,8 @@ def call(program: str, *arguments: str, environment: Mapping[str, str], timeout:
     path = which(program)
     if path is None:
         raise Fault(f"{program}: not found; Slurm's commands aren't on this machine's PATH")
+    if program not in OF_THE_SHELL:
+        require_conf(environment)
     try:
         done = subprocess.run(
             [path, *arguments],
@@ -82,6 +85,15 @@ def call(program: str, *arguments: str, environment: Mapping[str, str], timeout:
         reason = done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}"
         raise Fault(f"{program}: {reason}")
     return done.stdout
+
+
+def require_conf(environment: Mapping[str, str]) -> None:
+    """`Fault` where the configuration isn't there: Slurm's commands would look for it for a minute."""
+    conf = environment.get("SLURM_CONF")
+    if conf and not os.path.exists(conf):
+        raise Fault(
+            f"slurm_conf: {conf} isn't on this machine; it is on a login node, a sandbox's while that is up"
+        )
 
 
 def _call_there(login: Login, argv: list[str], environment: Mapping[str, str], timeout: float) -> str:

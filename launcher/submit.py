@@ -112,6 +112,7 @@ def _submit(plan: JobPlan, text: str, run_dir: Path) -> str:
         executor = DetachedExecutor(run_dir, text, seconds=slurm.seconds(plan.time), lead=plan.profile.signal_lead)
     else:
         environment = plan.profile.slurm_environment
+        slurm.require_conf(environment)
         executor = VerbatimExecutor(
             run_dir, text, tasks=plan.world, environment=environment, options=plan.queue_options
         )

@@ -1,6 +1,6 @@
 """Kernels of our own, in Triton: what torch does in several passes over memory done in one, forward and backward.
 
-Nothing here is needed for a right answer: `model` takes these parts where `missing()` finds nothing missing.
+No kernel is needed for a right answer: `model` takes these parts where `missing()` finds nothing missing.
 """
 
 import importlib.util

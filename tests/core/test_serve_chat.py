@@ -14,6 +14,7 @@ from launcher.errors import Fault, UsageError
 
 KEY = "chat-key"
 RECORD = {"schema": runs.SCHEMA, "job": "serve", "profile": {"name": "local", "scheduler": "local"}, "jobs": []}
+RECORD |= {"host": "here", "resumable": True, "cancelled": False}
 
 
 @pytest.fixture(scope="module")

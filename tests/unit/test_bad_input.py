@@ -1,10 +1,12 @@
 """What people and broken files throw at the commands: exit 2, or 1 where the machine is at fault; no traceback."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -36,19 +38,24 @@ def refused(*words, code=2):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([*EXPORT, "-o", "node.gpus=!!int x"], "node.gpus"),
-        ([*EXPORT, "-o", f"node.gpus={MANY * 20}"], "node.gpus"),
-        ([*EXPORT, "-o", "environment={A: !!bool maybe}"], "environment={A: !!bool maybe}"),
+        ([*EXPORT, "-o", "node.gpus=!!int x"], "unable to parse string as an integer"),
+        ([*EXPORT, "-o", f"node.gpus={MANY * 20}"], "digits"),
+        ([*EXPORT, "-o", "environment={A: !!bool maybe}"], "'maybe' isn't bool"),
+        ([*EXPORT, "-o", f"environment={{A: !!float '{'1:' * 200}1'}}"], "isn't float"),
         ([*EXPORT, "-o", "environment={A: 1, A: 2}"], "A is there twice"),
         ([*EXPORT, "-o", "node={a: &a [*a]}"], "contains itself"),
         ([*EXPORT, "-o", "container.mounts=" + "[" * 30_000], "bytes long; at most"),
-        ([*EXPORT, "-o", "container.mounts=[\udcff]"], "container.mounts"),
+        ([*EXPORT, "-o", "container.mounts=[\udcff]"], "surrogates not allowed"),
+        ([*EXPORT, "-o", "container.mounts=" + "[" * 5_000], "nested more than 100 deep"),
+        ([*EXPORT, "-o", "node[0]=4"], "unknown key 'node[0]'"),
+        ([*EXPORT, "-o", "binding.numa=[true, false]"], "binding.numa: true isn't a number"),
         ([*EXPORT, "-o", "node.gpus=true"], "node.gpus: true isn't a number"),
         ([*EXPORT, "-o", "node.gpu=8"], "did you mean 'gpus'?"),
-        ([*EXPORT, "-o", "node.gpu_memory_gb=inf"], "node.gpu_memory_gb"),
-        ([*EXPORT, "-o", "extra.exclude=true"], "extra.exclude"),
+        ([*EXPORT, "-o", "node.gpu_memory_gb=inf"], "less than or equal to 1000000"),
+        ([*EXPORT, "-o", "extra.exclude=true"], "'exclude' needs nodes"),
+        ([*EXPORT, "-o", "extra.exclude=a[0-99999],b[0-99999]"], "more than 100000 nodes"),
         ([*EXPORT, "-o", "extra.exclude=n[1-999999]"], "extra: 'n[1-999999]': '1-999999' isn't a range of at most"),
-        ([*EXPORT, "-o", "extra={mail-type: [END]}"], "extra.mail-type: "),
+        ([*EXPORT, "-o", "extra={mail-type: [END]}"], "extra.mail-type: input should be a valid string"),
         ([*EXPORT, "-o", "environment.UID=5"], "UID is bash's own"),
         ([*EXPORT, "-o", "templates.job=/dev/null"], "begin with `#!`"),
         ([*EXPORT, "--time", "٣٠"], "--time: '٣٠' isn't a time limit"),
@@ -71,6 +78,7 @@ def refused(*words, code=2):
         (["chat", "https://h:abc"], "isn't a server's address"),
         (["chat", "http://h/\x01"], "isn't a server's address"),
         (["chat", "..:1"], "isn't a server's address"),
+        (["chat", "10.0.0.256:5000"], "isn't a server's address"),
         (["chat", "localhost:99999"], "isn't a server's address"),
         (["chat", "localhost:5000", "-p", "x", "--temperature", "nan"], "--temperature: nan"),
         (["logs", "~nobody-here/x"], "no run directory"),
@@ -84,10 +92,12 @@ def test_a_value_that_cant_be(words, said, home):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (profile_with("node: {gpus: !!int x}"), "invalid literal"),
-        (profile_with("node: {gpus: !!int ''}"), "index out of range"),
-        (profile_with("exclusive: !!bool maybe"), "maybe"),
-        (profile_with("time: !!timestamp soon"), "x.yaml"),
+        (profile_with("node: {gpus: !!int x}"), "x.yaml:3: 'x' isn't int"),
+        (profile_with("node: {gpus: !!int ''}"), "x.yaml:3: '' isn't int"),
+        (profile_with("exclusive: !!bool maybe"), "x.yaml:3: 'maybe' isn't bool"),
+        (profile_with("time: !!timestamp soon"), "x.yaml:3: 'soon' isn't timestamp"),
+        (profile_with("node[0]: 1"), "x.yaml:3: unknown key 'node[0]'"),
+        (profile_with("environment: " + "[" * 60_000), "nested more than 100 deep"),
         (profile_with("node: {gpus: true}"), "x.yaml:3: node.gpus: true isn't a number"),
         (profile_with("serve: {port: true}"), "serve.port: true isn't a number"),
         ("extends: ~nobody-here/a.yaml", "extends: "),
@@ -199,3 +209,42 @@ def test_a_folder_one_may_not_enter(home):
         assert code == 2, said
         assert "private" in said
         assert "Permission denied" in said
+
+
+def test_a_configuration_of_slurm_that_isnt_here_is_told_at_once(home, monkeypatch):
+    """Slurm's own commands would look for it for a minute."""
+    programs = home / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "sinfo"):
+        (programs / name).write_text("#!/bin/sh\nsleep 60\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (home / "x.yaml").write_text(
+        f"scheduler: slurm\nslurm_conf: /nope\npaths: {{models: {home}, data: {home}, runs: {home}/runs}}\n"
+    )
+    begin = time.monotonic()
+    said = refused("tiny", "--output", f"{home}/t", "--cluster", "x.yaml", code=1)
+    assert "slurm_conf: /nope isn't on this machine" in said
+    assert not list((home / "runs").iterdir())
+    assert CliRunner().invoke(cli, ["nodes", "add", "x", "--reason", "y", "--cluster", "x.yaml"]).exit_code == 0
+    assert time.monotonic() - begin < 20
+
+
+def test_ctrl_c_is_130(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.runs.find", interrupted)
+    assert CliRunner().invoke(cli, ["logs", "x"]).exit_code == 130
+
+
+def test_a_job_that_no_record_can_keep_is_told_all_the_same(home, monkeypatch):
+    from launcher import runs
+    from launcher.errors import UncertainError
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, "_write", full)
+    with pytest.raises(UncertainError, match=r"job 4242 is submitted, but .*No space left"):
+        runs.with_job(runs.Run(path=home, record={"jobs": []}), "4242")
