@@ -38,11 +38,14 @@ def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) 
 
 
 def is_marked(pid: int, **variables: str) -> bool:
-    """Whether `pid` runs and was started with all of `variables` in its environment; an empty value is any."""
-    environment = _environment(pid).split(b"\0")
+    """Whether `pid` runs and was started with all of `variables` in its environment; an empty value is any.
+
+    While bash starts it has, for a moment, a zero in place of the equals sign that it is looking at.
+    """
+    environment = b"\0" + _environment(pid)
     return all(
-        any(entry == wanted if value else entry.startswith(wanted) for entry in environment)
-        for wanted, value in ((f"{name}={value}".encode(), value) for name, value in variables.items())
+        any(f"\0{name}{sign}{value}".encode() + b"\0" * bool(value) in environment for sign in "=\0")
+        for name, value in variables.items()
     )
 
 

@@ -78,6 +78,15 @@ def test_an_end_is_noticed(tmp_path, mark):
     assert processes.wait(lambda: processes.marked(MARK=mark), 5) == []
 
 
+def test_bash_that_is_just_reading_its_environment_is_known(monkeypatch):
+    monkeypatch.setattr(processes, "_environment", lambda _: b"HOME=/root\0MARK\0x\0PATH=/bin\0")
+    assert processes.is_marked(1, MARK="x", HOME="/root")
+    assert processes.is_marked(1, MARK="", PATH="")
+    assert not processes.is_marked(1, MARK="y")
+    assert not processes.is_marked(1, ARK="x")
+    assert not processes.is_marked(1, HOME="/roo")
+
+
 def test_a_process_is_known_as_soon_as_it_is_started(tmp_path, mark):
     for _ in range(30):
         pid = start(tmp_path, mark, "while :; do sleep 60; done")  # a single command would be an exec of its own
