@@ -287,8 +287,6 @@ def main() -> None:
         completion.equip(cli)
     try:
         cli(prog_name="mixlaunch")
-    except KeyboardInterrupt:
-        sys.exit(130)
     except OSError as error:  # stdout itself: a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more
         Failure(of_system(error)).show()

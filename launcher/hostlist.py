@@ -4,7 +4,7 @@ Only what squeue, sacct and people write: one pair of brackets a name, numbers i
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from launcher import quoting
 from launcher.errors import UsageError
@@ -22,9 +22,10 @@ def expand(text: str) -> list[str]:
         if match is None:
             raise UsageError(f"{text!r}: {part!r} isn't a host or hosts; such as gpu07 or gpu[01-04,7]")
         head, ranges, tail = match["head"], match["ranges"], match["tail"] or ""
-        names += [f"{head}{number}{tail}" for number in _numbers(ranges, text)] if ranges else [head]
-        if len(names) > MOST:
-            raise UsageError(f"{quoting.shown(text)}: more than {MOST} nodes")
+        for number in _numbers(ranges, text) if ranges else [""]:
+            names.append(f"{head}{number}{tail}")
+            if len(names) > MOST:
+                raise UsageError(f"{quoting.shown(text)}: more than {MOST} nodes")
     for name in names:
         if not NAME.fullmatch(name):
             raise UsageError(f"{text!r}: {name!r} isn't the name of a host")
@@ -62,8 +63,7 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 
 
-def _numbers(ranges: str, text: str) -> list[str]:
-    found: list[str] = []
+def _numbers(ranges: str, text: str) -> Iterator[str]:
     for item in ranges.split(","):
         first, _, last = item.strip().partition("-")
         if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in (first, last or first)):
@@ -71,10 +71,7 @@ def _numbers(ranges: str, text: str) -> list[str]:
         low, high = int(first), int(last or first)
         if not 0 <= high - low < MOST:
             raise UsageError(f"{quoting.shown(text)}: {item!r} isn't a range of at most {MOST} nodes")
-        found += [f"{number:0{len(first)}d}" for number in range(low, high + 1)]
-        if len(found) > MOST:
-            raise UsageError(f"{quoting.shown(text)}: more than {MOST} nodes")
-    return found
+        yield from (f"{number:0{len(first)}d}" for number in range(low, high + 1))
 
 
 def _group(head: str, width: int, numbers: list[int]) -> str:

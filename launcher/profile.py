@@ -40,8 +40,6 @@ OF_RANKS = (
     *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
     *("SLURM_JOB_ID", "MIXLAUNCH_RUN", "MIXLAUNCH_LOGS", "MIXLAUNCH_ATTEMPT"),
 )
-
-
 KIND = re.compile(r"(function-\w+|literal)\[")  # how pydantic calls the alternatives of a union, behind a key
 OF_BASH = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO")
 
@@ -235,9 +233,9 @@ def _option(option: str, value: str | bool) -> None:
     if isinstance(value, str):
         as_value_error(quoting.directive, value)
     if option == "exclude":
-        if value is True:
+        if not isinstance(value, str):
             raise ValueError("'exclude' needs nodes, such as gpu[01-04]")
-        as_value_error(lambda hosts, _: ",".join(hostlist.expand(hosts)), str(value))
+        as_value_error(lambda hosts, _: hostlist.expand(hosts), value)
 
 
 def _part(name: str, path: str) -> None:
@@ -301,7 +299,7 @@ def _explain(document: Document, error: ValidationError) -> str:
         found["loc"] = tuple(part for part in found["loc"] if not KIND.match(str(part)))
         location = found["ctx"]["location"] if found["type"] == "at" else found["loc"]
         lines.setdefault(location, str(document.error(location, _mistake(found))))
-    return "\n".join(dict.fromkeys(lines.values()))
+    return "\n".join(lines.values())
 
 
 def _mistake(error: Any) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -33,6 +33,7 @@ def _text(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": ["string", "number"]})]
+Checked = TypeVar("Checked")
 NUMBERS = tuple[Annotated[int, Field(ge=0)], ...]
 # `--cpu-bind=verbose,map_cpu:0,1`, `--gpu-bind=single:1`, `--distribution=block:cyclic`: srun's own words.
 BIND = re.compile(r"[a-z][a-z_]*([,:*][A-Za-z0-9_,:*.-]+)?")
@@ -213,7 +214,7 @@ def _is_same_machine(one: str, other: str) -> bool:
     return one.split(".")[0] == other.split(".")[0]
 
 
-def as_value_error(check: Callable[[str, str], str], value: str) -> str:
+def as_value_error(check: Callable[[str, str], Checked], value: str) -> Checked:
     """`quoting`'s refusal as the error that pydantic gathers with the others."""
     try:
         return check(value, "value")

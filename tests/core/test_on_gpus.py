@@ -109,33 +109,37 @@ def test_a_run_goes_on_where_it_was_stopped(chats, adapters, count, tmp_path):
     assert found == pytest.approx(losses(whole.events("step")), abs=0.06)
 
 
-@pytest.fixture(scope="module")
-def larger_model(tmp_path_factory):
-    """(its hub folder, prompts continued by transformers in fp32, how far transformers' own bf16 is from that).
+PROMPTS = [[1, *np.random.default_rng(5).integers(3, 32000, n).tolist()] for n in (1, 5, 63, 64, 65, 130)]
 
-    How far: the mean over all tokens of what a log probability changes by. Single tokens whose second expert is
-    nearly a third one change by much more.
+
+def larger_model(folder, **changes):
+    """(its hub folder, what transformers in fp32 says of `PROMPTS`)."""
+    shape = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_key_value_heads": 4}
+    serving.make_model(folder, **shape, **changes)
+    return folder, serving.continuations(folder, PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def in_fp32(tmp_path_factory):
+    return larger_model(tmp_path_factory.mktemp("fp32"))
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory):
+    """A model of smaller weights, and how far transformers' own bf16 moves each log probability of it.
+
+    By up to 11 on the other one; here by up to 1, where a token's second expert is nearly a third one.
     """
     from transformers import AutoModelForCausalLM
 
-    folder = serving.make_model(
-        tmp_path_factory.mktemp("larger"),
-        hidden_size=256,
-        intermediate_size=384,
-        head_dim=64,
-        num_key_value_heads=4,
-        initializer_range=0.08,
-    )
-    draw = np.random.default_rng(5)
-    prompts = [[1, *draw.integers(3, 32000, n).tolist()] for n in (1, 5, 63, 64, 65, 130)]
-    found = serving.continuations(folder, prompts)
+    folder, found = larger_model(tmp_path_factory.mktemp("bf16"), initializer_range=0.08)
     rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.inference_mode():
-        differences = [
+        moved = [
             np.abs(np.array(serving.of_tokens(rounded, torch.tensor([prompt + tokens]))) - logprobs)
-            for prompt, (tokens, logprobs) in zip(prompts, found, strict=True)
+            for prompt, (tokens, logprobs) in zip(PROMPTS, found, strict=True)
         ]
-    return folder, list(zip(prompts, found, strict=True)), float(np.concatenate(differences).mean())
+    return folder, found, np.concatenate(moved)
 
 
 LAYOUTS = {
@@ -147,28 +151,44 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "one" else two_gpus) for n in LAYOUTS])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_served_log_probabilities_are_transformers(larger_model, name, precision, tmp_path):
-    folder, expected, rounding = larger_model
+LAYOUT_NAMES = [pytest.param(name, marks=() if name == "one" else two_gpus) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("name", LAYOUT_NAMES)
+def test_served_log_probabilities_are_transformers(in_fp32, name, tmp_path):
+    folder, expected = in_fp32
+    for moved, greedy, logprobs in served(folder, expected, name, "fp32", tmp_path):
+        assert moved.max() < 1e-2
+        assert moved.mean() < 1e-3
+        assert greedy == pytest.approx(np.array(logprobs[-serving.ANSWER :]), abs=1e-2)
+
+
+@pytest.mark.parametrize("name", LAYOUT_NAMES)
+def test_bf16_moves_them_as_it_does_transformers(in_bf16, name, tmp_path):
+    folder, expected, theirs = in_bf16
+    ours = np.concatenate([moved for moved, *_ in served(folder, expected, name, "bf16", tmp_path)])
+    assert ours.max() < 1.5 * theirs.max()
+    assert ours.mean() < 1.5 * theirs.mean()
+    assert ours.mean() < 0.08
+
+
+def served(folder, expected, name, precision, run_dir):
+    """Of each prompt: what its log probabilities are moved by, and those of a greedy answer; then transformers'."""
     count, layout = LAYOUTS[name]
     body = {"model": "tiny", "max_tokens": serving.ANSWER, "temperature": 0, "logprobs": 0, "ignore_eos": True}
-    differences = []
-    with serving.server(tmp_path, folder, ranks=count, layout=layout, precision=precision) as running:
+    found = []
+    with serving.server(run_dir, folder, ranks=count, layout=layout, precision=precision) as running:
         with httpx.Client(base_url=running.url, timeout=120) as client:
-            for prompt, (tokens, logprobs) in expected:
-                asked = body | {"prompt": prompt + tokens, "echo": True, "max_tokens": 1}
-                own = client.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]["token_logprobs"]
-                differences.append(np.abs(np.array(own[1 : len(logprobs) + 1]) - logprobs))
-                choice = client.post("/v1/completions", json=body | {"prompt": prompt}).json()["choices"][0]
-                greedy = choice["logprobs"]["token_logprobs"]
-                if precision == "fp32":
-                    assert np.array(greedy) == pytest.approx(np.array(logprobs[-serving.ANSWER :]), abs=1e-2)
+
+            def logprobs_of(**asked):
+                answer = client.post("/v1/completions", json=body | asked).json()
+                return np.array(answer["choices"][0]["logprobs"]["token_logprobs"])
+
+            for prompt, (tokens, logprobs) in zip(PROMPTS, expected, strict=True):
+                own = logprobs_of(prompt=prompt + tokens, echo=True, max_tokens=1)
+                moved = np.abs(own[1 : len(logprobs) + 1].astype(float) - logprobs)
+                greedy = logprobs_of(prompt=prompt)
                 assert len(greedy) == serving.ANSWER
+                found.append((moved, greedy, logprobs))
         assert running.stop() == [0] * count
-    apart = np.concatenate(differences)
-    if precision == "fp32":
-        assert apart.max() < 1e-2
-        assert apart.mean() < 1e-3
-    else:
-        assert apart.mean() < 1.5 * rounding
+    return found
