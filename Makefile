@@ -5,9 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TEXT ?=
 export FOLDER ?= demo
-TESTS ?= tests
-# Three files at a time keep two cores busy, since many tests wait for Slurm; in the order of their names, so that
-# the short tests of the launcher come last.
+# Three files at a time keep two cores busy, since many tests wait for Slurm; the short tests of the launcher come last.
+TESTS ?= tests/megatron_mixtral tests/golden tests/gpu tests/slurm tests/test_demo.py tests/launcher tests/test_readme_figures.py
 WORKERS ?= 3
 BENCH ?= $(wildcard tests/bench/bench_*.py)
 
@@ -36,7 +35,7 @@ test: setup debian
 
 # What takes too long for every change: run before a release.
 soak: setup debian
-	@$(BIN)/python -m pytest -m soak --timeout 3600 $(TESTS)
+	@$(BIN)/python -m pytest -m soak --timeout 3600 tests
 
 # Each prints its figures beside its rival's, from one run on this machine.
 bench: setup debian

@@ -10,18 +10,18 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from megatron_mixtral import config
 from megatron_mixtral.errors import JobError
+from megatron_mixtral.spec import jobs
 
 # job -> module with `run(config, run_dir)`; imported late so that `download` needs no torch.
 MODULES = {
-    "tiny": "megatron_mixtral.tiny",
-    "download": "megatron_mixtral.download",
-    "prepare": "megatron_mixtral.data",
-    "convert": "megatron_mixtral.convert",
-    "verify": "megatron_mixtral.verify",
-    "finetune": "megatron_mixtral.train",
-    "serve": "megatron_mixtral.serve.job",
+    "tiny": "megatron_mixtral.jobs.tiny",
+    "download": "megatron_mixtral.jobs.download",
+    "prepare": "megatron_mixtral.data.prepare",
+    "convert": "megatron_mixtral.weights.convert",
+    "verify": "megatron_mixtral.weights.verification",
+    "finetune": "megatron_mixtral.training.loop",
+    "serve": "megatron_mixtral.serve.server",
 }
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True)
     arguments = parser.parse_args(argv)
     try:
-        job_config = config.load(arguments.job, arguments.config)
+        job_config = jobs.load(arguments.job, arguments.config)
         _module(arguments.job).run(job_config, arguments.config.resolve().parent)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

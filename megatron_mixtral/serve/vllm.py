@@ -14,12 +14,14 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_mixtral import convert, weights_folder
-from megatron_mixtral.config import ConvertConfig, MixtralShape, ServeConfig
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.events import EventLog
-from megatron_mixtral.serve import job, state
-from megatron_mixtral.serve.http import bind
+from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.serve import announce
+from megatron_mixtral.serve import server as job
+from megatron_mixtral.serve.http.uvicorn_thread import bind
+from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape, ServeConfig
+from megatron_mixtral.weights import convert
+from megatron_mixtral.weights import folder as weights_folder
 
 PROGRAM = "vllm"
 POLL_SECONDS = 0.5
@@ -45,9 +47,9 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     listener.close()  # vLLM binds it again in a moment
     name = config.name or job.served_name(found)
     server = Child([program, *arguments(folder, config, name=name, port=port)], key=key)
-    place = state.Place(run_dir=run_dir, host=config.host, port=port, wanted=config.port, key=key is not None)
+    place = announce.Place(run_dir=run_dir, host=config.host, port=port, wanted=config.port, key=key is not None)
     try:
-        if server.until_healthy(f"http://{state.reachable(config.host)}:{port}/health"):
+        if server.until_healthy(f"http://{announce.reachable(config.host)}:{port}/health"):
             place.announce(log, model=name, weights=folder)
         code = server.wait(config.drain_seconds)
     finally:

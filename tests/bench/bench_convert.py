@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_mixtral import hub
-from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import Run, Target
-from megatron_mixtral.verify import digest
-from megatron_mixtral.weights import Rows, hub_shapes
+from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.weights import hub
+from megatron_mixtral.weights.copying import Run, Target
+from megatron_mixtral.weights.mapping import Rows, hub_shapes
+from megatron_mixtral.weights.verification import digest
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral",

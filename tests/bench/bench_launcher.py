@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher import sandbox
+from launcher.sandbox import lifecycle
 
 MIXLAUNCH = [sys.executable, "-m", "launcher"]
 BARS = {"mixlaunch --help": 0.2, "mixlaunch export finetune": 0.5, "a submission above plain sbatch": 1.5}
@@ -37,9 +37,9 @@ def seconds(argv: list[str], environment: dict[str, str]) -> tuple[float, float]
 @contextmanager
 def cluster(folder: Path) -> Iterator[tuple[list[str], list[str], dict[str, str]]]:
     """(our submission, sbatch with the very script, environment) on a Slurm of our own; jobs end at once."""
-    if missing := sandbox.missing_packages():
+    if missing := lifecycle.missing_packages():
         sys.exit(f"Slurm's daemons are missing: {' '.join(missing)}")
-    site = sandbox.up(folder / "slurm")
+    site = lifecycle.up(folder / "slurm")
     try:
         profile = {
             "scheduler": "slurm",
@@ -60,7 +60,7 @@ def cluster(folder: Path) -> Iterator[tuple[list[str], list[str], dict[str, str]
         script.write_text(exported.stdout)
         yield [*MIXLAUNCH, "finetune", *common], ["sbatch", str(script)], environment
     finally:
-        sandbox.down(folder / "slurm")
+        lifecycle.down(folder / "slurm")
 
 
 def measure(repeat: int) -> dict[str, list[tuple[float, float]]]:

@@ -37,11 +37,11 @@ SYLLABLES = (
 PREPARE = """
 import resource, sys, time
 from pathlib import Path
-from megatron_mixtral import data
-from megatron_mixtral.config import PrepareConfig
+from megatron_mixtral.data import prepare
+from megatron_mixtral.spec.jobs import PrepareConfig
 begun = time.process_time()
 source, tokenizer, output = sys.argv[1:]
-data.run(PrepareConfig(inputs=[source], output=output, tokenizer=tokenizer, workers=1), Path(output).parent)
+prepare.run(PrepareConfig(inputs=[source], output=output, tokenizer=tokenizer, workers=1), Path(output).parent)
 print("SECONDS", time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 PLAIN = """
@@ -101,7 +101,7 @@ def measured(program: str, *arguments: str) -> tuple[float, float]:
 
 def compare(folder: Path, megabytes: float, text: Path | None) -> dict[str, float]:
     """Megabytes a second and MiB of both, after a check that they wrote the same."""
-    from megatron_mixtral import tiny
+    from megatron_mixtral.jobs import tiny
 
     words = folder / "words"
     words.mkdir()

@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def _all(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
-    from megatron_mixtral import tiny
+    from megatron_mixtral.jobs import tiny
 
     words = folder / "words"
     words.mkdir()

@@ -10,10 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import serving
-import soaking
+import small_server
+import soak
 
 MOST_GROWTH_MB = 20
 MOST_CONNECTIONS = 20  # that the crowd keeps open
@@ -26,15 +26,15 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2), help="2 are two pipeline stages")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        model = serving.make_model(Path(name) / "hub")
+        model = small_server.make_model(Path(name) / "hub")
         layout = {"pipeline": asked.ranks}
-        with serving.server(Path(name) / "run", model, ranks=asked.ranks, layout=layout) as running:
-            found = soaking.soak(running, seconds=60 * asked.minutes, share=asked.share, probe_seconds=20)
+        with small_server.server(Path(name) / "run", model, ranks=asked.ranks, layout=layout) as running:
+            found = soak.soak(running, seconds=60 * asked.minutes, share=asked.share, probe_seconds=20)
             running.stop()
     return report(found, asked.share)
 
 
-def report(found: soaking.Watched, share: float) -> int:
+def report(found: soak.Watched, share: float) -> int:
     """Print the figures; 0 when all of them are as they should be."""
     print(
         f"capacity          {found.capacity:8.1f} requests/s, asked at {share:.0%} of it for {found.seconds:.0f} s"

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import jobs
+import run_job
 
-from launcher import demo
-from megatron_mixtral import batches, events, indexed
+from launcher.cli import demo
+from megatron_mixtral.data import dataset, indexed
+from megatron_mixtral.observability import events
 
 MEGABYTE = 1 << 20
 DOCUMENT = 4096  # bytes
@@ -92,11 +93,11 @@ class Transformers:
     """The rival: a loop as one writes it, over the samples that `finetune` takes."""
 
     def __init__(self, model: Any, prefix: Path, seed: int = 1234) -> None:
-        documents = batches.Documents(prefix)
-        divided = batches.split(len(documents), SETTINGS["validation"], seed)
+        documents = dataset.Documents(prefix)
+        divided = dataset.split(len(documents), SETTINGS["validation"], seed)
         length = SETTINGS["sequence_length"]
-        self.train = batches.Samples(documents, divided.train, length, seed)
-        self.validation = batches.Samples(documents, divided.validation, length, seed, pad=True)
+        self.train = dataset.Samples(documents, divided.train, length, seed)
+        self.validation = dataset.Samples(documents, divided.validation, length, seed, pad=True)
         self.model = model
         matrices = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
@@ -106,7 +107,7 @@ class Transformers:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
 
-    def losses(self, samples: batches.Samples, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, samples: dataset.Samples, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum over learnt tokens, their number) of one global batch."""
         chosen = range(first, first + SETTINGS["global_batch"])
         ids, mask = (torch.from_numpy(np.stack([samples[n][i] for n in chosen])) for i in range(2))
@@ -138,12 +139,14 @@ def compare(folder: Path, text: bytes, steps: int) -> dict[str, Any]:
     """The losses of both, step by step, and their last validation losses."""
     model = make_model(folder / "hub")
     write_data(text, folder / "data")
-    jobs.run("convert", {"source": str(folder / "hub"), "output": str(folder / "megatron")}, folder / "convert")
+    run_job.run("convert", {"source": str(folder / "hub"), "output": str(folder / "megatron")}, folder / "convert")
     settings = SETTINGS | {"steps": steps, "eval_interval": steps}
     settings |= {"model": str(folder / "megatron"), "data": str(folder / "data")}
     begun = time.monotonic()
     settings |= {"layout": {"expert": 2, "pipeline": 2}}
-    jobs.run("finetune", settings, folder / "run", ranks=4, timeout=MOST_SECONDS, env={"CUDA_VISIBLE_DEVICES": ""})
+    run_job.run(
+        "finetune", settings, folder / "run", ranks=4, timeout=MOST_SECONDS, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
     seconds = time.monotonic() - begun
     told = events.read(folder / "run" / "events.jsonl")
     begun = time.monotonic()

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_mixtral import mcore, model, optimize
-from megatron_mixtral.config import FinetuneConfig, Layout, MixtralShape
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.model import build
+from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+from megatron_mixtral.training import optimizer
 
 SHAPE = MixtralShape(
     num_hidden_layers=2,
@@ -59,12 +61,12 @@ class Ours:
     def __init__(
         self, fuse: bool, *, precision: Any = "bf16", shape: MixtralShape = SHAPE, nudge: bool = False
     ) -> None:
-        mcore.seed_ranks(1)
-        built = model.build(
+        compat.seed_ranks(1)
+        built = build.build(
             shape, Layout(), precision=precision, fuse=fuse, max_sequence_length=8192, random_weights=False
         )
         set_weights(built, nudge=nudge)
-        self.parts = optimize.build(dataclasses.replace(CONFIG, precision=precision), built)
+        self.parts = optimizer.build(dataclasses.replace(CONFIG, precision=precision), built)
         self.steps = 0
 
     @property
@@ -88,15 +90,15 @@ class Ours:
                         data.untyped_storage().resize_(0)
 
     def begin(self) -> None:
-        optimize.zero_grad(self.parts)
+        optimizer.zero_grad(self.parts)
 
     def end(self) -> None:
         self.steps += 1
-        optimize.set_step(self.parts, self.steps)
+        optimizer.set_step(self.parts, self.steps)
         for chunk in self.parts.chunks:
             chunk.start_grad_sync()
             chunk.finish_grad_sync()
-        updated, _ = optimize.step(self.parts)
+        updated, _ = optimizer.step(self.parts)
         assert updated, "a gradient isn't finite"
 
 

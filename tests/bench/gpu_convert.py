@@ -24,8 +24,8 @@ import numpy as np
 from bench_convert import MIXTRAL_8X7B, make
 from bench_convert import convert as converted
 
-from megatron_mixtral.config import MixtralShape
-from megatron_mixtral.copying import Target
+from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.weights.copying import Target
 
 TINY = MIXTRAL_8X7B | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "vocab_size": 999}
 SHARED_MEMORY = Path("/dev/shm")
@@ -58,19 +58,22 @@ def bf16(values: np.ndarray) -> np.ndarray:
 def load(source: Path, folder: Path) -> None:
     """Load the converted folder by the megatron-core that is found first, and prove what it holds and computes."""
     begun = time.perf_counter()
-    from megatron_mixtral import checkpoint, logits, mcore, model, weights_folder
+    from megatron_mixtral.checkpoint import compare_logits, save_load
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.model import build
+    from megatron_mixtral.weights import folder as weights_folder
 
     import megatron.core
 
-    where = "the GPU" if mcore.HAVE_GPU else "the CPU"
+    where = "the GPU" if compat.HAVE_GPU else "the CPU"
     print(
         f"\nmegatron-core {megatron.core.__version__}, imported in {time.perf_counter() - begun:.1f} s", flush=True
     )
     shape, release = MixtralShape.from_folder(source), folder / "release"
-    with logits.alone():
+    with compare_logits.alone():
         begun = time.perf_counter()
-        built = model.build(shape, mcore.Layout(), precision="bf16", random_weights=False, fuse=False)
-        checkpoint.load_weights(built, release)
+        built = build.build(shape, compat.Layout(), precision="bf16", random_weights=False, fuse=False)
+        save_load.load_weights(built, release)
         print(f"  loaded onto {where} in {time.perf_counter() - begun:.1f} s", flush=True)
         begun = time.perf_counter()
         wrong = differing(built, shape, weights_folder.read_marker(release)["digests"])
@@ -79,7 +82,7 @@ def load(source: Path, folder: Path) -> None:
         del built
     begun = time.perf_counter()
     print("  ", end="")
-    logits.check(source, folder, dtype=None, prompt="A mixture of experts", tolerance=1e-3)
+    compare_logits.check(source, folder, dtype=None, prompt="A mixture of experts", tolerance=1e-3)
     print(f"  transformers agrees, in fp32 ({time.perf_counter() - begun:.1f} s)", flush=True)
 
 
@@ -88,11 +91,11 @@ def differing(built, shape: MixtralShape, digests: dict[str, str]) -> list[str]:
     import torch
     from blake3 import blake3
 
-    from megatron_mixtral import logits
-    from megatron_mixtral.weights import links, megatron_axes
+    from megatron_mixtral.checkpoint import compare_logits
+    from megatron_mixtral.weights.mapping import links, megatron_axes
 
     planes = {}
-    for shard in [shard for part in logits._shards(built) for shard in part]:
+    for shard in [shard for part in compare_logits._shards(built) for shard in part]:
         axes, front = megatron_axes(shard.key), shard.prepend_axis_num
         for own in np.ndindex(*shard.data.shape[: axes - front]):
             offset = shard.global_offset

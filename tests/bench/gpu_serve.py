@@ -24,11 +24,14 @@ import torch
 import torch.nn.functional as F
 from gpu_candidates import SHAPE as TWO_LAYERS
 
-from megatron_mixtral import fp8, fused, mcore, model
-from megatron_mixtral.config import Layout, MixtralShape
-from megatron_mixtral.serve.replica import Replica, Sizes
-from megatron_mixtral.serve.sampling import Choice
-from megatron_mixtral.serve.wire import Request
+from megatron_mixtral import kernels as fused
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.model import build as model
+from megatron_mixtral.model import fp8
+from megatron_mixtral.serve.engine.replica import Replica, Sizes
+from megatron_mixtral.serve.engine.sampling import Choice
+from megatron_mixtral.serve.messages import Request
+from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
 PROMPT, ANSWER = 128, 128
 LAYOUT = Layout(pipeline=int(os.environ.get("WORLD_SIZE", "1")))
@@ -324,11 +327,11 @@ def main() -> None:
     options = parser.parse_args()
     if reason := fused.missing():
         sys.exit(f"this needs a GPU and triton: {reason}")
-    from megatron_mixtral.fused import products
+    from megatron_mixtral.kernels import grouped_gemm
 
     import megatron.core
 
-    mcore.initialize(LAYOUT)
+    compat.initialize(LAYOUT)
     if torch.distributed.get_rank():  # the first stage tells for all
         sys.stdout, options.json = io.StringIO(), None
     shape = dataclasses.replace(TWO_LAYERS, num_hidden_layers=options.layers)
@@ -338,7 +341,7 @@ def main() -> None:
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "ways": products.describe_forward(),
+        "ways": grouped_gemm.describe_forward(),
         "layers": options.layers,
         "stages": LAYOUT.pipeline,
         "copy_tb_s": rate / 1e12,
@@ -346,7 +349,7 @@ def main() -> None:
     clean()
     kept: dict[str, torch.Tensor] = {}
     for kind in options.weights:
-        with mcore.quiet():
+        with compat.quiet():
             report[KINDS[kind]], kept[kind] = ours(options, shape, rate, in_fp8=kind == "fp8")
         clean()
         if len(kept) == 2:
@@ -361,7 +364,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     show(report)
-    mcore.shutdown()
+    compat.shutdown()
 
 
 if __name__ == "__main__":

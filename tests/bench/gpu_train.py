@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from gpu_candidates import SHAPE, Ours, Task, Transformers
 
-from megatron_mixtral import fused, mcore
-from megatron_mixtral.config import Layout, MixtralShape
+from megatron_mixtral import kernels as fused
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
 WARM_UP = 3
 
@@ -276,18 +277,18 @@ def main() -> None:
     options = parser.parse_args()
     if reason := fused.missing():
         sys.exit(f"this needs a GPU and triton: {reason}")
-    mcore.initialize(Layout())
+    compat.initialize(Layout())
     task = Task(sequence=options.sequence, rows=options.micro_batch, repeats=options.repeats)
-    with mcore.quiet():
+    with compat.quiet():
         report = measure_all(options, task)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     show(report, options.passes)
-    mcore.shutdown()
+    compat.shutdown()
 
 
 def measure_all(options: argparse.Namespace, task: Task) -> dict[str, Any]:
-    from megatron_mixtral.fused import products
+    from megatron_mixtral.kernels import grouped_gemm
 
     import megatron.core
 
@@ -297,7 +298,7 @@ def measure_all(options: argparse.Namespace, task: Task) -> dict[str, Any]:
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
-        "ways": products.describe(),
+        "ways": grouped_gemm.describe(),
         "date": time.strftime("%Y-%m-%d"),
         "workload": {"layers": 2, "sequence": task.sequence, "micro_batch": task.rows},
         "ceilings": top,

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import jobs, lint, profile, render
+from launcher.cluster import profile
+from launcher.planning import jobs
+from launcher.script import lint, render
 
 HERE = Path(__file__).parent
 RECORD = "MIXLAUNCH_RECORD"

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_mixtral import fused
+from megatron_mixtral import kernels
 
 
 @pytest.fixture(scope="session")
 def device():
-    if reason := fused.missing():
+    if reason := kernels.missing():
         pytest.skip(f"our kernels can't run here: {reason}")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -21,26 +21,26 @@ def dtype(request):
 @pytest.fixture
 def tiles(device):
     """Our grouped products, on the GPUs that they are for."""
-    from megatron_mixtral.fused import products
+    from megatron_mixtral.kernels import grouped_gemm
 
-    if not (fused.INTERPRETED or products._have_tiles()):
+    if not (kernels.INTERPRETED or grouped_gemm._have_tiles()):
         pytest.skip("our grouped products need a Hopper GPU and Triton 3.4")
-    from megatron_mixtral.fused import tiles
+    from megatron_mixtral.kernels import grouped_gemm_hopper
 
-    return tiles
+    return grouped_gemm_hopper
 
 
 @pytest.fixture
 def one_rank(device):
     """megatron-core with one rank, for an engine that our own forward pass can serve."""
-    from megatron_mixtral import mcore
-    from megatron_mixtral.config import Layout
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.spec.jobs import Layout
 
-    if not mcore.ENGINE_COUNTS_ON_DEVICE:
+    if not compat.ENGINE_COUNTS_ON_DEVICE:
         pytest.skip("megatron-core before 0.19 keeps its bookkeeping elsewhere")
-    mcore.initialize(Layout())
+    compat.initialize(Layout())
     yield
     from megatron.core.inference.utils import InferenceMode
 
     InferenceMode.unset_active()  # for the tests of training in this process
-    mcore.shutdown()
+    compat.shutdown()

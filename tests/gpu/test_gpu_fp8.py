@@ -6,13 +6,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from test_step import SHAPE, logits_of_each_step, replica
 
-from megatron_mixtral import fused
-from megatron_mixtral.config import Layout
+from megatron_mixtral import kernels
+from megatron_mixtral.spec.jobs import Layout
+from tests.gpu.test_step import SHAPE, logits_of_each_step, replica
 
 pytestmark = pytest.mark.gpu
-CLOSE = 1e-5 if fused.INTERPRETED else 1e-2  # the interpreter computes in fp32, a GPU in bf16
+CLOSE = 1e-5 if kernels.INTERPRETED else 1e-2  # the interpreter computes in fp32, a GPU in bf16
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def distance(ours, exact):
 
 def in_fp8(weight):
     """The weight as it is kept, its scales, and what it has become, in double precision."""
-    from megatron_mixtral import fp8
+    from megatron_mixtral.model import fp8
 
     values, scale = torch.empty_like(weight, dtype=fp8.DTYPE), torch.empty(weight.shape[:-1], device=weight.device)
     fp8.quantize(weight, values, scale)
@@ -50,16 +50,16 @@ def test_each_weight_is_off_by_a_sixteenth_at_most(dtype, device):
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 128), (5, 384), (33, 14336)])
 def test_rows_become_fp8_in_one_kernel_as_in_plain_torch(rows, width, device):
-    from megatron_mixtral.fused import quantize
+    from megatron_mixtral.kernels import fp8_rows
 
-    x = torch.randn(rows, width, device=device).to(torch.float32 if fused.INTERPRETED else torch.bfloat16)
+    x = torch.randn(rows, width, device=device).to(torch.float32 if kernels.INTERPRETED else torch.bfloat16)
     x[rows // 2] = 0
-    values, scale = quantize.rows(x)
+    values, scale = fp8_rows.rows(x)
     expected, expected_scale, _ = in_fp8(x)
     assert torch.allclose(scale, expected_scale, rtol=1e-6)
     # The interpreter loses a carry when it rounds to FP8: 127.9 becomes 64.
     same = (values.float() == expected.float()).float().mean()
-    assert same > (0.97 if fused.INTERPRETED else 0.999)
+    assert same > (0.97 if kernels.INTERPRETED else 0.999)
 
 
 ROUTES = {  # each token's two experts of four
@@ -74,9 +74,9 @@ ROUTES = {  # each token's two experts of four
     ("tokens", "route"), [(1, "spread"), (7, "one has none"), (40, "all to the same"), (150, "spread")]
 )
 def test_few_tokens_meet_the_weights_that_fp8_has_made(tokens, route, device):
-    from megatron_mixtral.fused import choice, few
+    from megatron_mixtral.kernels import choose_experts, small_batch
 
-    dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
+    dtype = torch.float32 if kernels.INTERPRETED else torch.bfloat16
     hidden, width = 128, 256
     x = torch.randn(tokens, hidden, device=device).to(dtype)
     fc1, fc2 = torch.randn(4, 2 * width, hidden, device=device), torch.randn(4, hidden, width, device=device)
@@ -85,10 +85,10 @@ def test_few_tokens_meet_the_weights_that_fp8_has_made(tokens, route, device):
     (fc1, scale1, exact1), (fc2, scale2, exact2) = in_fp8(fc1), in_fp8(fc2)
     chosen = torch.tensor([sorted(ROUTES[route](t)) for t in range(tokens)], dtype=torch.int32, device=device)
     probs = torch.rand(tokens, 2, device=device).to(dtype)
-    made = choice.Choice(experts=chosen, probs=probs)
-    rows = few.experts(x, made, choice.sort(made, 4), fc1, fc2, (scale1, scale2))
+    made = choose_experts.Choice(experts=chosen, probs=probs)
+    rows = small_batch.experts(x, made, choose_experts.sort(made, 4), fc1, fc2, (scale1, scale2))
     residual = torch.zeros_like(x)
-    few.add_and_norm(residual, rows, torch.ones_like(x[0]), 1e-6)
+    small_batch.add_and_norm(residual, rows, torch.ones_like(x[0]), 1e-6)
     assert distance(residual, in_double(x, chosen, probs, exact1, exact2)) < CLOSE
 
 
@@ -109,22 +109,22 @@ COUNTS = [(5, 0, 17, 3), (0, 0, 64, 0), (1, 0, 0, 0), (65, 130, 1, 300)]
 @pytest.mark.parametrize("tiled", [True, False])
 def test_many_tokens_meet_the_weights_that_fp8_has_made(tiled, counts, device, request):
     """In tiles rows are rounded, too, to four significant bits."""
-    from megatron_mixtral.fused import experts, products
+    from megatron_mixtral.kernels import experts, grouped_gemm
 
     if tiled:
         request.getfixturevalue("tiles")
-    dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
+    dtype = torch.float32 if kernels.INTERPRETED else torch.bfloat16
     x = torch.randn(sum(counts), 128, device=device).to(dtype)
     (fc1, scale1, exact1), (fc2, scale2, exact2) = (
         in_fp8((torch.randn(4, *shape, device=device) / 10).to(dtype)) for shape in ((512, 128), (128, 256))
     )
     probs = torch.rand(len(x), device=device).to(dtype)
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
-    way = products.Tiled(counted.cumsum(0, dtype=torch.int32)) if tiled else products.OneByOne(counted)
+    way = grouped_gemm.Tiled(counted.cumsum(0, dtype=torch.int32)) if tiled else grouped_gemm.OneByOne(counted)
     out = experts.forward(x, probs, way, fc1, fc2, (scale1, scale2))
     chosen = torch.arange(4, device=device).repeat_interleave(counted)[:, None]
     assert out.dtype == dtype
-    rounded = 0.2 if fused.INTERPRETED else 6e-2  # the interpreter loses a carry when it rounds to FP8
+    rounded = 0.2 if kernels.INTERPRETED else 6e-2  # the interpreter loses a carry when it rounds to FP8
     assert distance(out, in_double(x, chosen, probs[:, None], exact1, exact2)) < (rounded if tiled else CLOSE)
 
 
@@ -135,7 +135,7 @@ def test_a_product_in_tiles_is_what_it_says(counts, tiles, device):
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
     x = torch.randint(-7, 8, (sum(counts), 144), device=device) * 64.0
     x[:, 0] = 448
-    x = x if fused.INTERPRETED else x.bfloat16()
+    x = x if kernels.INTERPRETED else x.bfloat16()
     out = tiles.product(x, weight.transpose(1, 2), counted.cumsum(0, dtype=torch.int32), scale)
     expert = torch.arange(4, device=device).repeat_interleave(counted)
     assert distance(out, torch.einsum("tnk,tk->tn", exact[expert], x.double())) < 5e-3
@@ -157,6 +157,6 @@ def test_logits_are_the_engines_own_and_near_those_without_fp8(one_rank):
     )
     same, lost = apart(ours, engines), apart(ours, without)
     print(f"\n  logits apart: ours and the engine's {same[-1]:.1e}; with FP8 and without {lost[-1]:.1e}")
-    assert same[-1] < (1e-4 if fused.INTERPRETED else 0.2)  # the engine's products round rows to FP8 as well
+    assert same[-1] < (1e-4 if kernels.INTERPRETED else 0.2)  # the engine's products round rows to FP8 as well
     assert lost[0] > 1e-3
     assert lost[-1] < 0.2

@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from launcher import layout as launcher_layout
-from launcher import memory
+from launcher.planning import layout as launcher_layout
+from launcher.planning import memory
 
 GIB = 2**30
 TWO_LAYERS = dataclasses.replace(launcher_layout.SHAPES["8x7B"], layers=2)
@@ -50,7 +50,7 @@ def measure():
 
 
 def core_shape(shape):
-    from megatron_mixtral.config import MixtralShape
+    from megatron_mixtral.spec.jobs import MixtralShape
 
     return MixtralShape(
         num_hidden_layers=shape.layers,
@@ -67,24 +67,25 @@ def core_shape(shape):
 
 def step_bytes(shape, rows, sequence, config, dispatch):
     """Two steps of two micro batches: (peak, what stands between steps)."""
-    from megatron_mixtral import mcore, model, optimize
-    from megatron_mixtral.config import FinetuneConfig, Layout
-    from megatron_mixtral.fused import modules
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.model import build, fused
+    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout
+    from megatron_mixtral.training import optimizer
 
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    mcore.initialize(Layout())
+    compat.initialize(Layout())
     if dispatch:
-        modules.MoE.forward = MoELayer.forward
+        fused.MoE.forward = MoELayer.forward
     before = torch.cuda.memory_allocated()
-    built = model.build(core_shape(shape), Layout(), precision="bf16", max_sequence_length=sequence, **config)
-    parts = optimize.build(FinetuneConfig(model="", data=""), built)
+    built = build.build(core_shape(shape), Layout(), precision="bf16", max_sequence_length=sequence, **config)
+    parts = optimizer.build(FinetuneConfig(model="", data=""), built)
     chunk = parts.chunks[0]
     torch.manual_seed(1)
     torch.cuda.reset_peak_memory_stats()
     for number in (1, 2):
-        optimize.zero_grad(parts)
-        optimize.set_step(parts, number)
+        optimizer.zero_grad(parts)
+        optimizer.set_step(parts, number)
         for _ in range(2):
             ids = torch.randint(shape.vocabulary, (rows, sequence + 1), device="cuda")
             positions = torch.arange(sequence, device="cuda").expand(rows, -1)
@@ -92,7 +93,7 @@ def step_bytes(shape, rows, sequence, config, dispatch):
                 chunk(ids[:, :-1], positions, None, labels=ids[:, 1:].contiguous()).float().mean().backward()
         chunk.start_grad_sync()
         chunk.finish_grad_sync()
-        assert optimize.step(parts)[0]
+        assert optimizer.step(parts)[0]
     gc.collect()
     return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
 
@@ -127,15 +128,16 @@ def test_the_way_through_the_dispatcher(measure):
 
 def server_bytes(shape, work):
     """A server that reads a prompt for each request it can hold."""
-    from megatron_mixtral import mcore, model
-    from megatron_mixtral.config import Layout
-    from megatron_mixtral.serve.replica import Replica, Sizes
-    from megatron_mixtral.serve.wire import Request
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.model import build
+    from megatron_mixtral.serve.engine.replica import Replica, Sizes
+    from megatron_mixtral.serve.messages import Request
+    from megatron_mixtral.spec.jobs import Layout
 
-    mcore.initialize(Layout())
+    compat.initialize(Layout())
     before = torch.cuda.memory_allocated()
     options = {"random_weights": not work.fp8_experts, "fp8_experts": work.fp8_experts}
-    built = model.build(core_shape(shape), Layout(), precision="bf16", **options)
+    built = build.build(core_shape(shape), Layout(), precision="bf16", **options)
     for parameter in built.parameters() if work.fp8_experts else ():
         parameter.data.zero_()
     made = Replica(built, Sizes(requests=work.requests, context_tokens=work.tokens))

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mixtral import fused
+from megatron_mixtral import kernels
 
 pytestmark = pytest.mark.gpu
 # The interpreter cuts numbers off where a GPU rounds them.
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2 if fused.INTERPRETED else 6e-3}
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2 if kernels.INTERPRETED else 6e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def compare(ours, exact, inputs, exact_inputs, dtype):
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 384), (33, 2048), (3, 14336)])
 def test_swiglu_times_probability(rows, width, dtype, device):
-    from megatron_mixtral.fused.activation import SwiGLU
+    from megatron_mixtral.kernels.swiglu import SwiGLU
 
     both, probs = leaf(rows, 2 * width, dtype=dtype, device=device), leaf(rows, dtype=dtype, device=device)
     exact_both, exact_probs = exact_copy(both, probs)
@@ -58,7 +58,7 @@ def test_swiglu_times_probability(rows, width, dtype, device):
 
 @pytest.mark.parametrize(("shape", "eps"), [((1, 1, 8), 1e-5), ((7, 3, 96), 1e-5), ((40, 2, 4096), 1e-6)])
 def test_rms_norm(shape, eps, dtype, device):
-    from megatron_mixtral.fused.norm import RMSNorm
+    from megatron_mixtral.kernels.rmsnorm import RMSNorm
 
     x, weight = leaf(*shape, dtype=dtype, device=device), leaf(shape[-1], dtype=dtype, device=device)
     inputs = exact_copy(x, weight)
@@ -76,7 +76,7 @@ def rotated(x, angles):
     ("s", "b", "groups", "queries", "size"), [(1, 1, 1, 1, 16), (9, 2, 2, 4, 32), (17, 3, 8, 4, 128)]
 )
 def test_split_and_rotate(s, b, groups, queries, size, dtype, device):
-    from megatron_mixtral.fused.rope import SplitRotate
+    from megatron_mixtral.kernels.rope import SplitRotate
 
     mixed = leaf(s, b, groups, (queries + 2) * size, dtype=dtype, device=device)
     angles = torch.outer(
@@ -92,7 +92,7 @@ def test_split_and_rotate(s, b, groups, queries, size, dtype, device):
 
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 7), (5, 4096), (9, 32000)])
 def test_cross_entropy(tokens, vocabulary, dtype, device):
-    from megatron_mixtral.fused.loss import CrossEntropy
+    from megatron_mixtral.kernels.cross_entropy import CrossEntropy
 
     logits = leaf(tokens, vocabulary, dtype=dtype, device=device)
     labels = torch.randint(vocabulary, (tokens,), device=device)
@@ -102,7 +102,7 @@ def test_cross_entropy(tokens, vocabulary, dtype, device):
 
 
 def test_cross_entropy_of_far_apart_logits_is_finite(device):
-    from megatron_mixtral.fused.loss import CrossEntropy
+    from megatron_mixtral.kernels.cross_entropy import CrossEntropy
 
     logits = torch.full((2, 9000), -1e4, device=device)
     logits[0, 8999] = 1e4
@@ -122,7 +122,7 @@ CROWDS = {
 @pytest.mark.parametrize("crowd", CROWDS)
 @pytest.mark.parametrize(("hidden", "width"), [(64, 128), (136, 264)])
 def test_experts_behind_real_routing(crowd, hidden, width, dtype, device):
-    from megatron_mixtral.fused import experts, routing
+    from megatron_mixtral.kernels import experts, permute
 
     count = 8
     indices = CROWDS[crowd](50, count).to(device)
@@ -134,9 +134,9 @@ def test_experts_behind_real_routing(crowd, hidden, width, dtype, device):
     fc2 = leaf(count, hidden, width, dtype=dtype, device=device)
     inputs = exact_copy(x, probs, fc1, fc2)
 
-    plan = routing.plan(chosen, 2)
-    rows, row_probs = routing.Spread.apply(x, probs, plan)
-    ours = routing.Gather.apply(experts.GroupedExperts.apply(rows, row_probs, plan.counts, fc1, fc2), plan)
+    plan = permute.plan(chosen, 2)
+    rows, row_probs = permute.Spread.apply(x, probs, plan)
+    ours = permute.Gather.apply(experts.GroupedExperts.apply(rows, row_probs, plan.counts, fc1, fc2), plan)
     compare(ours, dense_experts(*inputs, chosen), (x, probs, fc1, fc2), inputs, dtype)
 
 
@@ -148,11 +148,11 @@ def dense_experts(x, probs, fc1, fc2, chosen):
 
 
 def test_every_row_of_the_plan_is_taken_once(device):
-    from megatron_mixtral.fused import routing
+    from megatron_mixtral.kernels import permute
 
     chosen = torch.zeros(97, 8, dtype=torch.bool, device=device)
     chosen.scatter_(1, torch.rand(97, 8, device=device).topk(2, dim=1).indices, True)
-    plan = routing.plan(chosen, 2)
+    plan = permute.plan(chosen, 2)
     assert sorted(plan.place[chosen].tolist()) == list(range(194))
     assert plan.counts.tolist() == chosen.sum(0).tolist()
     by_expert = torch.repeat_interleave(torch.arange(8, device=device), plan.counts.long())
@@ -161,31 +161,31 @@ def test_every_row_of_the_plan_is_taken_once(device):
 
 def test_tokens_that_do_not_count_are_sent_nowhere(device):
     """A decoding batch is filled up to the size of its graph."""
-    from megatron_mixtral.fused import choice
+    from megatron_mixtral.kernels import choose_experts
 
     x, probs = torch.randn(5, 8, device=device), torch.rand(5, 2, device=device)
     # -1, and what is no expert at all
     experts = torch.tensor([[0, 2], [1, 2], [0, 1], [-1, -1], [99, 4]], dtype=torch.int32, device=device)
-    chosen = choice.Choice(experts=experts, probs=probs)
-    order = choice.sort(chosen, 4)
+    chosen = choose_experts.Choice(experts=experts, probs=probs)
+    order = choose_experts.sort(chosen, 4)
     assert order.ends.tolist() == [2, 4, 6, 6]
     assert order.place.tolist() == [[0, 4], [2, 5], [1, 3], [-1, -1], [-1, -1]]
-    rows, row_probs = choice.spread(x, chosen, order)
+    rows, row_probs = choose_experts.spread(x, chosen, order)
     assert torch.equal(rows[:6], x[[0, 2, 1, 2, 0, 1]])
     assert torch.equal(row_probs[:6], probs.flatten()[[0, 4, 2, 5, 1, 3]])
 
 
 def test_a_token_without_numbers_goes_to_different_experts_all_the_same(device):
-    from megatron_mixtral.fused import choice
+    from megatron_mixtral.kernels import choose_experts
 
     x, router = torch.full((3, 128), float("nan"), device=device), torch.randn(8, 128, device=device)
     x[1] = 1
-    made = choice.choose(x, router, 2, torch.tensor([3], dtype=torch.int32, device=device))
+    made = choose_experts.choose(x, router, 2, torch.tensor([3], dtype=torch.int32, device=device))
     assert all(0 <= a < b < 8 for a, b in made.experts.tolist())
 
 
 def test_weight_gradients_are_added_to_the_fp32_buffer(device):
-    from megatron_mixtral.fused import experts
+    from megatron_mixtral.kernels import experts
 
     counts = torch.tensor([3, 0, 5, 8], device=device)
     rows, probs = leaf(16, 64, dtype=torch.bfloat16, device=device), torch.rand(16, device=device).bfloat16()
@@ -202,13 +202,13 @@ def test_weight_gradients_are_added_to_the_fp32_buffer(device):
 
 
 def ways():
-    from megatron_mixtral.fused import products
+    from megatron_mixtral.kernels import grouped_gemm
 
-    here = {"one by one": products.OneByOne}
+    here = {"one by one": grouped_gemm.OneByOne}
     if torch.cuda.is_available():
-        here["grouped"] = lambda counts: products.Grouped(counts, adds=True)
-    if products._quack_version():
-        here["quack"] = products.Quack
+        here["grouped"] = lambda counts: grouped_gemm.Grouped(counts, adds=True)
+    if grouped_gemm._quack_version():
+        here["quack"] = grouped_gemm.Quack
     return here
 
 
@@ -238,7 +238,7 @@ def test_products_of_each_experts_rows(name, counts, device):
 @pytest.mark.parametrize("counts", [[3, 0, 5, 8], [0, 0, 0, 1], [0, 700, 0, 0], [130, 257, 1, 64], [0, 0, 0, 0]])
 def test_products_in_tiles(counts, tiles, device):
     """Widths and depth that no tile divides; at the end a row that is nobody's, and no number."""
-    dtype = torch.float32 if fused.INTERPRETED else torch.bfloat16
+    dtype = torch.float32 if kernels.INTERPRETED else torch.bfloat16
     counted = torch.tensor(counts, dtype=torch.int32, device=device)
     ends, rows = counted.cumsum(0, dtype=torch.int32), sum(counts)
     x, weight = (
@@ -260,21 +260,21 @@ def test_products_in_tiles(counts, tiles, device):
 @pytest.mark.parametrize("lengths", [(), (1,), (64, 65, 3), (130, 1, 1, 200, 128, 7, 64)])
 @pytest.mark.parametrize("before", [0, 3000, -7])
 def test_prompts_are_cut_into_blocks_whatever_lay_behind_their_bounds(lengths, before, device):
-    from megatron_mixtral.fused import paged
+    from megatron_mixtral.kernels import paged_attention
 
     old = range(before, before + 8 * 99, 99)  # of seven, from another step
     bounds = torch.tensor(old, dtype=torch.int32, device=device)
     ends = torch.tensor([0, *lengths], device=device).cumsum(0)
     bounds[: len(ends)] = ends
-    cut = paged.cut(bounds, ends[-1:].int(), sum(lengths) + 20, 7)
-    expected = [(r, row) for r, length in enumerate(lengths) for row in range(0, length, paged.ROWS)]
+    cut = paged_attention.cut(bounds, ends[-1:].int(), sum(lengths) + 20, 7)
+    expected = [(r, row) for r, length in enumerate(lengths) for row in range(0, length, paged_attention.ROWS)]
     assert list(zip(cut.requests.tolist(), cut.rows.tolist(), strict=True))[: len(expected)] == expected
     assert set(cut.requests[len(expected) :].tolist()) <= {-1}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 700])
 def test_embedding_gradients_are_added_to_their_rows(tokens, device):
-    from megatron_mixtral.fused.embedding import add_rows
+    from megatron_mixtral.kernels.embedding import add_rows
 
     ids = torch.randint(20, (tokens,), device=device).clamp(max=9)  # one of them very often
     grad = torch.randn(tokens, 520, device=device).bfloat16()
@@ -285,7 +285,7 @@ def test_embedding_gradients_are_added_to_their_rows(tokens, device):
 
 
 def test_second_backward_pass_is_refused(device):
-    from megatron_mixtral.fused.loss import CrossEntropy
+    from megatron_mixtral.kernels.cross_entropy import CrossEntropy
 
     logits = leaf(3, 10, dtype=torch.float32, device=device)
     losses = CrossEntropy.apply(logits.clone(), torch.tensor([1, 2, 3], device=device), None).sum()
@@ -296,7 +296,7 @@ def test_second_backward_pass_is_refused(device):
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_adam_beside_torchs(scale, device):
-    from megatron_mixtral.fused.adam import FusedAdamW
+    from megatron_mixtral.kernels.adam import FusedAdamW
 
     start = torch.randn(10_000, device=device)
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

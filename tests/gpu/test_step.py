@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from megatron_mixtral import fused
-from megatron_mixtral.config import Layout, MixtralShape
+from megatron_mixtral import kernels
+from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 SHAPE = MixtralShape(
@@ -27,12 +27,13 @@ SHAPE = MixtralShape(
 
 def replica(shape, layout, *, ours, in_fp8=False):
     """Of a random model, the same in the GPU's own precision and with experts in FP8."""
-    from megatron_mixtral import fp8, mcore, model
-    from megatron_mixtral.serve import step
-    from megatron_mixtral.serve.replica import Replica, Sizes
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.model import build, fp8
+    from megatron_mixtral.serve.engine import forward
+    from megatron_mixtral.serve.engine.replica import Replica, Sizes
 
-    precision = "bf16" if mcore.HAVE_GPU else "fp32"
-    built = model.build(shape, layout, precision=precision, random_weights=False, fuse=False, fp8_experts=in_fp8)
+    precision = "bf16" if compat.HAVE_GPU else "fp32"
+    built = build.build(shape, layout, precision=precision, random_weights=False, fuse=False, fp8_experts=in_fp8)
     experts = [layer.mlp.experts for layer in built.decoder.layers]
     scales = {w: s for e in experts for w, s in zip((e.linear_fc1, e.linear_fc2), e.scales, strict=True)}
     generator = torch.Generator().manual_seed(7)
@@ -44,10 +45,10 @@ def replica(shape, layout, *, ours, in_fp8=False):
                 parameter.copy_(values)
             else:
                 fp8.quantize(values.to(parameter.device), parameter, scales[parameter])
-    assert step.missing(built) is None
+    assert forward.missing(built) is None
     made = Replica(built, Sizes(requests=4, context_tokens=160, step_tokens=64, page=64))
     made._controller.step = (
-        (made._controller.step or filled_up(step.Step(built, made._engine.context))) if ours else None
+        (made._controller.step or filled_up(forward.Step(built, made._engine.context))) if ours else None
     )
     return made
 
@@ -61,22 +62,22 @@ class Uncaptured:
 
 def filled_up(made):
     """Batches filled up as they are for graphs, over whatever lay in memory before."""
-    from megatron_mixtral.serve import step
+    from megatron_mixtral.serve.engine import forward
 
     most = made.context.max_requests
     for memory in (made.logits, made.context.memory_buffer):
         memory.fill_(float("nan"))
     made.prompt_graphs = {
-        n: Uncaptured(made._prompts, n, most) for n in step.PROMPT_SIZES if n <= made.context.max_tokens
+        n: Uncaptured(made._prompts, n, most) for n in forward.PROMPT_SIZES if n <= made.context.max_tokens
     }
-    made.graphs = {n: Uncaptured(made._decode, n) for n in step.graph_sizes(most)}
+    made.graphs = {n: Uncaptured(made._decode, n) for n in forward.graph_sizes(most)}
     return made
 
 
 def logits_of_each_step(made, prompts, tokens):
     """Of every step of all requests at once; the drawn tokens are forced, so that roundings don't part the ways."""
-    from megatron_mixtral.serve.sampling import Choice
-    from megatron_mixtral.serve.wire import Request
+    from megatron_mixtral.serve.engine.sampling import Choice
+    from megatron_mixtral.serve.messages import Request
 
     controller, seen = made._controller, []
 
@@ -102,8 +103,8 @@ def distances(shape, layout, lengths, tokens):
 
 
 def assert_small(apart):
-    assert max(apart) < (1e-4 if fused.INTERPRETED else 0.5), apart  # bf16 sends some tokens to other experts
-    assert sorted(apart)[len(apart) // 2] < (1e-5 if fused.INTERPRETED else 5e-2), apart
+    assert max(apart) < (1e-4 if kernels.INTERPRETED else 0.5), apart  # bf16 sends some tokens to other experts
+    assert sorted(apart)[len(apart) // 2] < (1e-5 if kernels.INTERPRETED else 5e-2), apart
 
 
 @pytest.mark.parametrize(("window", "tied"), [(None, False), (24, True)])
@@ -113,18 +114,18 @@ def test_logits_are_the_engines_own(window, tied):
 
 
 def on_each_stage(shape, layout):
-    from megatron_mixtral import mcore
+    from megatron_mixtral.mcore import compat
 
-    mcore.initialize(layout)
+    compat.initialize(layout)
     found = distances(shape, layout, (1, 70, 5), tokens=3)
-    mcore.shutdown()
+    compat.shutdown()
     return found
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="fewer than two GPUs")
 @pytest.mark.parametrize("tied", [False, True])
 def test_pipeline_stages_make_the_same_logits_on_all_ranks(tied):
-    from ranks import ranks
+    from spawn_ranks import ranks
 
     shape = dataclasses.replace(SHAPE, num_hidden_layers=3, tie_word_embeddings=tied)
     first, last = ranks(2, on_each_stage, shape, Layout(pipeline=2), timeout=250)
@@ -134,18 +135,18 @@ def test_pipeline_stages_make_the_same_logits_on_all_ranks(tied):
 
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300, 600])
 def test_experts_for_few_tokens_are_those_for_many(tokens, device):
-    from megatron_mixtral.fused import choice, few
+    from megatron_mixtral.kernels import choose_experts, small_batch
 
     torch.manual_seed(0)
-    hidden, width, count = (256, 128, 8) if not fused.INTERPRETED else (128, 128, 4)
-    kind = torch.float32 if fused.INTERPRETED else torch.bfloat16
+    hidden, width, count = (256, 128, 8) if not kernels.INTERPRETED else (128, 128, 4)
+    kind = torch.float32 if kernels.INTERPRETED else torch.bfloat16
     x = torch.randn(tokens, hidden, device=device).to(kind)
     router, fc1, fc2 = (
         (torch.randn(*shape, device=device) / 10).to(kind)
         for shape in [(count, hidden), (count, 2 * width, hidden), (count, hidden, width)]
     )
     real = torch.tensor([max(1, tokens - 1)], dtype=torch.int32, device=device)
-    chosen = choice.choose(x, router, 2, real)
+    chosen = choose_experts.choose(x, router, 2, real)
     logits = (x @ router.t()).float()
     top = logits.topk(2, dim=1)
     counted = int(real.item())
@@ -155,8 +156,11 @@ def test_experts_for_few_tokens_are_those_for_many(tokens, device):
     assert torch.allclose(chosen.probs[:counted].float().sum(1), torch.ones((), device=device), atol=1e-2)
 
     residual = torch.zeros_like(x)
-    few.add_and_norm(
-        residual, few.experts(x, chosen, choice.sort(chosen, count), fc1, fc2), torch.ones_like(x[0]), 1e-6
+    small_batch.add_and_norm(
+        residual,
+        small_batch.experts(x, chosen, choose_experts.sort(chosen, count), fc1, fc2),
+        torch.ones_like(x[0]),
+        1e-6,
     )
     expected = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
     for k in range(2):
@@ -164,4 +168,4 @@ def test_experts_for_few_tokens_are_those_for_many(tokens, device):
             e = chosen.experts[t, k]
             gate, up = (fc1[e].double() @ x[t].double()).chunk(2)
             expected[t] += fc2[e].double() @ (torch.nn.functional.silu(gate) * up) * chosen.probs[t, k].double()
-    assert float((residual.double() - expected).norm() / expected.norm()) < (1e-5 if fused.INTERPRETED else 1e-2)
+    assert float((residual.double() - expected).norm() / expected.norm()) < (1e-5 if kernels.INTERPRETED else 1e-2)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_mixtral.adapters import Lora
-from megatron_mixtral.config import FinetuneConfig, Layout, MixtralShape
+from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+from megatron_mixtral.weights.lora import Lora
 
 pytestmark = pytest.mark.gpu
 SHAPE = MixtralShape(
@@ -25,11 +25,11 @@ CONFIG = FinetuneConfig(model="", data="", global_batch=1, warmup_steps=1, steps
 
 @pytest.fixture(autouse=True)
 def _one_rank(device):
-    from megatron_mixtral import mcore
+    from megatron_mixtral.mcore import compat
 
-    mcore.initialize(Layout())
+    compat.initialize(Layout())
     yield
-    mcore.shutdown()
+    compat.shutdown()
 
 
 LORAS = [None, Lora(rank=8, alpha=16), Lora(rank=8, alpha=16, experts=True)]
@@ -37,10 +37,10 @@ LORAS = [None, Lora(rank=8, alpha=16), Lora(rank=8, alpha=16, experts=True)]
 
 def pair(precision, lora=None):
     """Ours and the plain model, with the same weights."""
-    from megatron_mixtral import model
+    from megatron_mixtral.model import build
 
     ours, plain = (
-        model.build(SHAPE, Layout(), precision=precision, aux_loss=1e-2, fuse=f, lora=lora) for f in (True, False)
+        build.build(SHAPE, Layout(), precision=precision, aux_loss=1e-2, fuse=f, lora=lora) for f in (True, False)
     )
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the other half
@@ -85,20 +85,20 @@ def test_losses_and_gradients_are_the_plain_models(rows, length, lora, device):
 
 @pytest.mark.parametrize("lora", LORAS, ids=["whole", "attention", "experts"])
 def test_training_in_bf16_follows_the_plain_model(lora, device):
-    from megatron_mixtral import optimize
+    from megatron_mixtral.training import optimizer
 
     inputs = batch(device)
     curves = []
     for each in pair("bf16", lora):
-        parts = optimize.build(CONFIG, each)
+        parts = optimizer.build(CONFIG, each)
         curve = []
         for step in range(1, 6):
-            optimize.zero_grad(parts)
-            optimize.set_step(parts, step)
+            optimizer.zero_grad(parts)
+            optimizer.set_step(parts, step)
             loss = parts.chunks[0](**inputs).float().mean()
             loss.backward()
             parts.chunks[0].finish_grad_sync()
-            updated, norm = optimize.step(parts)
+            updated, norm = optimizer.step(parts)
             assert updated
             curve.append((float(loss), norm))
         curves.append(torch.tensor(curve))
@@ -109,11 +109,11 @@ def test_training_in_bf16_follows_the_plain_model(lora, device):
 
 
 def test_our_update_and_gradients_are_in_use(device):
-    from megatron_mixtral import optimize
-    from megatron_mixtral.fused.adam import FusedAdamW
+    from megatron_mixtral.kernels.adam import FusedAdamW
+    from megatron_mixtral.training import optimizer
 
     ours, _ = pair("bf16")
-    parts = optimize.build(dataclasses.replace(CONFIG), ours)
+    parts = optimizer.build(dataclasses.replace(CONFIG), ours)
     assert all(type(part.optimizer) is FusedAdamW for part in parts.optimizer.chained_optimizers)
     parts.chunks[0](**batch(device)).float().mean().backward()
     added = {n for n, p in ours.named_parameters() if p.grad_added_to_main_grad}

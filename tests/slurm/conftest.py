@@ -12,14 +12,17 @@ import pytest
 from laptop import far, laptop, server  # noqa: F401 - fixtures of the tests over ssh
 from running import wait_until
 
-from launcher import jobs, runs, sandbox, slurm
-from launcher.profile import ClusterProfile
+from launcher.cluster.profile import ClusterProfile
+from launcher.planning import jobs
+from launcher.runs import record
+from launcher.sandbox import lifecycle
+from launcher.slurm import client
 
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server"
 
 
 def pytest_collection_modifyitems(items):
-    missing = sandbox.missing_packages()
+    missing = lifecycle.missing_packages()
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
@@ -41,8 +44,8 @@ def site(tmp_path_factory):
     """The sandbox that is up for the whole session; it goes down when pytest is told to end, too."""
     signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("SIGTERM", returncode=143))
     folder = tmp_path_factory.mktemp("slurm")
-    yield sandbox.up(folder)
-    sandbox.down(folder)
+    yield lifecycle.up(folder)
+    lifecycle.down(folder)
 
 
 @pytest.fixture
@@ -102,8 +105,8 @@ def plan(cluster, tmp_path):
 def finish():
     """Wait for a run's end and return its state."""
 
-    def wait(run: runs.Run, seconds: float = 60):
-        return wait_until(lambda: (state := runs.state_of(run)) and not state.active and state, seconds, run)
+    def wait(run: record.Run, seconds: float = 60):
+        return wait_until(lambda: (state := record.state_of(run)) and not state.active and state, seconds, run)
 
     return wait
 
@@ -111,4 +114,4 @@ def finish():
 @pytest.fixture(autouse=True)
 def no_job_outlives_its_test(site):
     yield
-    slurm.call("scancel", f"--user={getpass.getuser()}", environment=site.environment)
+    client.call("scancel", f"--user={getpass.getuser()}", environment=site.environment)

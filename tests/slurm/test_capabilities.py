@@ -2,23 +2,23 @@
 
 import pytest
 
-from launcher import capabilities, slurm
 from launcher.errors import Fault
+from launcher.slurm import client, sbatch_options
 
 
 def test_the_table_is_what_sbatch_takes(site, tmp_path, monkeypatch):
     """A word that sbatch doesn't know is told before the controller is asked for anything."""
     monkeypatch.chdir(tmp_path)  # `--wrap --usage` is a job, and its output comes here
-    said = slurm.call("sbatch", "--version", environment=site.environment)
+    said = client.call("sbatch", "--version", environment=site.environment)
     version = ".".join(said.split()[1].split(".")[:2])
-    if capabilities.number(version) > capabilities.number(capabilities.NEWEST):
+    if sbatch_options.number(version) > sbatch_options.number(sbatch_options.NEWEST):
         pytest.skip(f"Slurm {version} is newer than the table")
-    known = capabilities.known_options(version)
-    later = {option for options in capabilities.SINCE.values() for option in options} - known
+    known = sbatch_options.known_options(version)
+    later = {option for options in sbatch_options.SINCE.values() for option in options} - known
 
     def taken(option: str) -> bool:
         try:
-            slurm.call("sbatch", f"--{option}", "--usage", environment=site.environment)
+            client.call("sbatch", f"--{option}", "--usage", environment=site.environment)
         except Fault as fault:
             return "unrecognized option" not in str(fault) and "ambiguous" not in str(fault)
         return True

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from running import wait_until
 
-from launcher import logs, runs, slurm
+from launcher.runs import logs, record
+from launcher.slurm import client
 
 SEQUENCE, SAMPLES, STEPS, ANSWER = 32, 16, 3, 16
 SETTINGS = [
@@ -63,8 +64,8 @@ class Chain:
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}{self.stories()}"
         return done.stdout
 
-    def run(self, name: str) -> runs.Run:
-        return runs.find(name, [self.home / "runs"])
+    def run(self, name: str) -> record.Run:
+        return record.find(name, [self.home / "runs"])
 
     def stories(self) -> str:
         texts = []
@@ -104,7 +105,7 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from megatron_mixtral import tiny
+    from megatron_mixtral.jobs import tiny
 
     torch.manual_seed(7)
     config = MixtralConfig(
@@ -136,7 +137,7 @@ def test_32_ranks_over_four_nodes_train_at_ep8_pp4(chain, trained):
     steps = [event["step"] for event in logs.events(trained.path) if event["event"] == "step"]
     assert steps == [1, 2, 3]
     assert len(list((trained.path / "logs" / "attempt_0").glob("rank_*.log"))) == 32
-    state = runs.state_of(trained)
+    state = record.state_of(trained)
     assert (state.state, state.nodes, state.exit_code) == ("COMPLETED", "sandbox[0-3]", 0)
     assert (trained.path / "submitit" / f"{trained.job_id}_submitted.pkl").exists()
 
@@ -154,12 +155,12 @@ def transformers_loss(folder: Path, data: Path) -> float:
     import torch
     from transformers import MixtralForCausalLM
 
-    from megatron_mixtral import batches
+    from megatron_mixtral.data import dataset
 
     model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    documents = batches.Documents(data)
-    kept = batches.split(len(documents), 0.3, 1234).validation
-    samples = batches.Samples(documents, kept, SEQUENCE, 1234, pad=True)
+    documents = dataset.Documents(data)
+    kept = dataset.split(len(documents), 0.3, 1234).validation
+    samples = dataset.Samples(documents, kept, SEQUENCE, 1234, pad=True)
     assert samples.per_epoch >= SAMPLES, "both must have seen the same samples"
     pairs = [samples[n] for n in range(SAMPLES)]
     ids, mask = (torch.from_numpy(np.stack(parts)) for parts in zip(*pairs, strict=True))
@@ -208,7 +209,7 @@ def test_pp2_over_two_nodes_serves_what_transformers_says(chain, trained, export
     ranks = running_ranks(run)
     assert len(ranks) == 2
     chain.types("cancel", run.name, cluster="one")
-    wait_until(lambda: not runs.state_of(run).active, 60, run)
+    wait_until(lambda: not record.state_of(run).active, 60, run)
     wait_until(lambda: not running_ranks(run), 10, run)
     assert not (run.path / "server.json").exists()
     with pytest.raises(httpx.ConnectError):
@@ -224,7 +225,7 @@ def check_megatron_api(url: str, exported: Path) -> None:
     assert all(text.startswith(prompt) for text, prompt in zip(answer.json()["text"], PROMPTS, strict=True))
 
 
-def check_curl(told: str, run: runs.Run) -> None:
+def check_curl(told: str, run: record.Run) -> None:
     """The line that was printed does what it says."""
     line = next(line.split(maxsplit=1)[1] for line in told.splitlines() if " curl " in line)
     answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
@@ -252,7 +253,7 @@ def check_page(url: str, settings: dict[str, str], question: str) -> str:
     return said
 
 
-def running_ranks(run: runs.Run) -> list[int]:
+def running_ranks(run: record.Run) -> list[int]:
     """Processes of its ranks, on whatever node of the sandbox."""
     config = str(run.path / "config.yaml")
     return [p.pid for p in psutil.process_iter(["cmdline"]) if config in (p.info["cmdline"] or [])]
@@ -290,8 +291,8 @@ def test_an_exported_script_trains_by_plain_sbatch(chain):
     done = subprocess.run(["sbatch", script], env=environment, cwd=chain.home, capture_output=True, text=True)
     job = re.search(r"\d+", done.stdout)[0]
     run_dir = chain.home / "runs" / f"plain-{job}"
-    wait_until(lambda: not slurm.states([job], environment)[job].active, 120)
-    assert slurm.states([job], environment)[job].state == "COMPLETED", chain.stories()
+    wait_until(lambda: not client.states([job], environment)[job].active, 120)
+    assert client.states([job], environment)[job].state == "COMPLETED", chain.stories()
     newest = logs.newest(run_dir)
     assert newest["step"]["step"] == 2
     assert newest["exit"]["code"] == 0

@@ -11,9 +11,12 @@ import sshd
 import yaml
 from click.testing import CliRunner
 
-from launcher import cluster_check, profile, sandbox, slurm
-from launcher.cli import cli
-from launcher.sandbox_config import Shape
+from launcher.cli.main import cli
+from launcher.cluster import profile
+from launcher.diagnose import profile_check
+from launcher.sandbox import lifecycle
+from launcher.sandbox.config import Shape
+from launcher.slurm import client
 
 RICH = Shape(
     nodes=2,
@@ -51,7 +54,7 @@ def test_a_new_profile_loads_checks_and_submits(here, tmp_path, monkeypatch):
     assert (made.partition, made.gpu_request, made.time) == ("low", "gpus-per-node", "1-00:00:00")
     assert made.slurm_conf == os.environ["SLURM_CONF"]
     assert made.account == ("sandbox" if here.accounting else None)
-    version = slurm.call("sbatch", "--version", environment={}).split()[1]
+    version = client.call("sbatch", "--version", environment={}).split()[1]
     assert version.startswith(made.slurm_version)
     assert "also with GPUs: high" in path.read_text()
     monkeypatch.delenv("SLURM_CONF")  # from here on the profile tells
@@ -77,13 +80,13 @@ def test_a_new_profile_goes_where_it_is_told(here, tmp_path):
 def rich(tmp_path_factory):
     """A cluster with accounts, QoS, features, a reservation, and a limit on its partition."""
     folder = tmp_path_factory.mktemp("rich")
-    up = sandbox.up(folder, RICH)
+    up = lifecycle.up(folder, RICH)
     limits = ("partition=gpu", "MaxTime=8:00:00", "AllowAccounts=nlp")
-    slurm.call("scontrol", "update", *limits, environment=up.environment)
+    client.call("scontrol", "update", *limits, environment=up.environment)
     what = ("starttime=now", "duration=1-00:00:00", "users=root", "nodes=ALL", "flags=ignore_jobs")
-    slurm.call("scontrol", "create", "reservation", "reservationname=ours", *what, environment=up.environment)
+    client.call("scontrol", "create", "reservation", "reservationname=ours", *what, environment=up.environment)
     yield up
-    sandbox.down(folder)
+    lifecycle.down(folder)
 
 
 @pytest.fixture
@@ -111,8 +114,8 @@ def right(rich, tmp_path):
     return path
 
 
-def found(path, *overrides: str) -> dict[str, cluster_check.Finding]:
-    return {finding.what: finding for finding in cluster_check.check(profile.read(path, overrides))}
+def found(path, *overrides: str) -> dict[str, profile_check.Finding]:
+    return {finding.what: finding for finding in profile_check.check(profile.read(path, overrides))}
 
 
 def test_a_right_profile_has_no_fault(right, rich):
@@ -198,7 +201,7 @@ def test_a_cluster_behind_a_login_node_is_checked_there(right, rich, tmp_path, m
 
 def test_the_style_that_the_cluster_takes_is_found(rich, monkeypatch, tmp_path):
     """A site may want GPUs asked for in one way only; here an sbatch of our own does, and passes on the rest."""
-    real = slurm.which("sbatch")
+    real = client.which("sbatch")
     picky = tmp_path / "bin" / "sbatch"
     picky.parent.mkdir()
     refusal = 'case "$*" in *--gpus-per-* | *gpu:1*) echo "use --gres=gpu:a100:N" >&2; exit 1;; esac'

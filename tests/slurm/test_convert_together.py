@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 from running import rank_logs, story, wait_until
 
-from launcher import jobs, logs, processes, runs, slurm
-from megatron_mixtral import convert as converter
-from megatron_mixtral import hub, weights_folder
-from megatron_mixtral.config import ConvertConfig, MixtralShape
-from megatron_mixtral.copying import Target
-from megatron_mixtral.weights import hub_shapes
+from launcher.common import processes
+from launcher.planning import jobs
+from launcher.runs import logs, record
+from launcher.slurm import client
+from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
+from megatron_mixtral.weights import convert as converter
+from megatron_mixtral.weights import folder as weights_folder
+from megatron_mixtral.weights import hub
+from megatron_mixtral.weights.copying import Target
+from megatron_mixtral.weights.mapping import hub_shapes
 
 SHAPE = {
     "model_type": "mixtral",
@@ -28,7 +32,8 @@ SHAPE = {
 # Killed as by a node's end, with its second file half written.
 DIES = """
 import os, pathlib, signal, sys, time
-from megatron_mixtral import __main__, convert
+from megatron_mixtral import __main__
+from megatron_mixtral.weights import convert
 write, files = convert.Copier.write, []
 def once(self, unit, descriptor):
     files.append(unit)
@@ -98,7 +103,7 @@ def test_a_lost_rank_fails_the_job_at_once_and_the_requeued_job_finishes_it(
     lost = f'[ "$RANK" != 2 ] || [ "$MIXLAUNCH_ATTEMPT" != 0 ] || exec {python} {tmp_path}/dies.py "$@"'
     # The second attempt waits until the test has seen what the first one left.
     waits = f'while [ "$MIXLAUNCH_ATTEMPT" = 1 ] && [ ! -e {tmp_path}/go ]; do sleep 0.1; done'
-    run = runs.start(four_nodes(stub(f'{lost}; {waits}; exec {python} "$@"')))
+    run = record.start(four_nodes(stub(f'{lost}; {waits}; exec {python} "$@"')))
     wait_until(lambda: logs.attempts(run.path) == [0, 1], 60, run)
     assert not out.exists()
     before = kept(out.with_name("out.partial"))
@@ -122,11 +127,11 @@ def test_a_job_that_is_told_to_leave_does_so_between_two_files_and_goes_on_later
 ):
     """Rank 3 is so slow to start that it misses the warning: the others, done with their part, leave it a note."""
     hold = f'[ "$RANK$MIXLAUNCH_ATTEMPT" != 30 ] || while [ ! -e {tmp_path}/go ]; do sleep 0.1; done'
-    run = runs.start(four_nodes(stub(f'{hold}; exec {sys.executable} "$@"')))
+    run = record.start(four_nodes(stub(f'{hold}; exec {sys.executable} "$@"')))
     partial = tmp_path / "models" / "out.partial"
     wait_until(lambda: len(list(partial.glob(".work/*.distcp.json"))) >= 10, 60, run)
     time.sleep(1)
-    slurm.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
+    client.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
     wait_until(lambda: "asked to stop" in rank_logs(run)[0], 30, run)
     (tmp_path / "go").touch()
     assert finish(run, 90).state == "COMPLETED", story(run)

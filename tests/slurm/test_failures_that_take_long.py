@@ -8,7 +8,11 @@ import sys
 import pytest
 from running import wait_until
 
-from launcher import explain, logs, processes, runs, sandbox, slurm
+from launcher.common import processes
+from launcher.diagnose import explain
+from launcher.runs import logs, record
+from launcher.sandbox import lifecycle
+from launcher.slurm import client
 
 pytestmark = pytest.mark.soak
 GROW = """
@@ -21,21 +25,21 @@ time.sleep(60)
 @pytest.fixture(scope="module")
 def rough(tmp_path_factory):
     """Memory is looked at every second and a node that says nothing is down after ten."""
-    up = sandbox.up(tmp_path_factory.mktemp("rough"))
+    up = lifecycle.up(tmp_path_factory.mktemp("rough"))
     text = up.slurm_conf.read_text()
     kept = [line for line in text.splitlines() if not line.startswith("JobAcctGatherFrequency")]
     more = ["JobAcctGatherFrequency=task=1", "JobAcctGatherParams=OverMemoryKill", "SlurmdTimeout=10", ""]
     up.slurm_conf.write_text("\n".join([*kept, *more]))
-    slurm.call("scontrol", "reconfigure", environment=up.environment)
+    client.call("scontrol", "reconfigure", environment=up.environment)
     yield up
-    sandbox.down(up.folder)
+    lifecycle.down(up.folder)
 
 
 @pytest.fixture
 def start(plan, rough, cluster):
-    def start(python: str, **more) -> runs.Run:
+    def start(python: str, **more) -> record.Run:
         made = plan(python, slurm_conf=str(rough.slurm_conf), **more)
-        return runs.start(dataclasses.replace(made, resumable=False))
+        return record.start(dataclasses.replace(made, resumable=False))
 
     return start
 
@@ -55,9 +59,9 @@ def test_bad_nodes_without_end(plan, stub, finish, cluster):
     sick = (
         f'case "$*" in *.health*) [ "$SLURMD_NODENAME" != sandbox1 ] || exit 1; exec {sys.executable} "$@";; esac'
     )
-    run = runs.start(plan(stub(sick), health_check=True, extra={"hold": True}))
+    run = record.start(plan(stub(sick), health_check=True, extra={"hold": True}))
     (run.path / "came_back").write_text("sandbox3\n" * 3)
-    slurm.call("scontrol", "release", run.job_id, environment=run.environment)
+    client.call("scontrol", "release", run.job_id, environment=run.environment)
     assert finish(run, 90).state == "FAILED"
     found = explain.explain(run).finding
     assert (found.cause.name, found.nodes) == ("health_check", ("sandbox1",))
@@ -74,7 +78,7 @@ def test_a_node_that_dies(start, stub, finish, rough):
     """Its slurmd and everything below it are gone at once, as when the power fails."""
     run = start(stub("exec sleep 300"))
     wait_until(lambda: len(logs.ranks(run.path, 0)) == 4 if logs.attempts(run.path) else False, 60, run)
-    nodes = explain.hostlist.expand(runs.state_of(run).nodes)
+    nodes = explain.hostlist.expand(record.state_of(run).nodes)
     daemon = rough.processes[nodes[1]]
     steps = [pid for pid in processes.marked(SLURM_JOB_ID=run.job_id, SLURMD_NODENAME=nodes[1])]
     for pid in [daemon, *processes.descendants([daemon]), *steps]:

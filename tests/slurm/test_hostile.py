@@ -6,13 +6,16 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from hostile import CANARY, FIELDS, HOSTILE, NAME, OF_PROFILE, fields, typed
+from hostile_texts import CANARY, FIELDS, HOSTILE, NAME, OF_PROFILE, fields, typed
 from running import story, wait_until
 
-from launcher import documents, jobs, options, runs
-from launcher.cli import cli
+from launcher.cli import options
+from launcher.cli.main import cli
+from launcher.cli.options import SettingType
+from launcher.cluster import yaml_layers
 from launcher.errors import UsageError
-from launcher.options import SettingType
+from launcher.planning import jobs
+from launcher.runs import record
 
 SMALL = {  # one rank
     "convert": ["--processes", "1"],
@@ -136,7 +139,7 @@ def prepare(dealt: dict[str, str], tell: Path) -> None:
         pass
 
 
-def arrived(run: runs.Run, job: str, taken: dict[str, str]) -> None:
+def arrived(run: record.Run, job: str, taken: dict[str, str]) -> None:
     """Everything that was taken is in the running job what it was when typed."""
     config = yaml.safe_load((run.path / "seen").read_text())
     for option, kind, key in fields(job):
@@ -152,7 +155,7 @@ def arrived(run: runs.Run, job: str, taken: dict[str, str]) -> None:
 
 def expanded(value: str) -> str:
     """As a profile means it."""
-    return documents.REFERENCE.sub(lambda match: os.environ[match["braced"] or match["plain"]], value)
+    return yaml_layers.REFERENCE.sub(lambda match: os.environ[match["braced"] or match["plain"]], value)
 
 
 def run_hands(hands: list[tuple[str, int]], tried, tmp_path: Path) -> None:
@@ -163,10 +166,10 @@ def run_hands(hands: list[tuple[str, int]], tried, tmp_path: Path) -> None:
         plan, taken = tried(job, dealt)
         if "python" in taken and not os.path.isfile(plan.profile.python):
             plan, taken = tried(job, {name: value for name, value in dealt.items() if name != "python"})
-        started.append((job, taken, runs.start(plan)))
+        started.append((job, taken, record.start(plan)))
     every = [run for _, _, run in started]
-    wait_until(lambda: not any(state.active for state in runs.states_of(every).values()), 240)
-    states = runs.states_of(every)
+    wait_until(lambda: not any(state.active for state in record.states_of(every).values()), 240)
+    states = record.states_of(every)
     for job, taken, run in started:
         assert states[run.path].state == "COMPLETED", f"{job} {taken}{story(run)}"
         arrived(run, job, taken)

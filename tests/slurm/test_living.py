@@ -16,9 +16,16 @@ import pytest
 from click.testing import CliRunner
 from running import wait_until
 
-from launcher import again, bad_nodes, explain, hostlist, jobs, logs, runs, slurm, states, submit
-from launcher.cli import cli
+from launcher.cli.main import cli
+from launcher.cluster import bad_nodes
+from launcher.diagnose import explain
 from launcher.errors import Fault, SubmitError, UncertainError, UsageError
+from launcher.planning import jobs
+from launcher.runs import logs, record
+from launcher.runs import state as states
+from launcher.slurm import client, hostlist
+from launcher.submit import resume
+from launcher.submit import sbatch as submit
 
 WAITS = 'echo "rank $RANK of attempt $MIXLAUNCH_ATTEMPT"; exec sleep 300'
 
@@ -63,9 +70,9 @@ def running(run, ranks: int = 4) -> bool:
 
 def test_from_the_queue_to_the_next_attempt(plan, stub, finish, mixlaunch, site, tmp_path):
     """A run waits, runs, loses a node, comes back, is cancelled, and goes on without that node."""
-    blocker = runs.start(plan(stub(WAITS), nodes=4, exclusive=True))
+    blocker = record.start(plan(stub(WAITS), nodes=4, exclusive=True))
     wait_until(lambda: running(blocker, 8), run=blocker)
-    run = runs.start(plan(stub(WAITS)))
+    run = record.start(plan(stub(WAITS)))
 
     def status() -> dict:
         [told] = json.loads(mixlaunch("status", run.name, "--json"))
@@ -106,10 +113,10 @@ def test_from_the_queue_to_the_next_attempt(plan, stub, finish, mixlaunch, site,
     assert json.loads(mixlaunch("explain", run.name, "--json"))["verdict"] == "cancelled"
     assert "was cancelled, it didn't fail" in mixlaunch("retry", run.name, code=2)
     mixlaunch("resume", run.name, "--time", "7", "--exclude", first)
-    resumed = runs.read(run.path)
+    resumed = record.read(run.path)
     assert resumed.job_ids == [run.job_id, resumed.job_id]
     assert [entry["how"] for entry in resumed.record["resubmissions"]] == ["resume"]
-    shown = slurm.call("scontrol", "--oneliner", "show", "job", resumed.job_id, environment=site.environment)
+    shown = client.call("scontrol", "--oneliner", "show", "job", resumed.job_id, environment=site.environment)
     assert f" ExcNodeList={hostlist.compress([first, second])} " in shown
     assert " TimeLimit=00:07:00 " in shown
     wait_until(lambda: logs.attempts(run.path) == [0, 1, 2] and running(run), 60, run)
@@ -131,11 +138,11 @@ def down(site, node: str):
 
     def is_back() -> bool:
         with contextlib.suppress(Fault):  # refused while it is on its way
-            slurm.call("scontrol", "update", f"NodeName={node}", "State=IDLE", environment=site.environment)
-        state = slurm.call("sinfo", "-h", "-N", "-n", node, "-o", "%T", environment=site.environment).split()[0]
+            client.call("scontrol", "update", f"NodeName={node}", "State=IDLE", environment=site.environment)
+        state = client.call("sinfo", "-h", "-N", "-n", node, "-o", "%T", environment=site.environment).split()[0]
         return state in ("idle", "mixed", "allocated", "completing")
 
-    slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fan", environment=site.environment)
+    client.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fan", environment=site.environment)
     try:
         yield
     finally:
@@ -155,11 +162,11 @@ FAIL = {  # what one rank of four does, and what `explain` makes of it
 
 def test_why_runs_failed(once, stub, finish, site):
     """Several at once, two ranks a node: real ends, each with the rank and the node that began it."""
-    started = {cause: runs.start(once(stub(does))) for cause, does in FAIL.items()}
-    started["no_python"] = runs.start(once("/nowhere/python"))
-    started["cancelled"] = runs.start(once(stub(WAITS)))
+    started = {cause: record.start(once(stub(does))) for cause, does in FAIL.items()}
+    started["no_python"] = record.start(once("/nowhere/python"))
+    started["cancelled"] = record.start(once(stub(WAITS)))
     wait_until(lambda: running(started["cancelled"]), 30)
-    runs.cancel(started["cancelled"])
+    record.cancel(started["cancelled"])
     for cause, run in started.items():
         finish(run)
         told = explain.as_dict(explain.explain(run))
@@ -176,7 +183,7 @@ def test_why_runs_failed(once, stub, finish, site):
 
 
 def test_a_node_is_only_blamed_with_reason(once, stub, finish, mixlaunch):
-    run = runs.start(once(stub(FAIL["exception"])))
+    run = record.start(once(stub(FAIL["exception"])))
     finish(run)
     assert "nothing in it speaks against a node" in mixlaunch("explain", run.name, "--mark-bad", code=2)
     assert mixlaunch("nodes", "--json") == "[]\n"
@@ -209,16 +216,16 @@ def test_a_run_of_this_machine_is_explained_and_tried_again(tmp_path, monkeypatc
 @pytest.fixture
 def failed(once, stub, finish):
     """A run that failed, and would again."""
-    run = runs.start(once(stub("exit 7")))
+    run = record.start(once(stub("exit 7")))
     assert finish(run).exit_code == 7
     (run.path / "faults").write_text("none 3\n")
-    return runs.read(run.path)
+    return record.read(run.path)
 
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
     """Put a script in sbatch's place; the real one is "$SBATCH"."""
-    monkeypatch.setenv("SBATCH", str(slurm.which("sbatch")))
+    monkeypatch.setenv("SBATCH", str(client.which("sbatch")))
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
@@ -230,7 +237,7 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def jobs_of(site, run) -> list[str]:
-    queue = slurm.queue(site.environment).values()
+    queue = client.queue(site.environment).values()
     return sorted((job.id for job in queue if job.command == str(run.path / "job.sbatch")), key=int)
 
 
@@ -242,7 +249,7 @@ def test_a_refused_try_leaves_the_run_as_it_was(failed, sbatch, site):
     before = files(failed)
     sbatch('echo "sbatch: error: invalid partition specified" >&2; exit 1')
     with pytest.raises(SubmitError, match=r"(?s)invalid partition.*Nothing was submitted"):
-        again.retry(failed, exclude=["sandbox3"], time="5")
+        resume.retry(failed, exclude=["sandbox3"], time="5")
     assert files(failed) == before
     assert jobs_of(site, failed) == failed.job_ids
 
@@ -250,9 +257,9 @@ def test_a_refused_try_leaves_the_run_as_it_was(failed, sbatch, site):
 def test_garbage_from_sbatch_isnt_taken_for_the_job_before(failed, sbatch, site, finish):
     sbatch("echo gibberish")
     with pytest.raises(SubmitError, match=r"(?s)gibberish.*Nothing was submitted"):
-        again.retry(failed)
+        resume.retry(failed)
     sbatch('"$SBATCH" "$@" >/dev/null; echo gibberish')
-    tried = again.retry(failed)
+    tried = resume.retry(failed)
     assert jobs_of(site, failed) == tried.job_ids
     assert len(tried.job_ids) == 2
     assert finish(tried).exit_code == 7
@@ -266,15 +273,15 @@ def test_a_job_that_nobody_heard_of_is_adopted(failed, sbatch, site, monkeypatch
     with monkeypatch.context() as silent:
         silent.setattr(submit, "find_job", lambda *_: (_ for _ in ()).throw(Fault("squeue: no answer")))
         with pytest.raises(UncertainError, match="isn't known"):
-            again.retry(failed)
+            resume.retry(failed)
         silent.setattr(states, "find_job", lambda *_: (_ for _ in ()).throw(Fault("squeue: no answer")))
-        assert runs.state_of(runs.read(failed.path)).state == runs.SUBMITTING
+        assert record.state_of(record.read(failed.path)).state == record.SUBMITTING
         with pytest.raises(Fault, match="no answer"):
-            again.retry(failed)
-    assert runs.state_of(runs.read(failed.path)).state == "PENDING"
-    assert runs.read(failed.path).job_ids == jobs_of(site, failed)
+            resume.retry(failed)
+    assert record.state_of(record.read(failed.path)).state == "PENDING"
+    assert record.read(failed.path).job_ids == jobs_of(site, failed)
     with pytest.raises(UsageError, match="is PENDING as job"):
-        again.retry(failed)
+        resume.retry(failed)
 
 
 def test_of_two_at_once_one_goes_on(failed, sbatch, site):
@@ -283,7 +290,7 @@ def test_of_two_at_once_one_goes_on(failed, sbatch, site):
 
     def retry():
         try:
-            ends.append(again.retry(failed).job_id)
+            ends.append(resume.retry(failed).job_id)
         except UsageError as error:
             ends.append(str(error))
 
@@ -294,11 +301,16 @@ def test_of_two_at_once_one_goes_on(failed, sbatch, site):
         thread.join()
     refused = [end for end in ends if "another command is going on with it" in end or "is PENDING" in end]
     assert len(refused) == 2, ends
-    assert jobs_of(site, failed) == runs.read(failed.path).job_ids
+    assert jobs_of(site, failed) == record.read(failed.path).job_ids
     assert len(jobs_of(site, failed)) == 2
 
 
-RETRY = "import sys, pathlib; from launcher import again, runs; again.retry(runs.read(pathlib.Path(sys.argv[1])))"
+RETRY = """
+import pathlib, sys
+from launcher.runs import record
+from launcher.submit import resume
+resume.retry(record.read(pathlib.Path(sys.argv[1])))
+"""
 
 
 @pytest.mark.parametrize(("does", "made"), [('sleep 2; exec "$SBATCH" --hold "$@"', 2), ("sleep 2; exit 1", 1)])
@@ -311,7 +323,7 @@ def test_ctrl_c_in_the_middle_of_another_try(failed, sbatch, site, tmp_path, doe
     wait_until((tmp_path / "submitting").exists, 20)
     os.killpg(process.pid, signal.SIGINT)
     _, complaint = process.communicate(timeout=30)
-    assert jobs_of(site, failed) == runs.read(failed.path).job_ids
+    assert jobs_of(site, failed) == record.read(failed.path).job_ids
     assert len(jobs_of(site, failed)) == made
     assert ("Slurm has the job" in complaint) == (made == 2)
     assert made == 2 or files(failed) == before
@@ -322,7 +334,7 @@ def test_ctrl_c_in_the_middle_of_another_try(failed, sbatch, site, tmp_path, doe
 
 def test_watching_tells_news_until_the_end(once, stub, mixlaunch):
     """Off a terminal: a line whenever there is something new, no colour, and an end of its own."""
-    run = runs.start(once(stub("sleep 4")))
+    run = record.start(once(stub("sleep 4")))
     lines = [json.loads(line) for line in mixlaunch("status", run.name, "--watch", "--json").splitlines()]
     assert lines[-1]["state"] == "COMPLETED"
     assert [line["state"] for line in lines].count("COMPLETED") == 1
@@ -331,8 +343,8 @@ def test_watching_tells_news_until_the_end(once, stub, mixlaunch):
 
 
 def test_on_a_terminal_the_table_is_redrawn_in_place_until_ctrl_c(once, stub, mixlaunch):
-    run = runs.start(once(stub("sleep 60")))
-    wait_until(lambda: runs.state_of(run).state == "RUNNING", 30, run)
+    run = record.start(once(stub("sleep 60")))
+    wait_until(lambda: record.state_of(run).state == "RUNNING", 30, run)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "launcher", "status", "--watch"]
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
@@ -365,7 +377,7 @@ def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
     """On its second node no file can be written: the check says so, and the job comes back on other nodes."""
     sick = '[ "$MIXLAUNCH_ATTEMPT$SLURM_PROCID" != 01 ] || ulimit -f 0'
     python = stub(f'case "$*" in *.health*) {sick}; exec {sys.executable} "$@";; esac; echo "rank $RANK"')
-    run = runs.start(plan(python, health_check=True))
+    run = record.start(plan(python, health_check=True))
     assert finish(run, 120).state == "COMPLETED"
     assert logs.attempts(run.path) == [0, 1]
     fit, bad = (logs.path(run.path, 0).parent / "health" / "nodes").read_text().split()
@@ -376,14 +388,14 @@ def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
     assert not logs.ranks(run.path, 0)  # none started
     [event] = [event for event in logs.events(run.path) if event["event"] == "unhealthy"]
     assert event["node"] == bad
-    shown = slurm.call("scontrol", "--oneliner", "show", "job", run.job_id, environment=site.environment)
+    shown = client.call("scontrol", "--oneliner", "show", "job", run.job_id, environment=site.environment)
     assert f" ExcNodeList={bad} " in shown
     told = explain.explain(run)
     assert (told.verdict, list(told.bad_nodes)) == ("finished", [bad])
 
 
 def test_a_check_that_fails_everywhere_blames_no_node(once, stub, finish):
-    run = runs.start(once(stub("echo no torch here >&2; exit 1"), health_check=True))
+    run = record.start(once(stub("echo no torch here >&2; exit 1"), health_check=True))
     assert finish(run).state == "FAILED"
     told = explain.as_dict(explain.explain(run))
     assert (told["cause"], told["bad_nodes"]) == ("health_check_failed", {})
@@ -393,11 +405,11 @@ def test_a_check_that_fails_everywhere_blames_no_node(once, stub, finish):
 
 def test_the_list_is_left_out_of_every_submission(once, stub, cluster, site):
     bad_nodes.add(cluster, {"sandbox2": "slow", "sandbox3": "slow"}, bad_nodes.duration("1h"))
-    run = runs.start(once(stub("sleep 20")))
-    state = wait_until(lambda: (state := runs.state_of(run)).nodes and state, 30, run)
+    run = record.start(once(stub("sleep 20")))
+    state = wait_until(lambda: (state := record.state_of(run)).nodes and state, 30, run)
     assert state.nodes == "sandbox[0-1]"
     bad_nodes.add(cluster, {"sandbox7": "sold"}, None)
     with pytest.raises(
         SubmitError, match=r"(?s)Invalid node name.*without \"sandbox\[2-3,7\]\"; `mixlaunch nodes`"
     ):
-        runs.start(once(stub("exit 0")))
+        record.start(once(stub("exit 0")))

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub import serving
+from fake_hub import serving
 from running import story, wait_until
 
-from launcher import jobs, overview, pipeline, report, runs, slurm
+from launcher.cli import status
 from launcher.errors import Interrupted, SubmitError, UsageError
-from megatron_mixtral.config import TinyConfig
-from megatron_mixtral.tiny import make
+from launcher.planning import jobs
+from launcher.runs import record, report
+from launcher.slurm import client
+from launcher.submit import pipeline
+from megatron_mixtral.jobs.tiny import make
+from megatron_mixtral.spec.jobs import TinyConfig
 
 REPO = "mistralai/Mixtral-8x7B-v0.1"
 STEPS = ["download", "convert", "prepare", "finetune", "export"]
@@ -41,12 +45,12 @@ def chain(cluster, stub, tmp_path):
 
 def states(started):
     return {
-        run.job if run.job != "convert" else run.name.split("-")[0]: runs.state_of(run).state for run in started
+        run.job if run.job != "convert" else run.name.split("-")[0]: record.state_of(run).state for run in started
     }
 
 
 def ended(started):
-    wait_until(lambda: not any(runs.state_of(run).active for run in started), 90, started[0])
+    wait_until(lambda: not any(record.state_of(run).active for run in started), 90, started[0])
 
 
 def test_each_step_waits_for_those_that_make_its_inputs(chain, site):
@@ -62,12 +66,12 @@ def test_each_step_waits_for_those_that_make_its_inputs(chain, site):
         "finetune": [ids["convert"], ids["prepare"]],
         "export": [ids["finetune"]],
     }
-    told = slurm.call("scontrol", "--oneliner", "show", "job", ids["export"], environment=site.environment)
+    told = client.call("scontrol", "--oneliner", "show", "job", ids["export"], environment=site.environment)
     assert f"Dependency=afterok:{ids['finetune']}" in told
     assert "dependency" not in (started[4].path / "job.sbatch").read_text()  # it can be submitted again by hand
-    wait_until(lambda: runs.state_of(started[4]).reason == "Dependency", 30, started[0])
+    wait_until(lambda: record.state_of(started[4]).reason == "Dependency", 30, started[0])
     [known] = report.Reporter()([started[4]])
-    assert overview.note(known) == f"step 5 of 5, after {started[3].name}"
+    assert status.note(known) == f"step 5 of 5, after {started[3].name}"
     ended(started)
     assert set(states(started).values()) == {"COMPLETED"}, story(started[3])
     assert len(list((started[3].path / "logs").glob("attempt_*"))) == 2
@@ -77,7 +81,7 @@ def test_a_failing_first_step_leaves_nothing_queued(chain, site):
     started = pipeline.submit(chain('[ "$4" != download ] || exit 2'), asked=[])
     ended(started)
     assert states(started) == {"download": "FAILED", **dict.fromkeys(STEPS[1:], "CANCELLED")}
-    assert not slurm.call("squeue", "--noheader", "--me", environment=site.environment).strip()
+    assert not client.call("squeue", "--noheader", "--me", environment=site.environment).strip()
     assert all(not list((run.path / "logs").glob("attempt_*")) for run in started[1:]), "a later step ran"
 
 
@@ -96,7 +100,7 @@ def test_waiting_ends_with_the_first_failure_and_cancels_the_rest(chain, capsys)
     ],
 )
 def test_when_a_submission_fails_the_earlier_steps_are_taken_back(chain, monkeypatch, failure, said):
-    submit, made = runs.start, []
+    submit, made = record.start, []
 
     def third_fails(plan, **more):
         if len(made) == 2:
@@ -104,7 +108,7 @@ def test_when_a_submission_fails_the_earlier_steps_are_taken_back(chain, monkeyp
         made.append(submit(plan, **more))
         return made[-1]
 
-    monkeypatch.setattr(runs, "start", third_fails)
+    monkeypatch.setattr(record, "start", third_fails)
     with pytest.raises(Interrupted if isinstance(failure, KeyboardInterrupt) else SubmitError) as caught:
         pipeline.submit(chain("sleep 30"), asked=[])
     message = str(caught.value)
@@ -120,13 +124,13 @@ def test_what_can_never_start_is_found_and_cancelled(chain, site, monkeypatch):
     kept = property(lambda plan: [f"--dependency=afterok:{':'.join(plan.link.jobs)}"] if plan.link.jobs else [])
     monkeypatch.setattr(jobs.JobPlan, "queue_options", kept)
     started = pipeline.submit(chain('[ "$4" != download ] || exit 2'), asked=[])
-    wait_until(lambda: runs.state_of(started[1]).reason == pipeline.NEVER, 60, started[0])
+    wait_until(lambda: record.state_of(started[1]).reason == pipeline.NEVER, 60, started[0])
     found = pipeline.stuck(started)
     assert {run.name for run in found} == {run.name for run in started[1:]}
     for run in found:
-        runs.cancel(run)
+        record.cancel(run)
     ended(started)
-    assert not slurm.call("squeue", "--noheader", "--me", environment=site.environment).strip()
+    assert not client.call("squeue", "--noheader", "--me", environment=site.environment).strip()
 
 
 def test_nothing_is_submitted_unless_every_step_can_be(chain, cluster, tmp_path):
@@ -182,7 +186,7 @@ def test_the_whole_chain_with_real_parts(site, tmp_path):
             timeout=300,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    started = sorted(runs.every([tmp_path / "runs"]), key=lambda run: run.record["pipeline"]["step"])
+    started = sorted(record.every([tmp_path / "runs"]), key=lambda run: run.record["pipeline"]["step"])
     assert [run.name.split("-")[1] for run in started] == STEPS
     assert len({run.name.split("-", 2)[2] for run in started}) == 1  # one ending for all
     written = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub import serving
+from fake_hub import serving
 
-from megatron_mixtral.config import TinyConfig
-from megatron_mixtral.tiny import make
+from megatron_mixtral.jobs.tiny import make
+from megatron_mixtral.spec.jobs import TinyConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

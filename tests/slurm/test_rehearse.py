@@ -11,7 +11,7 @@ import pytest
 import yaml
 from running import wait_until
 
-from launcher import processes
+from launcher.common import processes
 
 COMMAND = "mixlaunch rehearse finetune --cluster selene --nodes 4"
 

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hostile import CANARY, CARRIED
+from hostile_texts import CANARY, CARRIED
 from running import wait_until
 
-from launcher import bundle, catalog, jobs, profile, render, runs, sandbox, slurm
-from launcher.sandbox_config import Shape
+from launcher.cluster import catalog, profile
+from launcher.planning import jobs
+from launcher.runs import record
+from launcher.sandbox import lifecycle
+from launcher.sandbox.config import Shape
+from launcher.script import bundle, render
+from launcher.slurm import client
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_hostile_values_arrive_intact_in_the_running_job(cluster, stub, finish, 
     plan = jobs.plan_prepare(
         cluster.model_copy(update=changed), files=files, values={"text_key": "$(touch canary)"}
     )
-    run = runs.start(plan)
+    run = record.start(plan)
     assert finish(run).state == "COMPLETED"
     arrived = dict(item.split("=", 1) for item in (run.path / "env").read_text().split("\0") if "=" in item)
     assert {name: arrived[name] for name in environment} == environment
@@ -58,11 +63,11 @@ def test_hostile_words_of_a_directive_arrive_intact(cluster, sbatch, site, value
     plan = jobs.plan_prepare(cluster.model_copy(update={"comment": value}), files=("/a",))
     job = sbatch(render.render(plan), "--hold").split()[3]
     try:
-        shown = slurm.call("scontrol", "--oneliner", "show", "job", job, environment=site.environment)
+        shown = client.call("scontrol", "--oneliner", "show", "job", job, environment=site.environment)
         assert f" Comment={value} " in shown
         assert " NumNodes=1" in shown
     finally:
-        slurm.call("scancel", job, environment=site.environment)
+        client.call("scancel", job, environment=site.environment)
 
 
 def test_an_exported_script_needs_plain_sbatch_and_nothing_else(plan, stub, sbatch, site, tmp_path):
@@ -87,7 +92,7 @@ def test_a_bundle_runs_by_plain_sbatch_in_its_folder(plan, stub, site, tmp_path)
     (made / "config.yaml").write_text(config)
 
     def submitted(script: str, folder: Path) -> tuple[Path, Path]:
-        said = slurm.call("env", "-C", str(folder), "sbatch", script, environment=site.environment)
+        said = client.call("env", "-C", str(folder), "sbatch", script, environment=site.environment)
         run = tmp_path / "runs" / f"finetune-{said.split()[3]}"
         return run, run / "logs" / "attempt_0" / "batch.log"
 
@@ -119,12 +124,12 @@ def mirror(tmp_path_factory):
             features=tuple((cluster.constraint or "").split("&")) if cluster.constraint else (),
         )
         accounting = None if shape.accounts or shape.qos else False
-        up.append(sandbox.up(tmp_path_factory.mktemp("mirror"), shape, accounting=accounting))
+        up.append(lifecycle.up(tmp_path_factory.mktemp("mirror"), shape, accounting=accounting))
         return up[-1].environment
 
     yield make
     for made in up:
-        sandbox.down(made.folder)
+        lifecycle.down(made.folder)
 
 
 ASKED = {

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from running import wait_until
 
-from launcher import processes, sandbox, slurm
+from launcher.common import processes
 from launcher.errors import Fault, UsageError
-from launcher.sandbox_config import Shape
+from launcher.sandbox import lifecycle
+from launcher.sandbox.config import Shape
+from launcher.slurm import client
 
 ROOT = Path(__file__).parents[2]
 SMALL = Shape(nodes=1, gpus=2, cpus=4, memory_gb=4)
@@ -29,65 +31,67 @@ def folder(tmp_path_factory):
     yield path
     if path.exists():
         (path / "spare").unlink(missing_ok=True)
-        sandbox.down(path)
+        lifecycle.down(path)
 
 
-def daemons(found: sandbox.Sandbox) -> list[int]:
-    return processes.marked(**{sandbox.MARK: found.mark})
+def daemons(found: lifecycle.Sandbox) -> list[int]:
+    return processes.marked(**{lifecycle.MARK: found.mark})
 
 
 def test_it_is_up_when_its_nodes_are_idle(site):
-    assert sandbox.status(site.folder).state == "up"
+    assert lifecycle.status(site.folder).state == "up"
     idle = {f"sandbox{n}": "idle" for n in range(4)}
-    wait_until(lambda: sandbox.status(site.folder).nodes == idle, 30)  # jobs of tests before this one may be ending
-    shown = slurm.call("scontrol", "--oneliner", "show", "node", "sandbox3", environment=site.environment)
+    wait_until(
+        lambda: lifecycle.status(site.folder).nodes == idle, 30
+    )  # jobs of tests before this one may be ending
+    shown = client.call("scontrol", "--oneliner", "show", "node", "sandbox3", environment=site.environment)
     assert "CPUTot=64" in shown
     assert "Gres=gpu:8" in shown
     assert f"RealMemory={512 * 1024}" in shown
 
 
 def test_up_again_is_the_same_sandbox(site):
-    assert sandbox.up(site.folder) == site
+    assert lifecycle.up(site.folder) == site
 
 
 def test_another_shape_needs_it_down_first(site):
     with pytest.raises(UsageError, match="another shape is up"):
-        sandbox.up(site.folder, SMALL)
-    assert sandbox.status(site.folder).state == "up"
+        lifecycle.up(site.folder, SMALL)
+    assert lifecycle.status(site.folder).state == "up"
 
 
 def test_accounts_hold_where_mariadb_is_installed(site):
-    if not sandbox.accounting_available():
+    if not lifecycle.accounting_available():
         pytest.skip("slurmdbd and MariaDB aren't installed; on Debian: apt-get install slurmdbd mariadb-server")
     with pytest.raises(Fault, match="Invalid account"):
-        slurm.call("sbatch", "--account=nobody", "--wrap=true", environment=site.environment)
+        client.call("sbatch", "--account=nobody", "--wrap=true", environment=site.environment)
 
 
 def test_two_side_by_side_and_down_ends_one_with_its_jobs(site, folder, tmp_path):
-    other = sandbox.up(folder, SMALL, accounting=False)
+    other = lifecycle.up(folder, SMALL, accounting=False)
     assert not other.accounting
     # A process that leaves its job's session is the job's still.
     argv = ["--output=/dev/null", f"--wrap=setsid sleep 314 & touch {tmp_path}/runs; sleep 314"]
-    job = slurm.call("sbatch", "--parsable", *argv, environment=other.environment).strip()
+    job = client.call("sbatch", "--parsable", *argv, environment=other.environment).strip()
     wait_until((tmp_path / "runs").exists)
     jobs = processes.marked(SLURM_JOB_ID=job)
     assert len(jobs) >= 2
-    assert sandbox.down(folder)
+    assert lifecycle.down(folder)
     assert not daemons(other)
     assert not set(jobs) & set(processes.marked(SLURM_JOB_ID=job))
     assert not folder.exists()
-    assert sandbox.status(site.folder).state == "up"
+    assert lifecycle.status(site.folder).state == "up"
 
 
 def test_down_where_nothing_is_does_nothing(folder):
-    assert not sandbox.down(folder)
+    assert not lifecycle.down(folder)
     assert not folder.exists()
 
 
 def test_a_folder_of_somebody_elses_is_refused_and_left_alone(folder):
     folder.mkdir()
     (folder / "spare").write_text("mine")
-    for action in (sandbox.up, sandbox.down):
+    for action in (lifecycle.up, lifecycle.down):
         with pytest.raises(UsageError, match="no sandbox"):
             action(folder)
     assert (folder / "spare").read_text() == "mine"
@@ -95,61 +99,61 @@ def test_a_folder_of_somebody_elses_is_refused_and_left_alone(folder):
 
 def test_what_cant_work_is_refused_before_anything_is_written(folder):
     with pytest.raises(UsageError, match="Slurm takes no ' ' in a path"):
-        sandbox.up(folder / "a b")
+        lifecycle.up(folder / "a b")
     with pytest.raises(UsageError, match="nodes: 0 must be at least 1"):
-        sandbox.up(folder, Shape(nodes=0))
+        lifecycle.up(folder, Shape(nodes=0))
     assert not folder.exists()
 
 
 def test_a_folder_too_deep_for_sockets_has_them_elsewhere(folder):
     deep = folder / ("x" * 60)
     try:
-        found = sandbox.up(deep, SMALL, accounting=False)
-        assert sandbox.status(deep).state == "up"
+        found = lifecycle.up(deep, SMALL, accounting=False)
+        assert lifecycle.status(deep).state == "up"
         assert found.sockets.stat().st_mode & 0o777 == 0o700
-        assert "ok" in slurm.call("srun", "echo", "ok", environment=found.environment)
+        assert "ok" in client.call("srun", "echo", "ok", environment=found.environment)
     finally:
-        sandbox.down(deep)
+        lifecycle.down(deep)
     assert not found.sockets.exists()
     assert not deep.exists()
     folder.rmdir()
 
 
 def test_a_dead_daemon_is_told_and_the_next_up_starts_afresh(folder):
-    first = sandbox.up(folder, SMALL, accounting=False)
+    first = lifecycle.up(folder, SMALL, accounting=False)
     os.kill(first.processes["slurmctld"], signal.SIGKILL)
-    wait_until(lambda: sandbox.status(folder).state == "broken")
-    assert sandbox.status(folder).dead == ("slurmctld",)
-    second = sandbox.up(folder, SMALL, accounting=False)
+    wait_until(lambda: lifecycle.status(folder).state == "broken")
+    assert lifecycle.status(folder).dead == ("slurmctld",)
+    second = lifecycle.up(folder, SMALL, accounting=False)
     assert second.mark != first.mark
     assert not daemons(first)
-    assert sandbox.status(folder).state == "up"
+    assert lifecycle.status(folder).state == "up"
 
 
 def test_a_crash_half_way_up_is_cleaned_by_the_next_up(folder):
     """`up` is killed as soon as its first daemon runs."""
-    code = f"from pathlib import Path\nfrom launcher import sandbox\nsandbox.up(Path({str(folder)!r}))"
+    code = f"from pathlib import Path\nfrom launcher.sandbox import lifecycle\nlifecycle.up(Path({str(folder)!r}))"
     starting = subprocess.Popen([sys.executable, "-c", code])
     wait_until((folder / "munge.socket").exists)
     starting.kill()
     starting.wait()
-    half = sandbox.status(folder)
+    half = lifecycle.status(folder)
     assert half.state == "broken"
     assert half.sandbox
-    sandbox.up(folder, SMALL, accounting=False)
+    lifecycle.up(folder, SMALL, accounting=False)
     assert not daemons(half.sandbox)
-    assert sandbox.status(folder).state == "up"
+    assert lifecycle.status(folder).state == "up"
 
 
 def test_a_daemon_that_cant_start_is_an_error_that_leaves_nothing(folder, monkeypatch):
     bad = Shape(nodes=1, gpus=0, cpus=1, memory_gb=1, partitions=(("a b", 1),))
     with pytest.raises(Fault, match=r"(?s)the sandbox didn't start.*(error|fatal)"):
-        sandbox.up(folder, bad, accounting=False)
+        lifecycle.up(folder, bad, accounting=False)
     assert not folder.exists()
 
 
 def test_a_port_that_is_taken_meanwhile_is_given_up_for_another(folder, monkeypatch):
-    choose, given = sandbox._free_ports, []
+    choose, given = lifecycle._free_ports, []
     with socket.socket() as other:
 
         def ports(count):
@@ -159,18 +163,19 @@ def test_a_port_that_is_taken_meanwhile_is_given_up_for_another(folder, monkeypa
                 other.listen()
             return given[-1]
 
-        monkeypatch.setattr(sandbox, "_free_ports", ports)
-        assert sandbox.up(folder, SMALL, accounting=False, timeout=60).ready
+        monkeypatch.setattr(lifecycle, "_free_ports", ports)
+        assert lifecycle.up(folder, SMALL, accounting=False, timeout=60).ready
     assert len(given) == 2
 
 
 AS_NOBODY = """
 import sys
 from pathlib import Path
-from launcher import sandbox, slurm
-site = sandbox.up(Path(sys.argv[1]))
-print(slurm.call("srun", "-N4", "id", "-un", environment=site.environment))
-sandbox.down(site.folder)
+from launcher.sandbox import lifecycle
+from launcher.slurm import client
+site = lifecycle.up(Path(sys.argv[1]))
+print(client.call("srun", "-N4", "id", "-un", environment=site.environment))
+lifecycle.down(site.folder)
 """
 
 
@@ -180,7 +185,7 @@ def test_an_ordinary_user_needs_no_rights():
         pytest.skip("every test here runs unprivileged already")
     pythons = [sys.executable, *filter(None, [shutil.which("python3", path="/usr/bin:/usr/local/bin")])]
     python = next((path for path in pythons if _open(Path(path))), None)
-    if python is None or not _open(ROOT / "launcher" / "sandbox.py"):
+    if python is None or not _open(ROOT / "launcher" / "__main__.py"):
         pytest.skip("no Python, or not this repository, is readable for `nobody`")
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     os.chown(folder, 65534, 65534)
@@ -207,9 +212,9 @@ def _open(path: Path) -> bool:
 
 
 def test_down_takes_no_time(folder):
-    sandbox.up(folder, SMALL, accounting=False)
+    lifecycle.up(folder, SMALL, accounting=False)
     began = time.monotonic()
-    sandbox.down(folder)
+    lifecycle.down(folder)
     assert time.monotonic() - began < 10
 
 

@@ -9,8 +9,11 @@ import yaml
 from click.testing import CliRunner
 from running import wait_until
 
-from launcher import jobs, render, runs, secrets_env, slurm
-from launcher.cli import cli
+from launcher.cli.main import cli
+from launcher.planning import jobs, secrets
+from launcher.runs import record
+from launcher.script import render
+from launcher.slurm import client
 
 CANARY = "ca'na\"ry-$(touch canary)-`touch canary`-\\-漢字"
 TOLD = 'printf %s "$TOKEN" >"$MIXLAUNCH_RUN/told.$RANK"; until [ -e "$MIXLAUNCH_RUN/go" ]; do sleep 0.1; done; env'
@@ -28,12 +31,12 @@ def ended(run: Path) -> bool:
     return log.exists() and any(word in log.read_text() for word in ("; exit ", "wasn't set"))
 
 
-def seen_from_outside(run: runs.Run, environment: dict[str, str]) -> str:
+def seen_from_outside(run: record.Run, environment: dict[str, str]) -> str:
     """What Slurm and the system tell anybody about a running job."""
     told = [
-        slurm.call("scontrol", "show", "job", "--details", "--details", run.job_id, environment=environment),
-        slurm.call("scontrol", "write", "batch_script", run.job_id, "-", environment=environment),
-        slurm.call("squeue", "--format=%all", environment=environment),
+        client.call("scontrol", "show", "job", "--details", "--details", run.job_id, environment=environment),
+        client.call("scontrol", "write", "batch_script", run.job_id, "-", environment=environment),
+        client.call("squeue", "--format=%all", environment=environment),
         subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout,
     ]
     return "\n".join(told)
@@ -43,10 +46,10 @@ def seen_from_outside(run: runs.Run, environment: dict[str, str]) -> str:
 def submitted(plan, cluster, stub, monkeypatch):
     """A run under way, every rank of which has read its secret."""
 
-    def start(**more) -> runs.Run:
+    def start(**more) -> record.Run:
         monkeypatch.setenv("TOKEN", CANARY)
         rank = TOLD.replace("; env", "; env | grep -v ^TOKEN=")
-        run = runs.start(plan(stub(rank), secrets=("TOKEN",), **more))
+        run = record.start(plan(stub(rank), secrets=("TOKEN",), **more))
         wait_until(lambda: len(list(run.path.glob("told.*"))) == 4, 40, run)
         return run
 
@@ -67,7 +70,7 @@ def test_a_secret_reaches_every_rank_and_nothing_else(submitted, finish, site, t
     assert not list(tmp_path.rglob("canary"))
     if site.accounting:
         fields = "JobName,Comment,AdminComment,SubmitLine,WorkDir,Reason"
-        told = slurm.call("sacct", "-j", run.job_id, f"--format={fields}", "-P", environment=run.environment)
+        told = client.call("sacct", "-j", run.job_id, f"--format={fields}", "-P", environment=run.environment)
         assert "touch canary" not in told
 
 
@@ -112,7 +115,7 @@ def test_the_command_line_takes_a_name_and_shows_no_value(cluster, tmp_path, mon
     assert "touch canary" not in dry.output
     started = CliRunner().invoke(cli, [*asked, "--env", "OTHER"])
     assert started.exit_code == 0, started.output
-    run = runs.every([tmp_path / "runs"])[0]
+    run = record.every([tmp_path / "runs"])[0]
     assert finish(run).state == "COMPLETED"
     assert (run.path / "told.0").read_text() == CANARY
     assert run.record["secrets"] == ["OTHER"]
@@ -121,5 +124,5 @@ def test_the_command_line_takes_a_name_and_shows_no_value(cluster, tmp_path, mon
 
 def test_jobs_that_are_started_know_them_without_being_asked(monkeypatch, cluster):
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    assert secrets_env.carried(jobs.plan_download(cluster)) == ("HF_TOKEN",)
-    assert secrets_env.carried(jobs.plan_tiny(cluster, output="/x")) == ()
+    assert secrets.carried(jobs.plan_download(cluster)) == ("HF_TOKEN",)
+    assert secrets.carried(jobs.plan_tiny(cluster, output="/x")) == ()

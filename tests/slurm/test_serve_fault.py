@@ -2,7 +2,9 @@
 
 import pytest
 
-from launcher import jobs, logs, profile, runs
+from launcher.cluster import profile
+from launcher.planning import jobs
+from launcher.runs import logs, record
 
 
 @pytest.mark.parametrize("where", ["slurm", "local"])
@@ -12,7 +14,7 @@ def test_a_fault_ends_a_server(where, cluster, stub, finish, tmp_path):
     there = here.model_copy(update={"python": fails, "paths": cluster.paths})
     plan = jobs.plan_serve(there, model=str(tmp_path / "models" / "m"), axes=jobs.Axes(pipeline=2))
     assert (plan.resumable, plan.retried) == (True, False)
-    run = runs.start(plan)
+    run = record.start(plan)
     state = finish(run)
     assert (state.state, state.exit_code) == ("FAILED", 7)
     assert logs.attempts(run.path) == [0]

@@ -13,7 +13,8 @@ import pytest
 import sshd
 from laptop import REASON, configure, replace
 
-from launcher import runs, slurm
+from launcher.runs import record
+from launcher.slurm import client
 
 pytestmark = pytest.mark.skipif(not sshd.find() or not shutil.which("rsync"), reason=REASON)
 
@@ -107,10 +108,10 @@ def test_hostile_values_arrive_and_run_nothing(laptop, stub, tmp_path, site, fin
         paths={**laptop.profile["paths"], "runs": str(folder)},
     )
     laptop.types("finetune", "--model", f"{folder}/models/m x", "--pp", "1", "--ep", "1")
-    [run] = runs.every([folder])
+    [run] = record.every([folder])
     assert finish(run).state == "COMPLETED"
     assert laptop.types("logs") == f"{hostile}\n"
-    kept = slurm.call("scontrol", "show", "job", run.job_id, environment=site.environment)
+    kept = client.call("scontrol", "show", "job", run.job_id, environment=site.environment)
     assert hostile.replace("\\", "") in kept
     assert run.job_id in laptop.types("status")
     assert not list(tmp_path.rglob("canary"))

@@ -11,7 +11,8 @@ import pytest
 import sshd
 from laptop import REASON, configure
 
-from launcher import ssh, tunnel
+from launcher.host import ssh
+from launcher.runs import tunnel
 
 pytestmark = pytest.mark.skipif(not sshd.find() or not shutil.which("rsync"), reason=REASON)
 

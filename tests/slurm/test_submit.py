@@ -13,19 +13,22 @@ import pytest
 from running import rank_logs, wait_until
 from submitit.slurm.slurm import SlurmJob
 
-from launcher import render, runs, slurm, states, submit
 from launcher.errors import SubmitError
+from launcher.runs import record, state
+from launcher.script import render
+from launcher.slurm import client
+from launcher.submit import sbatch as submit
 
 
 def test_a_job_runs_our_text_on_every_rank(plan, stub, finish, site):
     made = plan(
         stub('echo "$SLURM_PROCID $RANK $LOCAL_RANK $WORLD_SIZE $SLURMD_NODENAME $*"; getent hosts "$MASTER_ADDR"')
     )
-    run = runs.start(made, asked=["finetune"])
+    run = record.start(made, asked=["finetune"])
     assert finish(run).state == "COMPLETED"
     text = (run.path / "job.sbatch").read_text()
     assert text == render.render(made, str(run.path))
-    kept = slurm.call("scontrol", "write", "batch_script", run.job_id, "-", environment=site.environment)
+    kept = client.call("scontrol", "write", "batch_script", run.job_id, "-", environment=site.environment)
     assert kept.rstrip("\n\0") == text.rstrip("\n")
     for rank, log in enumerate(rank_logs(run)):
         procid, told, local, world, _, *argv = log.splitlines()[0].split()
@@ -35,7 +38,7 @@ def test_a_job_runs_our_text_on_every_rank(plan, stub, finish, site):
 
 
 def test_it_is_a_submitit_job(plan, stub, finish):
-    run = runs.start(plan(stub("exit 0")))
+    run = record.start(plan(stub("exit 0")))
     assert finish(run).exit_code == 0
     job = SlurmJob(folder=run.path / "submitit", job_id=run.job_id)
     assert job.paths.submitted_pickle.exists()
@@ -43,34 +46,34 @@ def test_it_is_a_submitit_job(plan, stub, finish):
 
 
 def test_the_record_says_what_was_asked(plan, stub, finish):
-    run = runs.start(plan(stub("exit 0")), asked=["finetune", "--cluster", "sandbox"])
+    run = record.start(plan(stub("exit 0")), asked=["finetune", "--cluster", "sandbox"])
     finish(run)
-    again = runs.read(run.path)
+    again = record.read(run.path)
     assert again.record["asked"] == ["finetune", "--cluster", "sandbox"]
     assert (again.job, again.cluster, again.job_ids) == ("finetune", "sandbox", [run.job_id])
     roots = [run.path.parent]
     for reference in (run.name, run.job_id, "finetune", "newest", str(run.path)):
-        assert runs.find(reference, roots).path == run.path
+        assert record.find(reference, roots).path == run.path
 
 
 def test_states_come_without_accounts_too(plan, stub, finish, site):
-    run = runs.start(plan(stub("exit 0")))
+    run = record.start(plan(stub("exit 0")))
     finish(run)
 
     def in_the_accounts():  # which hear of it when slurmctld finds the time
-        return slurm.accounting([run.job_id], site.environment)[run.job_id].state == "COMPLETED"
+        return client.accounting([run.job_id], site.environment)[run.job_id].state == "COMPLETED"
 
     assert wait_until(in_the_accounts, 60, run)
-    assert slurm.queue(site.environment)[run.job_id].state == "COMPLETED"
+    assert client.queue(site.environment)[run.job_id].state == "COMPLETED"
 
 
 def test_a_silent_slurm_leaves_the_logs_to_tell(plan, stub, finish, tmp_path):
-    run = runs.start(plan(stub("exit 2")))
+    run = record.start(plan(stub("exit 2")))
     assert finish(run).exit_code == 2
     (tmp_path / "slurm.conf").write_text(
         "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=2\nSlurmctldTimeout=2\n"
     )
-    elsewhere = states.of_slurm({run.path: run.job_id}, {"SLURM_CONF": str(tmp_path / "slurm.conf")})
+    elsewhere = state.of_slurm({run.path: run.job_id}, {"SLURM_CONF": str(tmp_path / "slurm.conf")})
     found = elsewhere[run.path]
     assert (found.state, found.exit_code, found.source) == ("FAILED", 2, "logs")
 
@@ -84,21 +87,21 @@ def test_the_environment_of_the_caller_doesnt_override_the_script(plan, stub, fi
         "SLURM_JOB_ID": "7",
     }.items():
         monkeypatch.setenv(name, value)
-    run = runs.start(plan(stub('echo "$SLURM_NTASKS $SLURM_JOB_NAME"')))
+    run = record.start(plan(stub('echo "$SLURM_NTASKS $SLURM_JOB_NAME"')))
     assert finish(run).state == "COMPLETED"
     assert rank_logs(run)[0] == "4 finetune\n"
 
 
 def test_a_refusal_is_an_error_and_leaves_nothing(plan, stub, site):
     with pytest.raises(SubmitError, match=r"(?s)invalid partition.*Nothing was submitted"):
-        runs.start(plan(stub("exit 0"), partition="nowhere"))
+        record.start(plan(stub("exit 0"), partition="nowhere"))
     assert not list(Path(plan(stub("")).profile.paths.runs).iterdir())
 
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
     """Put a script in sbatch's place; the real one is "$SBATCH"."""
-    real = slurm.which("sbatch")
+    real = client.which("sbatch")
 
     def replace(does: str) -> None:
         folder = tmp_path / "bin"
@@ -112,12 +115,12 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def jobs_of(site, path) -> list[str]:
-    return [job.id for job in slurm.queue(site.environment).values() if job.command == str(path / "job.sbatch")]
+    return [job.id for job in client.queue(site.environment).values() if job.command == str(path / "job.sbatch")]
 
 
 def test_garbage_from_sbatch_with_a_job_behind_it_is_that_job(plan, stub, finish, sbatch, site):
     sbatch('"$SBATCH" "$@" >/dev/null; echo gibberish')
-    run = runs.start(plan(stub("exit 0")))
+    run = record.start(plan(stub("exit 0")))
     assert jobs_of(site, run.path) == [run.job_id]
     assert finish(run).state == "COMPLETED"
 
@@ -126,14 +129,14 @@ def test_garbage_without_a_job_is_an_error(plan, stub, sbatch):
     sbatch("echo gibberish")
     made = plan(stub("exit 0"))
     with pytest.raises(SubmitError, match=r"(?s)gibberish.*Nothing was submitted"):
-        runs.start(made)
+        record.start(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
 def test_a_failure_after_the_job_was_made_is_that_job(plan, stub, finish, sbatch, site):
     """The notorious one: the controller takes the job, and its answer gets lost."""
     sbatch('"$SBATCH" "$@" >/dev/null; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1')
-    run = runs.start(plan(stub("exit 0")))
+    run = record.start(plan(stub("exit 0")))
     assert jobs_of(site, run.path) == [run.job_id]
     assert finish(run).state == "COMPLETED"
 
@@ -145,12 +148,12 @@ def test_a_hanging_sbatch_is_ended(plan, stub, finish, sbatch, site, monkeypatch
     made = plan(stub("exit 0"))
     began = time.monotonic()
     if makes_a_job:
-        run = runs.start(made)
+        run = record.start(made)
         assert jobs_of(site, run.path) == [run.job_id]
         finish(run)
     else:
         with pytest.raises(SubmitError, match=r"(?s)no answer within 2 s.*Nothing was submitted"):
-            runs.start(made)
+            record.start(made)
     assert time.monotonic() - began < 25
 
 
@@ -160,7 +163,7 @@ def test_a_missing_sbatch_is_an_error(plan, stub, monkeypatch, tmp_path):
         patch.setenv("PATH", str(tmp_path))
         (tmp_path / "bash").symlink_to("/bin/bash")  # the lint needs it
         with pytest.raises(SubmitError, match="sbatch: not found on PATH"):
-            runs.start(made)
+            record.start(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
@@ -172,7 +175,7 @@ def test_a_controller_that_is_down_is_an_error(plan, stub, tmp_path, site):
     dead.write_text("\n".join([*kept, "SlurmctldPort=1", "MessageTimeout=2", "SlurmctldTimeout=2"]))
     made = plan(stub("exit 0"), slurm_conf=str(dead))
     with pytest.raises(SubmitError, match=r"(?s)Unable to contact slurm controller.*Nothing was submitted"):
-        runs.start(made)
+        record.start(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
@@ -181,24 +184,24 @@ def test_when_nobody_can_tell_the_run_stays_and_is_adopted_later(plan, stub, fin
     monkeypatch.setattr(submit, "SBATCH_TIMEOUT", 2)
     sbatch('"$SBATCH" "$@"; exec >/dev/null 2>&1; sleep 30')
     made = plan(stub("sleep 1"))
-    silent = slurm.call
-    monkeypatch.setattr(slurm, "call", lambda program, *a, **k: silent("false", *a, **k))
+    silent = client.call
+    monkeypatch.setattr(client, "call", lambda program, *a, **k: silent("false", *a, **k))
     with pytest.raises(submit.UncertainError, match="isn't known"):
-        runs.start(made)
+        record.start(made)
     [path] = Path(made.profile.paths.runs).iterdir()
-    run = runs.read(path)
-    assert runs.state_of(run).state == runs.SUBMITTING
-    monkeypatch.setattr(slurm, "call", silent)
+    run = record.read(path)
+    assert record.state_of(run).state == record.SUBMITTING
+    monkeypatch.setattr(client, "call", silent)
     assert finish(run).state == "COMPLETED"
-    assert runs.read(path).job_id
+    assert record.read(path).job_id
 
 
 CTRL_C = """
     import sys
     from pathlib import Path
-    from launcher import runs
+    from launcher.runs import record
     import pickle
-    runs.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
+    record.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
 """
 
 
@@ -217,10 +220,10 @@ def test_ctrl_c_in_the_middle_of_a_submission(plan, stub, finish, sbatch, site, 
     wait_until((tmp_path / "submitting").exists, 20)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to everyone in the foreground
     _, complaint = process.communicate(timeout=30)
-    left = [runs.read(path) for path in Path(asked.profile.paths.runs).iterdir()]
+    left = [record.read(path) for path in Path(asked.profile.paths.runs).iterdir()]
     assert len(left) == made
     for run in left:
         assert jobs_of(site, run.path) == [run.job_id]
         assert f"interrupted, but Slurm has the job: {run.job_id}" in complaint
-        runs.cancel(run)
+        record.cancel(run)
         assert finish(run).state == "CANCELLED"

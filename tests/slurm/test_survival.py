@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 from running import story, wait_until
 
-from launcher import jobs, logs, processes, runs, sandbox_daemons, sandbox_state, slurm
-from launcher.profile import ClusterProfile
+from launcher.cluster.profile import ClusterProfile
+from launcher.common import processes
+from launcher.planning import jobs
+from launcher.runs import logs
+from launcher.runs import record as runs
+from launcher.sandbox import daemons
+from launcher.sandbox import record as sandbox_state
+from launcher.slurm import client
 
 STEPS = 120
 VALUES = {
@@ -45,12 +51,14 @@ SHAPE = {
 WEIGHTS = """
 import sys
 from pathlib import Path
-from megatron_mixtral import checkpoint, mcore, model
-from megatron_mixtral.config import Layout, MixtralShape
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.checkpoint import save_load
+from megatron_mixtral.model import build
+from megatron_mixtral.spec.jobs import Layout, MixtralShape
 folder = Path(sys.argv[1])
-mcore.initialize(Layout(), seed=5)
-built = model.build(MixtralShape.from_folder(folder), Layout(), precision="fp32")
-checkpoint.save(folder / "release", built, assets=folder)
+compat.initialize(Layout(), seed=5)
+built = build.build(MixtralShape.from_folder(folder), Layout(), precision="fp32")
+save_load.save(folder / "release", built, assets=folder)
 """
 
 
@@ -67,7 +75,7 @@ class Place:
 
     @staticmethod
     def _write_data(folder) -> None:
-        from megatron_mixtral import indexed
+        from megatron_mixtral.data import indexed
 
         folder.mkdir()
         random = np.random.default_rng(1)
@@ -179,8 +187,8 @@ def test_a_whole_node_lost(place, undisturbed, site, which):
     """Its slurmd and all that runs on it; Slurm is told, as it would find out by itself after SlurmdTimeout."""
     run = runs.start(place.plan())
     wait_for_step(run, 25)
-    asked = slurm.call("squeue", "--noheader", "--format=%N", f"--jobs={run.job_id}", environment=run.environment)
-    names = slurm.call("scontrol", "show", "hostnames", asked.strip(), environment=run.environment).split()
+    asked = client.call("squeue", "--noheader", "--format=%N", f"--jobs={run.job_id}", environment=run.environment)
+    names = client.call("scontrol", "show", "hostnames", asked.strip(), environment=run.environment).split()
     node = names[which]
     state = sandbox_state.read(site.folder)
     roots = [state.processes[node]]
@@ -189,11 +197,11 @@ def test_a_whole_node_lost(place, undisturbed, site, which):
     for signum in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none lives to tell Slurm of another's end
         for pid in {*on_node, *steps}:
             kill(pid, signum)
-    slurm.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost", environment=run.environment)
+    client.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost", environment=run.environment)
     try:
         check(run, undisturbed, attempts=2)
     finally:
-        sandbox_daemons.launch(state, node, "slurmd", "-D", "-N", node)
+        daemons.launch(state, node, "slurmd", "-D", "-N", node)
         wait_until(lambda: node_is_back(node, run.environment), 60)
 
 
@@ -217,9 +225,9 @@ def kill(pid, signum):
 
 
 def node_is_back(node, environment):
-    state = slurm.call("sinfo", "--noheader", "--format=%T", f"--nodes={node}", environment=environment).strip()
+    state = client.call("sinfo", "--noheader", "--format=%T", f"--nodes={node}", environment=environment).strip()
     if state == "down":
-        slurm.call("scontrol", "update", f"nodename={node}", "state=resume", environment=environment)
+        client.call("scontrol", "update", f"nodename={node}", "state=resume", environment=environment)
     return state == "idle"
 
 
@@ -228,7 +236,7 @@ def node_is_back(node, environment):
 def test_requeued_by_hand(place, undisturbed):
     run = runs.start(place.plan())
     wait_for_step(run, 25)
-    slurm.call("scontrol", "requeue", run.job_id, environment=run.environment)
+    client.call("scontrol", "requeue", run.job_id, environment=run.environment)
     check(run, undisturbed, attempts=2)
 
 
@@ -241,7 +249,7 @@ def test_preempted_five_times_running(place, site):
     run = runs.start(place.plan(steps=400, partition="low", exclusive=True))
     for _ in range(5):
         wait_for_step(run, step_of(run) + 20, seconds=300)
-        slurm.call(
+        client.call(
             *("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wait", "--output=/dev/null"),
             "--wrap=sleep 1",
             environment=run.environment,

@@ -1,0 +1,138 @@
+"""`mixlaunch demo`: from nothing to a fine-tuned, served Mixtral on this machine, by the commands a user types.
+
+Every command is printed before it runs and does its real work on the cluster `local`; nothing here is staged.
+"""
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.common import terminal
+from launcher.errors import Fault, UsageError
+
+TEXT_BYTES = 2 << 20  # enough English for the loss to fall, little enough for seconds of tokenizing
+LEAST_TEXT = 8000  # bytes: a batch and what is kept aside to test on
+QUESTION = "Return a list of the"
+# Small enough for two cores, and with all that makes a Mixtral one: grouped queries, 8 experts, 2 of them a token.
+MODEL = shlex.split("--hidden 128 --intermediate 256")
+TRAINING = shlex.split(
+    "--pp 2 --ep 2 --steps 80 --sequence-length 64 --micro-batch 2 --global-batch 16 --precision fp32 "
+    "--lr 4e-3 --min-lr 4e-4 --warmup-steps 5 --eval-interval 80 --log-interval 4"
+)
+
+
+def run(text: Path | None, folder: Path) -> None:
+    """The whole chain in `folder`, on `text` or on the standard library's docstrings; `Fault` where it breaks."""
+    if text and not text.is_file():
+        raise UsageError(f"--text: {text}: no such file")
+    if text and (size := text.stat().st_size) < LEAST_TEXT:
+        raise UsageError(f"--text: {text}: {size} bytes of text are too few to train on; give {LEAST_TEXT} or more")
+    began = time.monotonic()
+    folder = folder.resolve() / time.strftime("%Y%m%d-%H%M%S")
+    models, runs = folder / "models", folder / "runs"
+    folder.mkdir(parents=True)
+    corpus = text or folder / "docstrings.jsonl"
+    if not text:
+        write_text(corpus)
+    hub, converted = models / "tiny-mixtral", models / "tiny-mixtral-megatron"
+    demo = Chain(folder)
+    demo.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub, *MODEL)
+    demo.step("Text into token files", "prepare", corpus, "--model", hub)
+    demo.step("The hub's layout into Megatron's", "convert", "--model", hub)
+    demo.step("Finetuning: 2 pipeline stages x 2 expert ranks", "finetune", "--model", converted, *TRAINING)
+    trained = newest(runs, "finetune")
+    demo.step("What the first rank said, and the loss", "logs", trained.name)
+    demo.step(
+        "Back into the hub's layout", "convert", "--to", "hf", "--model", trained, "--output", models / "tuned"
+    )
+    demo.step("A server on what was trained", "serve", "--model", trained, "--precision", "fp32", "--no-wait")
+    server = newest(runs, "serve")
+    try:
+        wait_for(server / "server.json", seconds=120)
+        demo.step(
+            "A question",
+            "chat",
+            server,
+            "--raw",
+            "--prompt",
+            QUESTION,
+            "--temperature",
+            "0.8",
+            "--seed",
+            "7",
+            "--max-tokens",
+            "40",
+        )
+    finally:
+        demo.step("The server ends", "cancel", server.name)
+    terminal.heading(f"Done in {time.monotonic() - began:.0f} s. Where everything lies:")
+    terminal.facts(
+        [
+            ("text", str(corpus)),
+            ("weights as made", str(hub)),
+            ("in Megatron's layout", str(converted)),
+            ("the training run", str(trained)),
+            ("its checkpoints", str(trained / "checkpoints")),
+            ("trained, for transformers", str(models / "tuned")),
+            ("the server's run", str(server)),
+        ]
+    )
+
+
+class Chain:
+    """Runs `mixlaunch` commands on the cluster `local` with everything below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._environment = os.environ | {"MIXLAUNCH_STATE": str(folder), "MIXLAUNCH_CLUSTER": "local"}
+
+    def step(self, title: str, *words: str | Path) -> None:
+        """Print the command, run it; `Fault` when it fails."""
+        terminal.heading(title)
+        command = [f"./{os.path.relpath(word)}" if isinstance(word, Path) else word for word in words]
+        terminal.say(f"$ mixlaunch {shlex.join(command)}", "bold")
+        launched = [sys.executable, "-P", "-m", "launcher", *command]
+        if code := subprocess.run(launched, env=self._environment, check=False).returncode:
+            raise Fault(f"mixlaunch {command[0]} ended with exit code {code}")
+
+
+def newest(runs: Path, job: str) -> Path:
+    """The run directory that `job` made last."""
+    return max(runs.glob(f"{job}-*"), key=lambda path: path.stat().st_mtime)
+
+
+def wait_for(path: Path, *, seconds: float) -> None:
+    """Until `path` is there; `Fault` after `seconds`."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise Fault(f"{path} isn't there after {seconds:g} s")
+        time.sleep(0.2)
+
+
+def docstrings() -> Iterator[str]:
+    """The English that every Python brings: the docstrings of its standard library, module by module."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib"} & set(path.parts):
+            continue
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+        if text := "\n\n".join(filter(None, found)):
+            yield text
+
+
+def write_text(path: Path) -> None:
+    """Docstrings as JSONL, one module a document, up to `TEXT_BYTES`."""
+    size = 0
+    with path.open("w") as stream:
+        for text in docstrings():
+            size += stream.write(json.dumps({"text": text}) + "\n")
+            if size > TEXT_BYTES:
+                return

@@ -1,0 +1,123 @@
+"""The commands about bad nodes: which ones a cluster's jobs keep off, why, and until when.
+
+Submissions leave them out by --exclude, which a dry run shows.
+"""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.cli.runs import AS_JSON
+
+if TYPE_CHECKING:
+    from launcher.cluster.profile import ClusterProfile
+
+
+CLUSTER = click.option(
+    "--cluster", metavar="NAME|FILE.yaml", help="Whose nodes.  [default: $MIXLAUNCH_CLUSTER, else local]"
+)
+
+
+@click.group(invoke_without_command=True)
+@CLUSTER
+@AS_JSON
+@click.pass_context
+def nodes(ctx: click.Context, as_json: bool, cluster: str | None) -> None:
+    """Keep jobs off bad nodes.
+
+    Shows the cluster's list: nodes with a reason and an end, left out of every submission.
+    """
+    if ctx.invoked_subcommand is None:
+        _show(cluster, as_json)
+
+
+@nodes.command("list")
+@CLUSTER
+@AS_JSON
+def list_nodes(as_json: bool, cluster: str | None) -> None:
+    """Show the list."""
+    _show(cluster, as_json)
+
+
+def _show(cluster: str | None, as_json: bool) -> None:
+    import dataclasses
+
+    from launcher.cli import status
+    from launcher.cluster import bad_nodes, profile
+    from launcher.common import terminal
+
+    loaded = profile.load(cluster)
+    found = bad_nodes.read(loaded)
+    if as_json:
+        terminal.as_json([dataclasses.asdict(entry) for entry in found])
+    elif not found:
+        terminal.say(f"no bad nodes of {loaded.name} in {bad_nodes.path(loaded)}")
+    else:
+        rows = [
+            (entry.node, status.moment(entry.until) if entry.until else "forever", entry.by, entry.reason)
+            for entry in found
+        ]
+        terminal.table(("NODE", "UNTIL", "BY", "REASON"), rows)
+
+
+@nodes.command("add")
+@CLUSTER
+@click.argument("names", metavar="NODE...", nargs=-1, required=True)
+@click.option("--reason", required=True, help="What is wrong with them, for people.")
+@click.option("--for", "lasting", default="7d", show_default=True, metavar="12h|7d|2w|forever", help="How long.")
+def add(names: tuple[str, ...], reason: str, lasting: str, cluster: str | None) -> None:
+    """Put nodes on the list: gpu07, gpu[01-04]."""
+    from launcher.cluster import bad_nodes, profile
+    from launcher.common import quoting, terminal
+
+    loaded = profile.load(cluster)
+    wanted, until = _expanded(names), bad_nodes.duration(lasting)
+    quoting.checked(reason, "--reason")
+    bad_nodes.require_file_system(loaded)
+    _known(loaded, wanted)
+    bad_nodes.add(loaded, dict.fromkeys(wanted, reason), until)
+    terminal.done(f"jobs on {loaded.name} keep off {', '.join(wanted)}{f' for {lasting}' if until else ''}")
+
+
+@nodes.command("remove")
+@CLUSTER
+@click.argument("names", metavar="NODE...", nargs=-1, required=True)
+def remove(names: tuple[str, ...], cluster: str | None) -> None:
+    """Take nodes off the list."""
+    from launcher.cluster import bad_nodes, profile
+    from launcher.common import terminal
+    from launcher.errors import UsageError
+
+    loaded = profile.load(cluster)
+    wanted = _expanded(names)
+    there = [entry.node for entry in bad_nodes.read(loaded)]
+    if missing := [name for name in wanted if name not in there]:
+        listed = ", ".join(there) or "none"
+        raise UsageError(f"{', '.join(missing)}: not on the list of {loaded.name}; there are: {listed}")
+    bad_nodes.remove(loaded, wanted)
+    terminal.done(f"{', '.join(wanted)} may be used again")
+
+
+def _expanded(names: tuple[str, ...]) -> list[str]:
+    from launcher.slurm import hostlist
+
+    return hostlist.expand(",".join(names))
+
+
+def _known(profile: "ClusterProfile", wanted: list[str]) -> None:
+    """A name that the cluster hasn't got would have later submissions refused: say so now, if Slurm answers."""
+    import difflib
+
+    from launcher.errors import Fault, UsageError
+    from launcher.slurm import client
+
+    if profile.is_local:
+        raise UsageError(f"{profile.name}: its jobs run on this machine alone; there are no nodes to leave out")
+    arguments = ("--noheader", "--Node", "--format=%N")
+    try:
+        there = client.call("sinfo", *arguments, environment=profile.slurm_environment).split()
+    except Fault:
+        return
+    if missing := [name for name in wanted if name not in there]:
+        near = difflib.get_close_matches(missing[0], there, n=3) or there[:3]
+        raise UsageError(f"{missing[0]}: no node of {profile.name}; nearest: {', '.join(near)}")

@@ -1,0 +1,346 @@
+"""The options of every job command, built once and shared by submission, `export` and `rehearse`.
+
+`planned` turns what was typed into a JobPlan; nothing is written and nobody is asked on the way.
+"""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.errors import UsageError
+from launcher.planning.settings import MODEL, SETTINGS, Setting
+
+if TYPE_CHECKING:
+    from launcher.cluster.profile import ClusterProfile
+    from launcher.planning.jobs import JobPlan
+
+AXES = (
+    ("tensor", "tp", "Tensor parallel size."),
+    ("pipeline", "pp", "Pipeline parallel size."),
+    ("expert", "ep", "Expert parallel size."),
+    ("expert_tensor", "etp", "Tensor parallel size inside an expert."),
+    ("context", "cp", "Context parallel size."),
+)
+PARALLEL = ("convert", "finetune", "serve")
+SHARED = ("convert", "verify")  # their processes share the bytes, so that any number of nodes will do
+HELP = {  # a line for the list of commands, and what more there is to say
+    "tiny": "Make a small Mixtral with random weights.\n\nIt lies in the hub's layout, real tokenizer and all.",
+    "download": "Fetch a model from the hub.\n\nIt goes into the cluster's models folder; run it again to resume.",
+    "prepare": "Tokenize text for training.\n\nFILES of text or conversations become Megatron's .bin and .idx.",
+    "convert": "Convert weights, to Megatron's layout or back.\n\nOne conversion serves every parallel layout.",
+    "verify": "Prove a converted folder.\n\nEvery tensor in DIR must still have the digest it was written with.",
+    "finetune": "Train on prepared data.\n\nFrom converted weights, or from another run's newest checkpoint.",
+    "serve": "Serve a model over HTTP.\n\nThe OpenAI and the Megatron way, and a page to try it in a browser.",
+}
+
+
+class SectionedOption(click.Option):
+    """An option that `--help` lists under its own heading."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """A command whose help keeps together what belongs together."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+class SectionedGroup(SectionedCommand, click.Group):
+    """Such a command with others under it, which are listed last; a word that is none of them is its `--model`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options, words = self._read(ctx, args)
+        if len(words) == 1 and words[0] not in self.commands:
+            if "model" in options:
+                raise click.UsageError(f"{words[0]!r} and --model: give one of them", ctx=ctx)
+            rests = (args[:place] + args[place + 1 :] for place, arg in enumerate(args) if arg == words[0])
+            rest = next(rest for rest in rests if self._read(ctx, rest) == (options, []))
+            args = ["--model", words[0], *rest]
+        return super().parse_args(ctx, args)
+
+    def _read(self, ctx: click.Context, args: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """The options in `args` as they are typed, wherever they stand, and the words that are none."""
+        ctx.allow_interspersed_args, ctx.ignore_unknown_options = True, True
+        try:
+            options, words, _ = self.make_parser(ctx).parse_args(list(args))
+        except click.UsageError:
+            return {}, []
+        finally:
+            ctx.allow_interspersed_args, ctx.ignore_unknown_options = False, False
+        return dict(options), [word for word in words if not word.startswith("-")]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+FORCE = SectionedOption(
+    ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
+)
+
+
+class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A setting's own check, so that the command line and a program hear the same words."""
+
+    name = "value"
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.setting.checked(value)
+        except UsageError as error:
+            raise click.UsageError(str(error), ctx=ctx) from None
+
+
+def job_command(
+    job: str,
+    action: Callable[..., None],
+    *,
+    more: tuple[click.Parameter, ...] = (),
+    under: tuple[click.Command, ...] = (),
+) -> click.Command:
+    """The command of `job` that hands its plan, and the values of `more`, to `action`; with others `under` it."""
+    names = [str(parameter.name) for parameter in more]
+
+    def callback(**typed: Any) -> None:
+        context = click.get_current_context()
+        if context.invoked_subcommand:
+            return _refuse_lost_options(context)
+        own = {name: typed.pop(name) for name in names}
+        return action(planned(job, typed), **own)
+
+    parts: dict[str, Any] = {
+        "callback": callback,
+        "params": [*_WHAT[job](), *_layout(job), *_job(job), *more, *map(_setting, SETTINGS[job])],
+        "help": HELP[job],
+        "context_settings": {"max_content_width": 110},
+    }
+    if not under:
+        return SectionedCommand(job, **parts)
+    metavar = f"[MODEL | {'|'.join(str(command.name) for command in under)} ...]"
+    return SectionedGroup(
+        job,
+        commands={str(command.name): command for command in under},
+        invoke_without_command=True,
+        subcommand_metavar=metavar,
+        **parts,
+    )
+
+
+def _refuse_lost_options(context: click.Context) -> None:
+    """What is typed before a command under another one would be lost on it."""
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE:
+            said = f"{parameter.opts[0]} goes behind `{context.command.name} {context.invoked_subcommand}`"
+            raise click.UsageError(said, ctx=context)
+
+
+def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
+    """The plan of `job` for the options as click read them."""
+    from launcher.planning import jobs
+
+    cluster, options = understood(job, typed)
+    return jobs.PLANS[job](cluster, **options)
+
+
+def understood(job: str, typed: dict[str, Any]) -> "tuple[ClusterProfile, dict[str, Any]]":
+    """The profile, and the other arguments of the function that plans `job`."""
+    from launcher.cluster import profile
+    from launcher.planning import inputs, jobs, uploads
+
+    cluster = profile.load(typed.pop("cluster"), typed.pop("override"))
+    given = {name: value for name, value in typed.items() if value is not None}
+    uploads.require_whole_paths(cluster, given)
+    if "files" in given:
+        given["files"] = uploads.redirect(cluster, given["files"])
+    if given.get("chat_template") not in (None, jobs.MISTRAL):
+        given["chat_template"] = uploads.redirect(cluster, (given["chat_template"],))[0]
+    asked = {name: given.pop(name) for name in ("name", "nodes", "time") if name in given}
+    options: dict[str, Any] = {
+        "ask": jobs.Ask(secrets=given.pop("env"), **asked),
+        "values": {s.name: given.pop(_key(s)) for s in SETTINGS[job] if _key(s) in given},
+    }
+    if job == "serve":
+        given["model"] = inputs.servable(cluster, given.get("model", MODEL))
+    if job in PARALLEL:
+        options["axes"] = jobs.Axes(**{axis: given.pop(short) for axis, short, _ in AXES if short in given})
+        options["shape"] = inputs.shape(cluster, given.get("model", MODEL))
+    return cluster, options | given
+
+
+def _option(section: str, name: str, help: str, default: str = "", **rest: Any) -> click.Option:
+    """An option that has no value unless given: `default` only says what the plan then does."""
+    return SectionedOption(
+        [name], section=section, help=f"{help}  [default: {default}]" if default else help, **rest
+    )
+
+
+def override(section: str = "Options") -> click.Option:
+    """`-o KEY=VALUE`, which every command about one cluster takes."""
+    names = ["-o", "override"]
+    help = "In place of the profile's own, such as -o node.gpus=4; repeat it."
+    return SectionedOption(names, section=section, multiple=True, metavar="KEY=VALUE", help=help)
+
+
+def _env() -> click.Option:
+    names, help = ["--env"], "Variable of your environment that the job gets as a secret; repeat it."
+    return SectionedOption(names, section="Job", multiple=True, metavar="NAME", help=help)
+
+
+def _what(name: str, help: str, default: str = "", **rest: Any) -> click.Option:
+    return _option("What", name, help, default, **rest)
+
+
+def _model(help: str = "Repository, path, or name of a run.") -> click.Option:
+    return _what("--model", help, MODEL)
+
+
+def _tiny() -> list[click.Parameter]:
+    return [_what("--output", "Folder to make.", metavar="DIR", required=True)]
+
+
+def _download() -> list[click.Parameter]:
+    return [
+        click.Argument(["model"], metavar="[REPO]", required=False),
+        _what("--output", "Where to.", "the models folder", metavar="DIR"),
+        _what("--revision", "Branch, tag or commit."),
+    ]
+
+
+def _prepare() -> list[click.Parameter]:
+    return [
+        click.Argument(["files"], nargs=-1, required=True, metavar="FILES..."),
+        _model("Whose tokenizer: repository or path."),
+        _what("--output", "Prefix of the two files.", "finetune, in the data folder", metavar="PREFIX"),
+    ]
+
+
+def _convert() -> list[click.Parameter]:
+    return [
+        _model(),
+        _what("--to", "Layout to write.", "megatron", type=click.Choice(["megatron", "hf", "peft"])),
+        _what("--output", "Where to.", "the models folder", metavar="DIR"),
+        _processes(),
+    ]
+
+
+def _verify() -> list[click.Parameter]:
+    return [
+        click.Argument(["folder"], metavar="[DIR]", required=False),
+        _what("--model", "In place of DIR: the conversion of a repository, or a run.", MODEL),
+        _processes(),
+    ]
+
+
+def _processes() -> click.Option:
+    help = "Processes a node that share it.  [default: 1 here, 8 on a cluster]"
+    return SectionedOption(["-j", "--processes"], section="What", help=help, **_whole("--processes"))
+
+
+def _finetune() -> list[click.Parameter]:
+    help = "What `prepare` wrote; repeat it to blend, by weight if given."
+    return [
+        _model(),
+        _what(
+            "--data",
+            help,
+            "finetune, in the data folder",
+            metavar="PREFIX[:WEIGHT]",
+            multiple=True,
+            callback=lambda _context, _option, given: given[0] if len(given) == 1 else given or None,
+        ),
+    ]
+
+
+def _serve() -> list[click.Parameter]:
+    return [
+        _model(),
+        _what("--host", "Address to listen on.", "the profile's"),
+        _what("--port", "Port to listen on.", "the profile's", **_whole("--port", 65535)),
+    ]
+
+
+_WHAT: dict[str, Callable[[], list[click.Parameter]]] = {
+    "tiny": _tiny,
+    "download": _download,
+    "prepare": _prepare,
+    "convert": _convert,
+    "verify": _verify,
+    "finetune": _finetune,
+    "serve": _serve,
+}
+
+
+def _layout(job: str) -> list[click.Parameter]:
+    if job not in PARALLEL:
+        return []
+    help = "train is TP1 EP8 PP4, inference is TP1 EP1 PP2."
+    preset = _option("Layout", "--preset", help, type=click.Choice(["train", "inference"]))
+    axes: list[click.Parameter] = [
+        _option("Layout", f"--{short}", help, **_whole(f"--{short}")) for _, short, help in AXES
+    ]
+    return [preset, *axes] if job == "convert" else axes
+
+
+def _job(job: str) -> list[click.Parameter]:
+    """What every job can be asked for."""
+    cluster = "$MIXLAUNCH_CLUSTER, else local"
+    fewest = "1" if job in SHARED else "the fewest that the layout needs"
+    nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))
+    return [
+        _option("Job", "--cluster", "Profile of the cluster.", cluster, metavar="NAME|FILE.yaml"),
+        override("Job"),
+        _env(),
+        *([nodes] if job in (*PARALLEL, *SHARED) else []),
+        _option("Job", "--name", "Name of the run.", job),
+        _option("Job", "--time", "Minutes, HH:MM:SS or D-HH:MM:SS.", "the profile's", metavar="LIMIT"),
+    ]
+
+
+def _key(setting: Setting) -> str:
+    """Settings and a command's own options never share a name."""
+    return f"set_{setting.name}"
+
+
+def _setting(setting: Setting) -> click.Option:
+    names = [setting.option, _key(setting)]
+    if setting.kind is bool and setting.default:
+        off = f"--no-{setting.option.removeprefix('--')}"
+        names = [f"{setting.option}/{off}", _key(setting)]
+        return SectionedOption(names, section="Settings", default=None, help=f"{setting.help}  [default: on]")
+    if setting.kind is bool:
+        return SectionedOption(names, section="Settings", is_flag=True, default=None, help=setting.help)
+    default = "" if setting.default is None else f"  [default: {_plain(setting.default)}]"
+    kind: dict[str, Any] = (
+        {"type": click.Choice(setting.choices)}
+        if setting.choices
+        else {"type": SettingType(setting), "metavar": {int: "N", float: "X", str: "TEXT"}[setting.kind]}
+    )
+    return SectionedOption(names, section="Settings", help=setting.help + default, **kind)
+
+
+def _whole(option: str, maximum: int | None = None) -> dict[str, Any]:
+    """Type and metavar of an option that takes a positive whole number."""
+    setting = Setting(name="", typed=option, help="", default=None, minimum=1, maximum=maximum)
+    return {"type": SettingType(setting), "metavar": "N"}
+
+
+def _plain(value: Any) -> str:
+    """As people write it: `1e-4`, not `0.0001`; `20`, not `20.0`."""
+    if isinstance(value, float) and 0 < value < 1e-3:
+        return re.sub(r"e-0*", "e-", f"{value:.0e}")
+    return f"{value:g}" if isinstance(value, float) else str(value)

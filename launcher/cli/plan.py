@@ -1,0 +1,67 @@
+"""`plan JOB`: what a job's options come to, and whether it fits, without a submission.
+
+Exit codes are those of the submission: 2 for what would be refused, with the nearest layouts that wouldn't.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.cli.options import PARALLEL, SectionedOption, job_command
+from launcher.errors import LayoutError
+
+if TYPE_CHECKING:
+    from launcher.planning.jobs import JobPlan
+
+JSON = SectionedOption(["--json", "as_json"], section="Job", is_flag=True, help="Everything, for programs.")
+
+
+@click.group("plan")
+def plan_command() -> None:
+    """Say whether a job fits, before the queue does.
+
+    The layout equation, tokens a step, pipeline bubble, traffic over the fabric, memory per GPU; and when it
+    doesn't fit, the nearest layouts that do.
+    """
+
+
+def _plan(plan: "JobPlan", *, as_json: bool) -> None:
+    from launcher.common import terminal
+    from launcher.planning import describe
+
+    assert plan.outlook is not None
+    if as_json:
+        ranks = {"world": plan.world, "nodes": plan.nodes, "tasks_per_node": plan.tasks_per_node}
+        told = {"job": plan.job, "cluster": plan.profile.name, **ranks, **describe.as_json(plan.outlook)}
+        terminal.as_json(told)
+        sys.exit(0 if told["fits"] else 2)
+    terminal.heading(f"{plan.job} on {plan.profile.name}")
+    terminal.facts([*terminal.plan_facts(plan), *describe.facts(plan.outlook)])
+    describe.require(plan, force=False)
+
+
+def _refusal_as_json(command: click.Command) -> click.Command:
+    """`command` with an answer in JSON also for what can't be at all."""
+    inner = command.callback
+    assert inner is not None
+
+    def callback(**typed: Any) -> None:
+        asked = typed["as_json"]
+        try:
+            inner(**typed)
+        except LayoutError as error:
+            if not asked:
+                raise
+            from launcher.common import terminal
+            from launcher.planning import describe
+
+            terminal.as_json({"job": command.name, "fits": False, **describe.refusal_json(error)})
+            sys.exit(2)
+
+    command.callback = callback
+    return command
+
+
+for _job in PARALLEL:
+    plan_command.add_command(_refusal_as_json(job_command(_job, _plan, more=(JSON,))))

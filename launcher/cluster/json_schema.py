@@ -1,0 +1,56 @@
+"""The JSON schema of a profile, as editors take it to complete and check keys.
+
+It is what the model says, and what reading a file adds to that: `extends`, optional names, $VARIABLES, and null.
+"""
+
+from typing import Any
+
+from launcher.cluster.profile import ClusterProfile
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+REFERENCE = {"type": "string", "pattern": r"\$"}  # `gpus: $GPUS` is a number when the profile is read
+EXTENDS = {
+    "type": "string",
+    "description": "the profile that this one is laid over, by name or relative path: sections merge key by key",
+}
+
+
+def schema() -> dict[str, Any]:
+    """The schema of one file."""
+    made = ClusterProfile.model_json_schema()
+    sections = made.pop("$defs")
+    for section in (made, *sections.values()):
+        section["properties"] = {name: _told(value) for name, value in section["properties"].items()}
+    required = [name for name in made.pop("required") if name != "name"]
+    of_paths = sections["Paths"].pop("required")
+    made["properties"] = {"extends": EXTENDS, **made["properties"]}
+    whole = {"required": required, "properties": {"paths": {"required": of_paths}}}
+    head = {"$schema": DIALECT, "title": "mixlaunch cluster profile", "type": "object"}
+    return {
+        **head,
+        **made,
+        "title": head["title"],
+        "if": {"required": ["extends"]},
+        "else": whole,
+        "$defs": sections,
+    }
+
+
+def _told(value: dict[str, Any]) -> dict[str, Any]:
+    """A key's schema as a file may hold it: its value, a $VARIABLE, or null, which takes a parent's away."""
+    if "$ref" in value:
+        return value  # a section: its keys are what matters
+    about = {name: told for name, told in value.items() if name in ("description", "default")}
+    return {**about, "anyOf": [*_kinds(value), REFERENCE, {"type": "null"}]}
+
+
+def _kinds(value: dict[str, Any]) -> list[dict[str, Any]]:
+    bare = {name: told for name, told in value.items() if name not in ("description", "default", "title")}
+    kinds = bare.get("anyOf", [bare])
+    return [_emptied(kind) for kind in kinds if kind != {"type": "null"}]
+
+
+def _emptied(kind: dict[str, Any]) -> dict[str, Any]:
+    """A mapping of names may hold null, too: it takes away a parent's."""
+    values = kind.get("additionalProperties")
+    return {**kind, "additionalProperties": {"anyOf": [values, {"type": "null"}]}} if values else kind

@@ -1,0 +1,262 @@
+"""What people see in the terminal: one place for colour, tables and the shape of a plan.
+
+rich is imported on first use; it leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing
+that came from users is read as markup.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from launcher.planning.jobs import JobPlan
+
+ENOUGH = 20  # characters of a note that tell something
+STYLES = {  # of the states that Slurm knows
+    "COMPLETED": "green",
+    "RUNNING": "cyan",
+    "PENDING": "yellow",
+    "FAILED": "red",
+    "TIMEOUT": "red",
+    "PREEMPTED": "red",
+    "BOOT_FAIL": "red",
+    "NODE_FAIL": "red",
+    "OUT_OF_MEMORY": "red",
+    "CANCELLED": "magenta",
+}
+
+
+@functools.cache
+def console() -> "Console":
+    """The terminal. A pipe gets whole lines, never wrapped ones."""
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    terminal = Console(**plain)
+    return terminal if terminal.is_terminal else Console(**plain, width=10_000)
+
+
+def say(text: str, style: str = "") -> None:
+    """One line on stdout."""
+    console().print(text, style=style or None, soft_wrap=True)
+
+
+def done(text: str) -> None:
+    """Something that went well."""
+    _marked("✓", "green", text)
+
+
+def failed(text: str) -> None:
+    """Something that didn't."""
+    _marked("✗", "red", text)
+
+
+def _marked(mark: str, style: str, text: str) -> None:
+    from rich.text import Text
+
+    mark = mark if console().encoding.lower().startswith("utf") else "*"
+    console().print(Text.assemble((mark, f"bold {style}"), " ", text), soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """A title over what follows."""
+    console().print(f"\n{text}", style="bold cyan", soft_wrap=True)
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values in two columns; names are dim, values whole."""
+    from rich.text import Text
+
+    kept = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0)
+    for name, value in kept:
+        line = Text(f"  {name:<{width}}  ", style="dim")
+        line.append(value, style="not dim")
+        console().print(line, soft_wrap=True)
+
+
+def heading_with_state(text: str, state: str) -> None:
+    """A title with the state of what follows, in the state's colour."""
+    from rich.text import Text
+
+    console().print()
+    console().print(Text.assemble((text, "bold"), "  ", (state, STYLES.get(state, ""))), soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table without lines: people read it, and so do `cut` and `awk`."""
+    console().print(grid(columns, rows))
+
+
+def grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spare: Sequence[str] = ()
+) -> "Table":
+    """A table, not printed yet. Columns that hold nothing are left out, and those of `spare` where it's narrow."""
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = _widths(columns, rows, spare)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for place, width in widths.items():
+        justify: Any = "right" if columns[place] in right else "left"
+        last = place == len(columns) - 1 and len(widths) > 1  # gives way when there's still too little room
+        grid.add_column(columns[place], justify=justify, no_wrap=not last, min_width=None if last else width)
+    for row in rows:
+        cells = []
+        for place in widths:
+            style = STYLES.get(row[place].split(" ")[0], "dim" if place == len(columns) - 1 else "")
+            cells.append(Text(row[place], style=style, no_wrap=True, overflow="ellipsis"))
+        grid.add_row(*cells)
+    return grid
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> dict[int, int]:
+    """The columns to show, by place, and how wide each is."""
+    widths = {
+        place: max(len(column), *(len(row[place]) for row in rows))
+        for place, column in enumerate(columns)
+        if any(row[place] for row in rows)
+    }
+    for column in spare:
+        last = max(0, widths.get(len(columns) - 1, 0) - ENOUGH)  # of the last column the beginning will do
+        if sum(widths.values()) + 2 * len(widths) - last <= console().width:
+            break
+        widths.pop(columns.index(column), None)
+    return widths
+
+
+def as_json(value: Any) -> None:
+    """What programs read: JSON, indented, in full."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def code(text: str, language: str) -> None:
+    """A script or a configuration, coloured on a terminal and exactly itself elsewhere."""
+    if not console().is_terminal:
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    from rich.syntax import Syntax
+
+    console().print(Syntax(text, language, theme="ansi_dark", background_color="default", word_wrap=True))
+
+
+def plan_facts(plan: "JobPlan") -> list[tuple[str, str]]:
+    """A plan in a few lines: where, how many, how cut, how long."""
+    from launcher.planning import secrets
+
+    profile = plan.profile
+    nodes = f"{plan.nodes} node{'s' * (plan.nodes != 1)} x {plan.tasks_per_node}"
+    spread = f"{plan.world} on this machine" if profile.is_local else f"{plan.world} = {nodes}"
+    parallel = plan.layout is not None and plan.job in ("finetune", "serve")
+    return [
+        ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
+        ("through", profile.login_node.host if profile.login_node else ""),
+        ("ranks", spread),
+        ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
+        ("limit", "" if profile.is_local else plan.time),
+        ("retried", _retried(plan)),
+        *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
+        *(("output", path) for path in plan.outputs),
+        ("secrets", ", ".join(map(_with_value, secrets.carried(plan)))),
+    ]
+
+
+def _retried(plan: "JobPlan") -> str:
+    if plan.retried:
+        return "after a fault or a preemption"
+    return "after a preemption" if plan.resumable and not plan.profile.is_local else "never"
+
+
+def _with_state(path: str) -> str:
+    return path if Path(path).exists() else f"{path}  (isn't there)"
+
+
+def _with_value(name: str) -> str:
+    return name if os.environ.get(name) else f"{name} (isn't set)"
+
+
+def count(number: float) -> str:
+    """`12.3k`, `4.5G`: as much as one reads at a glance."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+@contextlib.contextmanager
+def progress(title: str) -> "Iterator[Moving | Lines]":
+    """A line that moves on a terminal, and elsewhere lines that come now and then."""
+    if not console().is_terminal:
+        yield Lines(title)
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", style="bold", markup=False), BarColumn(24))
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+        console=console(),
+        transient=True,
+    ) as bar:
+        yield Moving(bar, bar.add_task(title, total=None, text="starting"))
+
+
+class Moving:
+    """Progress on a terminal."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task, self._text = bar, task, ""
+
+    def update(self, text: str, done: float, total: float) -> None:
+        """Where it stands now."""
+        self._text = text
+        self._bar.update(self._task, text=text, completed=done, total=total)
+
+    def above(self, text: str) -> None:
+        """A line that stays."""
+        self._bar.console.print(f"  {text}", soft_wrap=True)
+
+    def tick(self) -> None:
+        """Time passes; the bar redraws by itself."""
+
+    def end(self) -> None:
+        """The bar is gone; where it stood stays."""
+        if self._text:
+            say(f"  {self._text}")
+
+
+class Lines:
+    """Progress in a log: the newest state, at most every few seconds, and always the last."""
+
+    EVERY = 10.0
+
+    def __init__(self, title: str) -> None:
+        self._title, self._said, self._waiting = title, time.monotonic() - self.EVERY, ""
+
+    def update(self, text: str, done: float, total: float) -> None:
+        """Where it stands now."""
+        self._waiting = text
+        self.tick(last=done >= total)
+
+    def above(self, text: str) -> None:
+        """A line that is always said."""
+        say(f"{self._title}: {text}")
+
+    def tick(self, last: bool = False) -> None:
+        """Say what waits when it's time."""
+        if self._waiting and (last or time.monotonic() - self._said > self.EVERY):
+            say(f"{self._title}: {self._waiting}")
+            self._said, self._waiting = time.monotonic(), ""
+
+    def end(self) -> None:
+        """Say what still waits."""
+        self.tick(last=True)

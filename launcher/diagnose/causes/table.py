@@ -1,0 +1,115 @@
+"""Why runs end, as tables: what hosts tell of, what ranks do, what an exit code alone says, and what is left.
+
+Found by lines of the host's log or of a rank's, by the first exit code, or by Slurm's state. Patterns are the
+programs' own words.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from launcher.diagnose.causes.cause import MARK, RESUME, RETRY, Cause
+from launcher.diagnose.causes.host import HOST
+from launcher.diagnose.causes.rank import RANK
+
+# What only the first exit code tells.
+EXITS = (
+    Cause(
+        name="requeue",
+        title="it saved and asked for its place in the queue back",
+        meaning="A warning came, of the time limit or of a preemption; everything is saved.",
+        advice=(RESUME,),
+        codes=(85,),
+    ),
+    Cause(
+        name="killed",
+        title="a rank was killed from outside (SIGKILL)",
+        meaning="Most often the kernel, because the node's memory was full; else an administrator or a clean-up.",
+        advice=(
+            "`dmesg -T | grep -i oom` on that node tells; more memory for the job: `node.memory_gb` in the profile",
+            RESUME,
+        ),
+        codes=(137, 9),
+    ),
+    Cause(
+        name="crashed",
+        title="a rank crashed in native code",
+        meaning="SIGSEGV, SIGBUS, SIGILL, SIGFPE or an abort: a bug in a compiled library, or memory gone bad.",
+        advice=(
+            "PYTHONFAULTHANDLER=1 in the profile's `environment` shows where it was",
+            "if it only ever happens on one node, that is to blame: " + RETRY,
+        ),
+        codes=(139, 135, 134, 132, 136, 11, 6, 7),
+    ),
+    Cause(
+        name="terminated",
+        title="the ranks were told to end from outside (SIGTERM)",
+        meaning="Nobody left a reason: somebody's scancel, a preemption, or an administrator.",
+        advice=(RESUME, "`sacct -j ID -o state,end,reason` may know more"),
+        codes=(143, 15),
+    ),
+    Cause(
+        name="interrupted",
+        title="the ranks were interrupted",
+        meaning="SIGINT: a Ctrl-C where the job was started.",
+        advice=(RESUME,),
+        codes=(130,),
+    ),
+)
+
+# A Python exception that nothing above knows by name.
+EXCEPTION = Cause(
+    name="exception",
+    title="an exception ended a rank",
+    meaning="Its last lines say which and where.",
+    advice=("the traceback names the line; if it isn't your doing, report it with the log",),
+    rank=(
+        r"^(?:\[rank\d+\]:\s*)?(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b(?::|$)",
+    ),
+)
+# Where no rank left a code of its own: srun's word on a node. After a failure it says the same of the slow ones.
+NODE_LOST = Cause(
+    name="node_lost",
+    title="everything on a node was killed at once",
+    meaning="Its ranks had no time to leave a word: the node went down, or something killed the job there.",
+    advice=(RETRY, MARK, "`sinfo -R` and the node's own log may say what happened"),
+    host=(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: Killed",),
+    bad_node=True,
+)
+CANCELLED = Cause(
+    name="cancelled",
+    title="it was cancelled",
+    meaning="Somebody ended it on purpose.",
+    advice=(RESUME,),
+    states=("CANCELLED",),
+)
+SCRIPT_KILLED = Cause(
+    name="script_killed",
+    title="the batch script was killed",
+    meaning="It had no time for a last word: a SIGKILL, or the machine it ran on went down.",
+    advice=(RESUME, "`dmesg -T` on that machine may tell of a full memory, `last -x` of a restart"),
+)
+NO_OUTPUT = Cause(
+    name="no_output",
+    title="Slurm couldn't begin the job",
+    meaning="It ended before its first line: its output file or working directory can't be opened on the node.",
+    advice=("is `paths.runs` of the profile on a file system that the compute nodes see and you may write?", RETRY),
+)
+UNKNOWN = Cause(
+    name="unknown",
+    title="nobody said why",
+    meaning="No line of its logs is one that mixlaunch knows.",
+    advice=("the last lines are below; `mixlaunch logs RUN --rank all` has the rest",),
+)
+
+
+def of_rank_lines(lines: Iterable[str]) -> Iterator[tuple[int, Cause]]:
+    """(place, cause) of every line that a cause knows, in the lines' order; an exception is the last resort."""
+    for place, line in enumerate(lines):
+        if cause := next((cause for cause in (*HOST, *RANK) if cause.match_rank(line)), None):
+            yield place, cause
+        elif EXCEPTION.match_rank(line):
+            yield place, EXCEPTION
+
+
+def of_code(code: int) -> Cause | None:
+    """What a first exit code alone says."""
+    return next((cause for cause in (*EXITS, *RANK) if code in cause.codes), None)

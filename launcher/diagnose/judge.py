@@ -1,0 +1,249 @@
+"""From evidence to a finding: what ended an attempt, with which rank and node it began, which lines say so (pure).
+
+The host outranks the ranks, a rank with a cause of its own those that only lost a peer, and words outrank codes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from launcher.diagnose.causes import table
+from launcher.diagnose.causes.cause import Cause
+from launcher.diagnose.causes.host import HOST
+from launcher.diagnose.causes.rank import RANK
+from launcher.diagnose.evidence import Evidence, Line
+from launcher.errors import UsageError
+from launcher.slurm import hostlist
+
+RECENT = 200  # lines at the end of a rank's log: what stands before was survived
+SHOWN = 8
+UNDERLINE = re.compile(r"^[\s~^]+$")
+PREFIX = re.compile(r"^\[rank\d+\]:\s?")
+FRAME = re.compile(r'^\s+File "')
+COMMAND = re.compile(r"\s+\(\s*trap .*")
+KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # the shell's word on a rank that a signal ended
+SIGNALS = range(129, 160)
+ENDED_BY_OTHERS = (0, 15, 137, 143, 85)  # codes of ranks that were ended, and so say nothing
+TOLD_TO_LEAVE = (15, 85, 130, 143)  # whichever rank was the first to, the others were told as well
+NOT_FIRST = ("time_limit", "preempted")  # they come to a job that a rank may have failed before
+
+Told = tuple[int, Cause]  # the place of a line in a rank's log, and what it gives away
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Why an attempt ended. `echoes` are ranks that only lost a peer, `silent` those that said nothing at all."""
+
+    cause: Cause
+    attempt: int | None = None
+    rank: int | None = None
+    code: int | None = None
+    nodes: tuple[str, ...] = ()
+    lines: tuple[Line, ...] = ()
+    first_rank: int | None = None
+    echoes: tuple[int, ...] = ()
+    silent: tuple[int, ...] = ()
+    node_to_blame: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bad_nodes(self) -> tuple[str, ...]:
+        """Nodes that this speaks against."""
+        return self.nodes if self.cause.bad_node or self.node_to_blame else ()
+
+
+def judge(evidence: Evidence) -> Finding | None:
+    """What ended the attempt; None if it did its work."""
+    if re.search(r"exit 0$", evidence.last_word):
+        return None
+    found = _found(evidence)
+    first = evidence.first
+    code = first.code if first else evidence.exit_code
+    notes = tuple(_notes(evidence, found))
+    return replace(
+        found,
+        attempt=evidence.attempt,
+        code=code if found.code is None else found.code,
+        first_rank=first.rank if first else None,
+        notes=notes,
+    )
+
+
+def _found(evidence: Evidence) -> Finding:
+    if evidence.state == "CANCELLED":
+        lines = [line for line in evidence.host if "CANCELLED AT" in line.text]
+        return Finding(cause=table.CANCELLED, lines=tuple(lines[:SHOWN]))
+    told = {rank: _best(lines) for rank, lines in evidence.ranks.items()}
+    echoes = {rank: best for rank, best in told.items() if best and best[1].echo}
+    host, rank = _of_host(evidence), _of_ranks(evidence, told, echoes)
+    own = rank is not None and not rank.cause.echo
+    ended = evidence.first is None or evidence.first.code in ENDED_BY_OTHERS
+    if host and not (own and not ended and host.cause.name in NOT_FIRST):
+        return host
+    lost = None if own or not ended else _of_lost_node(evidence)
+    return lost or rank or _of_code(evidence, tuple(echoes)) or _of_nothing(evidence)
+
+
+# --- the host ----------------------------------------------------------------------------------------------------
+
+
+def _of_host(evidence: Evidence) -> Finding | None:
+    for cause in (*HOST, *RANK):
+        matches = [(line, match) for line in evidence.host if (match := cause.match_host(line.text))]
+        if matches or evidence.state in cause.states:
+            return _host_finding(cause, matches)
+    return None
+
+
+def _host_finding(cause: Cause, matches: "list[tuple[Line, re.Match[str]]]") -> Finding:
+    groups = [match.groupdict() for _, match in matches]
+    nodes = [name for group in groups for name in _expanded(group.get("node"))]
+    ranks = [int(group["rank"]) for group in groups if group.get("rank")]
+    rank = ranks[0] if ranks else None
+    lines = {line.text: line for line, _ in matches}
+    return Finding(
+        cause=cause,
+        rank=rank,
+        nodes=tuple(dict.fromkeys(nodes)),
+        lines=tuple(lines.values())[:SHOWN],
+    )
+
+
+def _of_lost_node(evidence: Evidence) -> Finding | None:
+    """A node whose ranks were all killed, while those of others were told to end."""
+    first = evidence.first
+    if first and first.code == 137:
+        return None
+    matches = [(line, match) for line in evidence.host if (match := table.NODE_LOST.match_host(line.text))]
+    others = [found for found in matches if not first or found[1]["node"] != first.node]
+    return _host_finding(table.NODE_LOST, others[:1]) if others else None
+
+
+def _expanded(text: str | None) -> list[str]:
+    try:
+        return hostlist.expand((text or "").strip(" :,"))
+    except UsageError:
+        return []
+
+
+# --- the ranks ---------------------------------------------------------------------------------------------------
+
+
+def _of_ranks(evidence: Evidence, told: Mapping[int, Told | None], echoes: Mapping[int, Told]) -> Finding | None:
+    own = {rank: best for rank, best in told.items() if best and not best[1].echo}
+    silent = tuple(rank for rank, best in told.items() if best is None)
+    first = evidence.first
+    if first and first.rank in own:
+        return _rank_finding(evidence, first.rank, own[first.rank], echoes)
+    if first and first.code in SIGNALS and first.code not in ENDED_BY_OTHERS:
+        return None  # the code says more than what others complain about
+    if own:
+        rank = min(own, key=lambda rank: (_precedence(own[rank][1]), rank))
+        return _rank_finding(evidence, rank, own[rank], echoes)
+    if first and first.code == 137:
+        return None
+    return _only_echoes(evidence, echoes, silent) if echoes else None
+
+
+def _rank_finding(
+    evidence: Evidence, rank: int, best: Told, echoes: Iterable[int], silent: tuple[int, ...] = ()
+) -> Finding:
+    place, cause = best
+    node = evidence.node_of(rank)
+    return Finding(
+        cause=cause,
+        rank=rank,
+        nodes=(node,) if node else (),
+        lines=excerpt(evidence.ranks[rank], place),
+        echoes=tuple(other for other in echoes if other != rank),
+        silent=silent,
+    )
+
+
+def _only_echoes(evidence: Evidence, echoes: Mapping[int, Told], silent: tuple[int, ...]) -> Finding:
+    """Everyone who spoke had lost another rank: it's one of those that didn't, or a node with all of its ranks."""
+    first = evidence.first
+    speaker = first.rank if first and first.rank in echoes else min(echoes)
+    found = _rank_finding(evidence, speaker, echoes[speaker], echoes, silent)
+    if not silent:
+        return found
+    nodes = tuple(dict.fromkeys(filter(None, map(evidence.node_of, silent))))
+    speaking = {evidence.node_of(rank) for rank in echoes}
+    whole = len(nodes) == 1 and nodes[0] not in speaking
+    return replace(found, rank=silent[0], nodes=nodes, node_to_blame=whole, echoes=tuple(echoes))
+
+
+def _best(lines: Sequence[Line]) -> Told | None:
+    """The most telling of a log's last lines: causes of a rank's own first, in the order of the table."""
+    start = max(0, len(lines) - RECENT)
+    found = [(start + place, cause) for place, cause in table.of_rank_lines(line.text for line in lines[start:])]
+    return min(found, key=lambda item: (item[1].echo, _precedence(item[1]), -item[0]), default=None)
+
+
+def _precedence(cause: Cause) -> int:
+    order = (*HOST, *RANK, table.EXCEPTION)
+    return order.index(cause)
+
+
+def excerpt(lines: Sequence[Line], place: int) -> tuple[Line, ...]:
+    """The line at `place`, the frame of the caller's own code above it and the last one, and what follows."""
+    after = [line for line in lines[place + 1 : place + 3] if line.text.strip() and not KILLED.match(line.text)]
+    return tuple(replace(line, text=_plain(line)) for line in [*_frames(lines[:place]), lines[place], *after])
+
+
+def _frames(before: Sequence[Line]) -> list[Line]:
+    """Of a traceback that ends here: the last frame outside of installed packages, and the last of all."""
+    indented: list[Line] = []
+    for line in reversed(before):
+        if not _plain(line).startswith("  "):
+            break
+        if not UNDERLINE.match(_plain(line)):
+            indented.insert(0, line)
+    starts = [place for place, line in enumerate(indented) if FRAME.match(_plain(line))]
+    own = [place for place in starts if "site-packages" not in indented[place].text]
+    chosen = sorted({*own[-1:], *starts[-1:]})
+    return [line for place in chosen for line in indented[place : place + 2]]
+
+
+def _plain(line: Line) -> str:
+    """Without what torch puts in front, and without our own script in the shell's word on a killed rank."""
+    return COMMAND.sub("", PREFIX.sub("", line.text))
+
+
+# --- codes, and nothing at all -----------------------------------------------------------------------------------
+
+
+def _of_code(evidence: Evidence, echoes: tuple[int, ...]) -> Finding | None:
+    first = evidence.first
+    code = first.code if first else evidence.exit_code
+    if not code:
+        return None
+    rank = first.rank if first else None
+    cause = table.of_code(code) or table.UNKNOWN
+    lines = _last_lines(evidence.ranks.get(rank, ()) if rank is not None else evidence.host)
+    if first is None or code in TOLD_TO_LEAVE:
+        return Finding(cause=cause, lines=lines, code=code, echoes=echoes)
+    return Finding(cause=cause, rank=rank, nodes=(first.node,), lines=lines, code=code, echoes=echoes)
+
+
+def _of_nothing(evidence: Evidence) -> Finding:
+    if evidence.attempt is None and evidence.state not in ("", "UNKNOWN"):
+        return Finding(cause=table.NO_OUTPUT, lines=_last_lines(evidence.host))
+    killed = evidence.state == "FAILED" and not evidence.last_word
+    return Finding(cause=table.SCRIPT_KILLED if killed else table.UNKNOWN, lines=_last_lines(evidence.host))
+
+
+def _last_lines(lines: Sequence[Line]) -> tuple[Line, ...]:
+    return tuple(replace(line, text=_plain(line)) for line in lines if line.text.strip())[-SHOWN:]
+
+
+def _notes(evidence: Evidence, found: Finding) -> Iterable[str]:
+    if match := re.search(r"(\d+ faults without a newer checkpoint than \S+);", evidence.last_word):
+        yield f"not tried again: {match[1]}"
+    elif "scontrol requeue failed" in evidence.last_word:
+        yield "it asked for its place in the queue back, and Slurm refused"
+    elif "ended from outside" in evidence.last_word and found.cause.name == "terminated":
+        yield "Slurm was ending the job by then"
+    first = evidence.first
+    if first and found.rank is not None and first.rank != found.rank:
+        yield f"rank {first.rank} on {first.node} left first, with {first.code}, but not by a fault of its own"

@@ -1,0 +1,320 @@
+"""A profile held against the live cluster: one finding a question, with the reason when the answer isn't yes.
+
+`unknown` is an honest answer: what a login node can't see and what Slurm doesn't keep isn't called right or wrong.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.cluster.profile import ClusterProfile
+from launcher.errors import Fault, UsageError
+from launcher.planning import jobs
+from launcher.script import lint, render
+from launcher.slurm import client, inventory, sbatch_options
+from launcher.slurm.inventory import Kind, Partition, Site
+
+Verdict = Literal["ok", "failed", "unknown"]
+PROBE = 'for p; do [ -e "$p" ] && [ -r "$p" ] && echo r || echo -; done'
+# The nearest folder above that exists, and whether it lets one make the rest.
+WRITABLE = """
+for p; do
+  while [ ! -e "$p" ]; do p=$(dirname "$p"); done
+  [ -d "$p" ] && [ -w "$p" ] && echo "w$p" || echo "-$p"
+done
+"""
+TEST_ONLY = 'printf "%s" "$1" | sbatch --test-only 2>&1'
+STARTS = re.compile(r"Job \d+ to start at (\S+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One question and its answer."""
+
+    what: str
+    verdict: Verdict
+    why: str
+
+
+def check(profile: ClusterProfile) -> Iterator[Finding]:
+    """Every finding about `profile`, in the order in which one would ask; `Fault` if Slurm can't be asked."""
+    there = not profile.is_local
+    if there and profile.slurm_conf:
+        seen = _readable(profile, {"slurm_conf": profile.slurm_conf})
+        there = all(finding.verdict == "ok" for finding in seen)  # else nobody answers, after a long wait
+        yield from seen
+    if there:
+        yield from _of_slurm(profile, inventory.ask(profile.slurm_environment))
+    yield from _paths(profile)
+    yield from _script(profile)
+    if there:
+        yield _test_only(profile)
+
+
+def _ok(what: str, why: str) -> Finding:
+    return Finding(what=what, verdict="ok", why=why)
+
+
+def _failed(what: str, why: str) -> Finding:
+    return Finding(what=what, verdict="failed", why=" ".join(why.split()))
+
+
+def _unknown(what: str, why: str) -> Finding:
+    return Finding(what=what, verdict="unknown", why=" ".join(why.split()))
+
+
+def _of_slurm(profile: ClusterProfile, cluster: Site) -> Iterator[Finding]:
+    yield _version(profile, cluster)
+    names: list[str | None] = [*profile.partition.split(",")] if profile.partition else [None]
+    for name in names:
+        partition = cluster.partition(name)
+        yield _partition(name, partition, cluster)
+        if partition:
+            yield from _node(profile, cluster.of(partition.name), partition)
+            yield _time(profile, partition)
+    yield _account(profile, cluster)
+    if profile.qos:
+        yield _qos(profile, cluster)
+    if profile.reservation:
+        yield _reservation(profile.reservation, profile)
+    if profile.constraint:
+        yield _constraint(profile.constraint, cluster, names)
+
+
+def _version(profile: ClusterProfile, cluster: Site) -> Finding:
+    what = "Slurm version"
+    ours, theirs = sbatch_options.number(profile.slurm_version), sbatch_options.number(cluster.version or "0.0")
+    if not cluster.version:
+        return _unknown(what, "the controller doesn't say")
+    if ours > theirs:
+        return _failed(what, f"the cluster runs {cluster.version}; slurm_version {profile.slurm_version} is newer")
+    gone = sorted(set(profile.extra) - sbatch_options.known_options(".".join(cluster.version.split(".")[:2])))
+    if gone:
+        return _failed(what, f"sbatch {cluster.version} has no --{gone[0]}, which `extra` asks for")
+    older = "" if ours == theirs else f"; slurm_version {profile.slurm_version} uses less than it can"
+    return _ok(what, f"{cluster.version}{older}")
+
+
+def _near(name: str, there: Iterable[str]) -> str:
+    there = sorted(set(there))
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}there are: {', '.join(there) or 'none'}"
+
+
+def _partition(name: str | None, found: Partition | None, cluster: Site) -> Finding:
+    if found is None:
+        if name is None:
+            return _failed("partition", f"the cluster has no default one; {_near('', _names(cluster))}")
+        return _failed("partition", f"there is no {name!r}; {_near(name, _names(cluster))}")
+    if found.state != "UP":
+        return _failed("partition", f"{found.name} is {found.state}")
+    return _ok("partition", f"{found.name}, {found.nodes} nodes{'' if name else ' (the default)'}")
+
+
+def _names(cluster: Site) -> list[str]:
+    return [partition.name for partition in cluster.partitions]
+
+
+def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> Iterator[Finding]:
+    """GPUs, cores and memory of the nodes that have all of what a whole node is said to have."""
+    node = profile.node
+    where = partition.name
+    most = max((kind.gpus for kind in kinds), default=0)
+    if profile.gpu_request == "none" and node.gpus and not most:
+        yield _unknown("GPUs a node", f"Slurm counts none in {where}; gpu_request none asks for none")
+    elif most < node.gpus:
+        yield _failed("GPUs a node", f"nodes of {where} have {most} at most; node.gpus is {node.gpus}")
+    elif node.gpus:
+        fitting = [kind for kind in kinds if kind.gpus >= node.gpus]
+        rest = f"; others have {most}" if most > node.gpus else ""
+        yield _ok("GPUs a node", f"{node.gpus} on {sum(k.nodes for k in fitting)} nodes of {where}{rest}")
+        types = {kind.gpu_type for kind in fitting}
+        if node.gpu_type and node.gpu_type.lower() not in types:
+            yield _failed(
+                "GPU type", f"{where} has no {node.gpu_type}; {_near(node.gpu_type, filter(None, types))}"
+            )
+    fitting = [kind for kind in kinds if kind.gpus >= node.gpus or profile.gpu_request == "none"]
+    yield from _enough("cores a node", node.cpus, [kind.cpus for kind in fitting], where, "node.cpus")
+    if not profile.exclusive:  # whole nodes come with all they have
+        yield from _enough("memory a node", node.memory_gb, [k.memory_gb for k in fitting], where, "node.memory_gb")
+    if fitting and not any(kind.usable for kind in fitting):
+        yield _failed("nodes", f"all nodes of {where} that fit are down or drained")
+
+
+def _enough(what: str, asked: int | None, there: list[int], where: str, key: str) -> Iterator[Finding]:
+    if asked is None or not there:
+        return
+    unit = " GB" if what.startswith("memory") else ""
+    if max(there) < asked:
+        yield _failed(what, f"nodes of {where} have {max(there)}{unit} at most; {key} is {asked}")
+    else:
+        yield _ok(what, f"{asked} of {max(there)}{unit}")
+
+
+def _time(profile: ClusterProfile, partition: Partition) -> Finding:
+    if partition.minutes is not None and client.seconds(profile.time) // 60 > partition.minutes:
+        longest = f"{partition.minutes // 60}:{partition.minutes % 60:02}:00"
+        return _failed("time limit", f"{profile.time} is more than {partition.name} gives: {longest}")
+    return _ok("time limit", profile.time)
+
+
+def _account(profile: ClusterProfile, cluster: Site) -> Finding:
+    found = cluster.associations
+    if found is None:
+        return _unknown("account", "the cluster keeps no accounts that one can ask for")
+    name = profile.account or cluster.default_account
+    mine = [a for a in found if a.account == name]
+    if not mine:
+        verdict = _failed if cluster.enforced else _unknown
+        said = f"you have no association with {name!r}" if name else "you have no default account"
+        return verdict("account", f"{said}; {_near(name, (a.account for a in found))}")
+    wanted = set(profile.partition.split(",")) if profile.partition else set()
+    bound = {a.partition for a in mine}
+    if "" not in bound and wanted and not wanted & bound:
+        return _failed("account", f"{name} may use {', '.join(sorted(bound))}, not {profile.partition}")
+    for partition in filter(None, (cluster.partition(p) for p in wanted)):
+        if (partition.accounts and name not in partition.accounts) or name in partition.denied:
+            return _failed("account", f"{name} may not use {partition.name}")
+    return _ok("account", name if profile.account else f"{name} (your default)")
+
+
+def _qos(profile: ClusterProfile, cluster: Site) -> Finding:
+    assert profile.qos is not None
+    if cluster.associations is None:
+        return _unknown("QoS", "the cluster keeps no accounts that one can ask for")
+    account = profile.account or cluster.default_account
+    allowed = {qos for a in cluster.associations if a.account == account for qos in a.qos}
+    if profile.qos not in allowed:
+        return _failed(
+            "QoS", f"{account or 'your account'} may not use {profile.qos!r}; {_near(profile.qos, allowed)}"
+        )
+    partition = cluster.partition(profile.partition)
+    if partition and partition.qos and profile.qos not in partition.qos:
+        return _failed("QoS", f"{partition.name} takes {', '.join(partition.qos)}")
+    return _ok("QoS", profile.qos)
+
+
+def _reservation(name: str, profile: ClusterProfile) -> Finding:
+    try:
+        told = client.call("scontrol", "--oneliner", "show", "reservation", environment=profile.slurm_environment)
+    except Fault as fault:
+        return _unknown("reservation", str(fault))
+    all_of_them = {
+        one["ReservationName"]: one for one in map(inventory.fields, told.splitlines()) if "ReservationName" in one
+    }
+    if name not in all_of_them:
+        return _failed("reservation", f"there is no {name!r}; {_near(name, all_of_them)}")
+    found = all_of_them[name]
+    state = found.get("State", "")
+    said = f"{name}, {state.lower()} until {found.get('EndTime', '?')}"
+    return _ok("reservation", said) if state == "ACTIVE" else _unknown("reservation", f"{said}; jobs wait for it")
+
+
+def _constraint(text: str, cluster: Site, names: list[str | None]) -> Finding:
+    chosen = [p.name for p in (cluster.partition(name) for name in names) if p]
+    there = {feature for name in chosen for kind in cluster.of(name) for feature in kind.features}
+    for feature in re.findall(r"[A-Za-z_][\w.-]*", text):
+        if feature not in there:
+            return _failed("constraint", f"no node of {', '.join(chosen)} has {feature!r}; {_near(feature, there)}")
+    return _ok("constraint", text)
+
+
+def _paths(profile: ClusterProfile) -> Iterator[Finding]:
+    """Folders that can be written, files that can be read; seen from here or from the login node."""
+    paths = profile.paths
+    folders = {"paths.models": paths.models, "paths.data": paths.data, "paths.runs": paths.runs}
+    environment = profile.slurm_environment
+    said = client.call("sh", "-c", WRITABLE, "sh", *folders.values(), environment=environment)
+    for (what, path), answer in zip(folders.items(), said.splitlines(), strict=True):
+        base = answer[1:]
+        if base == "/":
+            yield _failed(what, f"nothing of {path} is there; is that file system mounted?")
+        elif answer[0] != "w":
+            yield _failed(what, f"{base} isn't a folder that you can write in")
+        else:
+            yield _ok(what, path if base == path else f"{path} (will be made below {base})")
+    yield from _readable(profile, dict(_files(profile)))
+    if profile.in_container:
+        yield _runtime(profile)
+    yield from _elsewhere(profile)
+
+
+def _runtime(profile: ClusterProfile) -> Finding:
+    name, environment = profile.container.runtime, profile.slurm_environment
+    if name == "pyxis":
+        there = "--container-image" in client.call("srun", "--help", environment=environment)
+        return (
+            _ok(name, "srun takes --container-image") if there else _failed(name, "srun has no --container-image")
+        )
+    try:
+        return _ok(name, client.call("sh", "-c", 'command -v "$1"', "sh", name, environment=environment).strip())
+    except Fault:
+        return _unknown(name, "isn't on PATH here; compute nodes may have it")
+
+
+def _readable(profile: ClusterProfile, files: dict[str, str]) -> list[Finding]:
+    """A finding for each file: whether it is there and can be read."""
+    said = client.call("sh", "-c", PROBE, "sh", *files.values(), environment=profile.slurm_environment)
+    return [
+        _ok(what, path) if seen == "r" else _failed(what, f"{path} isn't here or can't be read")
+        for (what, path), seen in zip(files.items(), said.splitlines(), strict=True)
+    ]
+
+
+def _files(profile: ClusterProfile) -> Iterator[tuple[str, str]]:
+    container = profile.container
+    if container.image and container.image.startswith("/"):
+        yield "image", container.image
+    for mount in container.mounts:
+        yield f"mount {mount}", mount.partition(":")[0]
+    if not profile.in_container and profile.python.startswith("/"):
+        yield "python", profile.python
+
+
+def _elsewhere(profile: ClusterProfile) -> Iterator[Finding]:
+    """What only the compute nodes can tell."""
+    if profile.container.image and not profile.container.image.startswith("/"):
+        yield _unknown("image", f"{profile.container.image} is fetched when the job starts")
+    if profile.in_container:
+        yield _unknown("python", f"{profile.python} is in the container")
+    elif not profile.python.startswith("/"):
+        yield _unknown("python", f"{profile.python} is found on the compute nodes' PATH")
+    for name in profile.secrets:
+        seen = bool(os.environ.get(name))
+        yield _ok(f"secret {name}", "set here") if seen else _unknown(f"secret {name}", "isn't set here now")
+
+
+def _script(profile: ClusterProfile) -> Iterator[Finding]:
+    """Templates of the user's own make a script that is fit to run."""
+    if profile.templates:
+        try:
+            lint.check(render.render(jobs.plan_finetune(profile)), profile.slurm_version)
+        except UsageError as error:
+            yield _failed("templates", str(error))
+        else:
+            yield _ok("templates", ", ".join(profile.templates))
+
+
+def _test_only(profile: ClusterProfile) -> Finding:
+    """sbatch's own verdict on one whole node as the profile describes it."""
+    what = "sbatch --test-only"
+    try:
+        text = render.render(_whole_node(profile))
+    except UsageError as error:
+        return _failed(what, str(error))
+    try:
+        said = client.call("sh", "-c", TEST_ONLY, "sh", text, environment=profile.slurm_environment)
+    except Fault as fault:
+        return _failed(what, re.sub(r"^sh: ", "", str(fault)))
+    start = STARTS.search(said)
+    return _ok(what, f"a node like that could start at {start[1]}" if start else said.strip())
+
+
+def _whole_node(profile: ClusterProfile) -> jobs.JobPlan:
+    gpus = max(1, profile.node.gpus)
+    axes = jobs.Axes(tensor=1, pipeline=1, expert=1, expert_tensor=1, context=1)
+    return jobs.plan_finetune(profile, axes=axes, ask=jobs.Ask(nodes=1), values={"global_batch": gpus})

@@ -1,0 +1,151 @@
+"""Runs of a cluster behind a login node, seen from here: a copy of each run directory's small files.
+
+A path says by itself where its original lies, so whoever reads run directories needn't know. Copies are made anew
+whenever runs are looked for; weights, checkpoints and secrets are never among them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.common import state_dir
+from launcher.host import ssh
+from launcher.host.ssh import Login
+
+RECORD = ".login"
+LIST = (  # what a list of runs shows
+    *("/*/", "/*/run.json", "/*/server.json", "/*/events.jsonl"),
+    *(
+        "/*/logs/",
+        "/*/logs/slurm-*.out",
+        "/*/logs/attempt_*/",
+        "/*/logs/attempt_*/batch.log",
+        "/*/logs/attempt_*/first_exit",
+    ),
+)
+HEAVY = ("/checkpoints/", "/secrets.env", "/inputs/", "/submission/", "*.distcp", "*.safetensors")
+
+
+def place(login: Login | None, path: Path) -> Path:
+    """Where a path of the cluster lies on this machine: there itself, or in the copies of the login node's."""
+    if login is None:
+        return path
+    folder = _folder(login)
+    if not (folder / RECORD).exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / RECORD).write_text(login.encoded())
+    return folder / path.relative_to("/")
+
+
+def login_of(path: Path) -> Login | None:
+    """The login node that `path` is a copy from; None for a path of this machine."""
+    parts = _below(path)
+    return _login(_home() / parts[0]) if parts else None
+
+
+def original(path: Path) -> Path:
+    """The path that a copy has on its cluster; any other is its own original."""
+    return Path("/", *_below(path)[1:]) if login_of(path) else path
+
+
+def shown(path: Path) -> str:
+    """A path for people: HOST:PATH for a copy."""
+    login = login_of(path)
+    return f"{login.host}:{original(path)}" if login else str(path)
+
+
+def pull(root: Path) -> None:
+    """Bring the copies of all runs below `root` up to date; nothing for a folder of this machine."""
+    if login := login_of(root):
+        rules = [*(f"--include={rule}" for rule in LIST), "--exclude=*"]
+        _copy(login, root, rules, root=root)
+
+
+def refresh(run: Path) -> None:
+    """Bring one run's copy up to date, every log of it; nothing for a run of this machine."""
+    if login := login_of(run):
+        _copy(login, run, [f"--exclude={rule}" for rule in HEAVY], root=run.parent)
+
+
+def put(file: Path) -> None:
+    """Bring one changed file of a copy to its original."""
+    if login := login_of(file):
+        ssh.rsync(login, "-pt", str(file), ssh.far(login, original(file)))
+
+
+def read(path: Path) -> bytes:
+    """A file's content, of which nothing stays here if it is a copy's; `FileNotFoundError`, `OSError`."""
+    if (login := login_of(path)) is None:
+        return path.read_bytes()
+    name = shlex.quote(str(original(path)))
+    done = ssh.run(login, f"[ -e {name} ] || exit 66; exec cat {name}")
+    if done.code == 66:
+        raise FileNotFoundError(2, "No such file or directory", str(original(path)))
+    if done.code:
+        raise OSError(done.said)
+    return done.out.encode()
+
+
+@contextlib.contextmanager
+def submitting(run: Path) -> Iterator[None]:
+    """While this lasts the copy `run` isn't taken for one whose original was removed."""
+    if login_of(run) is None:
+        yield
+        return
+    with _locked(run.parent, fcntl.LOCK_SH):
+        yield
+
+
+def _copy(login: Login, folder: Path, rules: list[str], *, root: Path) -> None:
+    """Make `folder` as its original is, by `rules`. Nothing is removed here while a run is being submitted."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(ssh.MissingError), _locked(root, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+        removing = ["--delete"] if alone else []
+        ssh.rsync(login, "-rt", *removing, *rules, ssh.far(login, f"{original(folder)}/"), f"{folder}/")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool]:
+    """Whether the lock was free; it is held until the block ends."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def is_known(login: Login) -> bool:
+    """Whether this machine has ever asked about runs there."""
+    return _folder(login).is_dir()
+
+
+def _below(path: Path) -> tuple[str, ...]:
+    """The parts of a path below the folder of all copies."""
+    copies = _home()
+    return path.relative_to(copies).parts if path.is_relative_to(copies) else ()
+
+
+def _home() -> Path:
+    return state_dir.state().resolve() / "remote"
+
+
+def _folder(login: Login) -> Path:
+    """Two clusters may share a host's name and differ in a port."""
+    options = hashlib.sha256(login.encoded().encode()).hexdigest()[:8]
+    return _home() / (f"{login.host}-{options}" if login.options else login.host)
+
+
+def _login(folder: Path) -> Login | None:
+    with contextlib.suppress(FileNotFoundError):
+        return Login.decoded((folder / RECORD).read_text())
+    return None

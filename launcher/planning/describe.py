@@ -1,0 +1,185 @@
+"""What an outlook says, to people and to programs: the equation, the batch, the bubble, the fabric, the memory.
+
+`require` is the last word before a submission: what memory can't hold is refused, unless the user knows better.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import LayoutError
+from launcher.planning import memory, suggest
+from launcher.planning.fit import Batch, Exchange, Outlook, gpu_bytes, itemized
+from launcher.planning.layout import Layout
+from launcher.planning.memory import GIB, Serving
+
+if TYPE_CHECKING:
+    from launcher.planning.jobs import JobPlan
+
+Facts = list[tuple[str, str]]
+
+
+def facts(outlook: Outlook) -> Facts:
+    """Names and values, a line each; what there is nothing to say of is left out."""
+    if outlook.request.work is None:
+        return [*_equation(outlook), *_whole_model(outlook)]
+    return [*_equation(outlook), *_batch(outlook), *_fabric(outlook), *_memory(outlook)]
+
+
+def _equation(outlook: Outlook) -> Facts:
+    layout, shape = outlook.request.layout, outlook.request.shape
+    tensor, pipeline, expert = f"TP {layout.tensor}", f"PP {layout.pipeline}", f"EP {layout.expert}"
+    found: Facts = []
+    if outlook.request.work:
+        axes = f"{tensor} x {pipeline} x CP {layout.context} x DP {outlook.data}"
+        found.append(("world", f"{outlook.world} = {axes}"))
+        axes = f"ETP {layout.expert_tensor} x {expert} x {pipeline} x expert DP {outlook.expert_data}"
+        found.append(("for experts", f"{outlook.world} = {axes}"))
+    if shape:
+        found.append(
+            ("experts / EP", f"{shape.experts} / {layout.expert} = {shape.experts // layout.expert} a rank")
+        )
+        found.append(("layers / PP", f"{shape.layers} / {layout.pipeline} = {_stages(outlook.stages)}"))
+    return found
+
+
+def _whole_model(outlook: Outlook) -> Facts:
+    """The weights, which is all there is to tell of a layout that is only written down."""
+    layout, shape = outlook.request.layout, outlook.request.shape
+    if shape is None:
+        return []
+    size = memory.BYTES["bf16"]
+    whole = size * sum(memory.parameters(shape, Layout(), 0))
+    largest = size * max(sum(memory.parameters(shape, layout, stage)) for stage in range(layout.pipeline))
+    return [("weights", f"{whole / GIB:.1f} GiB in bf16, {largest / GIB:.1f} on the fullest rank of this layout")]
+
+
+def _stages(stages: tuple[int, ...]) -> str:
+    """`8 a stage`, or how many in which."""
+    if len(set(stages)) == 1:
+        return f"{stages[0]} a stage"
+    return f"{', '.join(map(str, stages))} by stage"
+
+
+def _batch(outlook: Outlook) -> Facts:
+    batch, pipeline = outlook.request.work, outlook.request.layout.pipeline
+    if not isinstance(batch, Batch):
+        return []
+    rounds = f"micro batch {batch.micro_batch} x DP {outlook.data} x {outlook.micro_batches} micro batches"
+    found = [
+        ("global batch", f"{batch.global_batch} = {rounds}"),
+        ("tokens a step", f"{outlook.tokens_a_step:,} = {batch.global_batch} x {batch.sequence}"),
+    ]
+    if pipeline > 1:
+        chunks = f" x {batch.virtual_pipeline} chunks" if batch.virtual_pipeline > 1 else ""
+        waits = f"(PP {pipeline} - 1) / ({outlook.micro_batches} micro batches{chunks} + PP {pipeline} - 1)"
+        found.append(("bubble", f"{outlook.bubble:.1%} of a step = {waits}"))
+    return found
+
+
+def _fabric(outlook: Outlook) -> Facts:
+    return [(f"{e.axis} traffic", exchange_text(e)) for e in outlook.exchanges]
+
+
+def exchange_text(exchange: Exchange) -> str:
+    """Where one axis' traffic goes, and what it costs where that is the fabric."""
+    group = f"each group of {exchange.ranks} ranks"
+    if exchange.islands == 1:
+        return f"{group} inside one NVLink domain"
+    said = f"warning: {group} spans {exchange.islands} NVLink domains"
+    if exchange.token_bytes:
+        said += f": {exchange.token_bytes / 1024:.0f} KiB a token and layer over the fabric"
+    if exchange.step_bytes:
+        said += f", {exchange.step_bytes / GIB:.0f} GiB a GPU and step"
+    if exchange.step_seconds is not None:
+        said += f", about {exchange.step_seconds:.1f} s"
+    return said
+
+
+def _memory(outlook: Outlook) -> Facts:
+    fullest, gpu = outlook.fullest, gpu_bytes(outlook.request)
+    if fullest is None:
+        return [("memory", f"not checked: {outlook.unchecked}")] if outlook.unchecked else []
+    of = f" of {gpu / GIB:g}" if gpu else ""
+    stage = f", stage {fullest.stage + 1} of {len(outlook.usage)}" if len(outlook.usage) > 1 else ""
+    found = [("GPU memory", f"{fullest.total / GIB:.1f}{of} GiB{stage}: {itemized(fullest)}")]
+    if isinstance(work := outlook.request.work, Serving):
+        found += _cache(outlook, work)
+    if outlook.unchecked:
+        return [*found, ("memory", f"not checked: {outlook.unchecked}")]
+    return [*found, ("verdict", "DOESN'T FIT" if outlook.shortage else "tight" if outlook.tight else "fits")]
+
+
+def _cache(outlook: Outlook, work: Serving) -> Facts:
+    layout, shape, room = outlook.request.layout, outlook.request.shape, outlook.cache_room
+    assert shape is not None
+    a_token = max(memory.cache_bytes(shape, layout, work.precision, s) for s in range(layout.pipeline))
+    wanted = f"{work.requests} requests x {work.tokens} tokens"
+    said = f"{a_token / 1024:.0f} KiB a token; {wanted} want {work.cache_tokens:,}"
+    return [("KV cache", said if room is None else f"{said}, there is room for {max(room, 0):,}")]
+
+
+def as_json(outlook: Outlook) -> dict[str, Any]:
+    """Everything, in plain numbers: bytes, shares, seconds."""
+    layout, gpu = outlook.request.layout, gpu_bytes(outlook.request)
+    return {
+        "fits": not outlook.shortage,
+        "shortage": outlook.shortage or None,
+        "tight": outlook.tight or None,
+        "memory_unchecked": outlook.unchecked or None,
+        "layout": {**vars(layout), "data": outlook.data, "expert_data": outlook.expert_data},
+        "layers_a_stage": list(outlook.stages),
+        "micro_batches": outlook.micro_batches,
+        "tokens_a_step": outlook.tokens_a_step,
+        "bubble": outlook.bubble,
+        "exchanges": [vars(exchange) for exchange in outlook.exchanges],
+        "gpu_bytes": gpu,
+        "stages": [{"stage": u.stage, "total": u.total, **u.parts} for u in outlook.usage],
+        "cache_room_tokens": outlook.cache_room,
+        "nearest": [suggestion_json(s) for s in suggest.find(outlook.request)] if outlook.shortage else [],
+    }
+
+
+def refusal_json(error: LayoutError) -> dict[str, Any]:
+    """What can't be at all, and the nearest that can."""
+    if isinstance(error, suggest.Refused):
+        return {"error": error.reason, "nearest": list(map(suggestion_json, error.suggestions))}
+    return {"error": str(error), "nearest": []}
+
+
+def suggestion_json(suggestion: suggest.Suggestion) -> dict[str, Any]:
+    """One of the nearest layouts."""
+    outlook = suggestion.outlook
+    return {
+        "options": suggestion.options,
+        "changes": suggestion.changes,
+        "world": outlook.world,
+        "bubble": outlook.bubble,
+        "bytes": outlook.fullest.total if outlook.fullest else None,
+    }
+
+
+def remarks(plan: "JobPlan") -> Iterator[str]:
+    """What somebody should hear who isn't stopped by it."""
+    outlook = plan.outlook
+    if outlook is None or outlook.request.work is None:
+        return
+    if outlook.shortage:
+        yield f"it doesn't fit: {outlook.shortage}"
+    if outlook.tight:
+        yield f"memory is tight: {outlook.tight}"
+    if outlook.unchecked and outlook.request.cluster.node.gpus:
+        yield f"memory isn't checked: {outlook.unchecked}"
+    yield from (
+        f"{e.axis} traffic: {exchange_text(e).removeprefix('warning: ')}"
+        for e in outlook.exchanges
+        if e.islands > 1
+    )
+
+
+def require(plan: "JobPlan", *, force: bool) -> None:
+    """`LayoutError` with the numbers and the nearest layouts when memory can't hold `plan`, unless forced."""
+    outlook = plan.outlook
+    if outlook is None or not outlook.shortage or force:
+        return
+    forced = "This is an estimate: --force submits all the same."
+    raise suggest.Refused(f"it doesn't fit: {outlook.shortage}", suggest.find(outlook.request), forced)

@@ -1,0 +1,250 @@
+"""The layouts nearest to one that doesn't fit: fewest changes first, then in the order of docs/memory.md (pure).
+
+A change is an option that one would type; each suggestion is a request that `fit.study` lets through with room.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.errors import LayoutError
+from launcher.planning import fit
+from launcher.planning import layout as layouts
+from launcher.planning.fit import Batch, Outlook, Request
+from launcher.planning.memory import GIB, Serving
+
+SHOWN = 4
+ENOUGH = 3  # suggestions that need no further change beside them
+MOST_CHANGES = 3
+MOST_CHUNKS = 128  # of layers to suggest; no Mixtral has as many
+MOST_NODES, MOST_STAGES = 512, 64
+SHORTEST = 256  # tokens of an answer worth serving
+OPTIONS = {  # of what can be changed, in the order that people think of it
+    "nodes": "--nodes",
+    "tensor": "--tp",
+    "pipeline": "--pp",
+    "expert": "--ep",
+    "expert_tensor": "--etp",
+    "context": "--cp",
+    "micro_batch": "--micro-batch",
+    "global_batch": "--global-batch",
+    "sequence": "--sequence-length",
+    "recompute": "--recompute",
+    "virtual_pipeline": "--virtual-pipeline",
+    "first_stage_layers": "--first-stage-layers",
+    "last_stage_layers": "--last-stage-layers",
+    "requests": "--max-batch",
+    "tokens": "--max-tokens",
+}
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """What to change, and what comes of it."""
+
+    changes: Changes
+    outlook: Outlook
+
+    @property
+    def options(self) -> str:
+        """As typed: `--nodes 8 --pp 8`."""
+        return " ".join(f"{OPTIONS[name]} {value}" for name, value in self.changes.items())
+
+    @property
+    def effect(self) -> str:
+        """`64 ranks = TP1 x PP8 x ...; bubble 18.0%; 51.2 of 80 GiB`."""
+        layout = self.outlook.request.layout
+        if self.outlook.request.work is None:
+            return f"TP{layout.tensor} x PP{layout.pipeline} x EP{layout.expert} x ETP{layout.expert_tensor}"
+        parts = [layout.describe(self.outlook.world)]
+        if layout.pipeline > 1 and self.outlook.tokens_a_step:
+            parts.append(f"bubble {self.outlook.bubble:.1%}")
+        if fullest := self.outlook.fullest:
+            gpu = fit.gpu_bytes(self.outlook.request)
+            parts.append(f"{fullest.total / GIB:.1f}{f' of {gpu / GIB:g}' if gpu else ''} GiB")
+        if (room := self.outlook.cache_room) is not None:
+            parts.append(f"cache for {room:,} tokens")
+        return "; ".join(parts)
+
+
+class Refused(LayoutError):
+    """What can't be and why, with the nearest that can; `more` goes below them."""
+
+    def __init__(self, reason: str, suggestions: list[Suggestion], *more: str) -> None:
+        super().__init__("\n".join([reason, *_lines(suggestions), *more]))
+        self.reason = reason
+        self.suggestions = suggestions
+
+
+def explained(error: LayoutError, request: Request) -> Refused:
+    """`error` with the layouts nearest to `request` that fit."""
+    return Refused(str(error), find(request))
+
+
+def _lines(suggestions: list[Suggestion]) -> Iterator[str]:
+    """For people; nothing when there are none."""
+    if suggestions:
+        yield "Nearest that fit:"
+        width = max(len(s.options) for s in suggestions)
+        yield from (f"  {s.options:<{width}}  {s.effect}" for s in suggestions)
+
+
+def find(request: Request) -> list[Suggestion]:
+    """The nearest that fit, best first; none when nothing near does."""
+    values, found = _alternatives(request), list[Suggestion]()
+    for count in range(1, MOST_CHANGES + 1):
+        if len(found) < ENOUGH:
+            more = sorted(_changed(request, values, count, found), key=lambda s: _rank(request, s))
+            found += more[: SHOWN - len(found)]
+    return found
+
+
+def _changed(
+    request: Request, values: dict[str, list[Any]], count: int, found: list[Suggestion]
+) -> Iterator[Suggestion]:
+    """What fits after so many changes, none of which could be left out."""
+    enough = [suggestion.changes.items() for suggestion in found]
+    for names in itertools.combinations(values, count):
+        for chosen in itertools.product(*(values[name] for name in names)):
+            changes = dict(zip(names, chosen, strict=True))
+            if any(less <= changes.items() for less in enough):
+                continue
+            if (outlook := _study(apply(request, changes))) is not None:
+                yield Suggestion(changes=changes, outlook=outlook)
+
+
+def apply(request: Request, changes: Changes) -> Request:
+    """`request` with `changes` made."""
+    layout = {name: changes[name] for name in vars(request.layout) if name in changes}
+    work = {name: changes[name] for name in vars(request.work) if name in changes} if request.work else {}
+    return replace(
+        request,
+        nodes=changes.get("nodes", request.nodes),
+        layout=replace(request.layout, **layout),
+        work=replace(request.work, **work) if request.work else None,
+    )
+
+
+def _study(request: Request) -> Outlook | None:
+    """The outlook of a request that fits, tensor parallelism inside an NVLink domain."""
+    try:
+        outlook = fit.study(request)
+    except LayoutError:
+        return None
+    torn = any(e.axis == "TP" and e.islands > 1 for e in outlook.exchanges)
+    return None if outlook.shortage or torn else outlook
+
+
+def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
+    outlook = suggestion.outlook
+    memory = outlook.fullest.total if outlook.fullest else 0
+    over_fabric = sum(e.islands > 1 for e in outlook.exchanges)
+    distance, held = _distance(asked, suggestion), round(memory / GIB, 1)
+    if isinstance(asked.work, Batch):
+        return len(suggestion.changes), over_fabric, round(outlook.bubble, 3), held, distance
+    return len(suggestion.changes), float(outlook.world), distance, held
+
+
+def _distance(asked: Request, suggestion: Suggestion) -> float:
+    """How far the numbers moved, in doublings."""
+    before = _values(asked)
+    moved = 0.0
+    for name, value in suggestion.changes.items():
+        old = before[name]
+        counted = isinstance(old, int) and isinstance(value, int) and old and value
+        moved += abs(math.log2(value / old)) if counted else 1.0
+    return moved
+
+
+def _values(request: Request) -> dict[str, Any]:
+    """Everything that was asked for, by the names of OPTIONS."""
+    return {**vars(request.layout), **(vars(request.work) if request.work else {}), "nodes": request.nodes}
+
+
+def _alternatives(request: Request) -> dict[str, list[Any]]:
+    """Other values for everything that may be changed, without the one that was asked for."""
+    asked = _values(request)
+    values = {"nodes": _nodes(request), **_of_layout(request), **_of_work(request)}
+    kept = {name: [v for v in options if v != asked[name]] for name, options in values.items()}
+    return {name: options for name, options in kept.items() if options}
+
+
+def _nodes(request: Request) -> list[int]:
+    """Up to four times as many as were asked for or are needed, then doublings."""
+    gpus = request.cluster.node.gpus
+    if not gpus or request.work is None:
+        return []
+    asked = request.nodes or math.ceil(request.layout.unit / gpus)
+    further = (asked * 2**i for i in range(10))
+    return sorted({*range(1, min(4 * asked, 64) + 1), *(n for n in further if n <= MOST_NODES)})
+
+
+def _of_layout(request: Request) -> dict[str, list[int]]:
+    """What divides the model; of an unknown model only parts of what was asked for."""
+    layout, shape = request.layout, request.shape
+    if shape is None:
+        return {name: _divisors(size) for name, size in vars(layout).items()}
+    return {
+        "tensor": _divisors(math.gcd(shape.query_groups, shape.heads)),
+        "pipeline": list(range(1, min(shape.layers, MOST_STAGES) + 1)),
+        "expert": _divisors(shape.experts),
+        "expert_tensor": [1],
+        "context": [1],
+    }
+
+
+def _of_work(request: Request) -> dict[str, list[Any]]:
+    work = request.work
+    if isinstance(work, Batch):
+        return {
+            "micro_batch": sorted({*_halves(work.micro_batch), *_powers_below(work.micro_batch)}),
+            "global_batch": _multiples(
+                work.global_batch, work.micro_batch * _data(request) * fit.rounds_of(request.layout, work)
+            ),
+            "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
+            "recompute": ["full"],
+            "virtual_pipeline": list(range(1, min(work.virtual_pipeline, MOST_CHUNKS))),
+            "first_stage_layers": [0],
+            "last_stage_layers": [0],
+        }
+    if isinstance(work, Serving):
+        longest = min(work.tokens, request.shape.positions) if request.shape else work.tokens
+        return {"tokens": [longest, *(n for n in _halves(longest) if n >= SHORTEST)]}
+    return {}
+
+
+def _data(request: Request) -> int:
+    """DP as it would be; 1 where the ranks don't fit anyway."""
+    try:
+        world = layouts.place(request.layout, nodes=request.nodes, gpus=request.cluster.node.gpus).world
+        return request.layout.data_parallel(world)
+    except LayoutError:
+        return 1
+
+
+def _multiples(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value`; none where it is one."""
+    if value % unit == 0:
+        return []
+    below = value - value % unit
+    return [n for n in (below, below + unit) if n]
+
+
+def _powers_below(value: int) -> list[int]:
+    return [2**i for i in range((value - 1).bit_length())]
+
+
+def _divisors(whole: int) -> list[int]:
+    return [part for part in range(1, whole + 1) if whole % part == 0]
+
+
+def _halves(value: int) -> list[int]:
+    """Half of it, a quarter and so on, as long as they are whole."""
+    found = []
+    while value % 2 == 0:
+        value //= 2
+        found.append(value)
+    return found

@@ -1,0 +1,72 @@
+"""Text of this machine that a job behind a login node reads: where it goes over there, and its way.
+
+It lies below the data folder under this machine's name and its own path: brought again, only changes travel.
+"""
+
+import os.path
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.cluster import paths
+from launcher.errors import Fault, UsageError
+from launcher.host import ssh
+
+if TYPE_CHECKING:
+    from launcher.cluster.profile import ClusterProfile
+    from launcher.planning.jobs import JobPlan
+
+WHOLE = ("output", "data")  # options that are paths and nothing else
+
+
+def redirect(profile: "ClusterProfile", files: Sequence[str]) -> tuple[str, ...]:
+    """`files` as the job will see them: those that this machine has where they will be brought."""
+    if profile.login_node is None:
+        return tuple(files)
+    return tuple(_destination(profile, file) for file in files)
+
+
+def require_whole_paths(profile: "ClusterProfile", given: dict[str, Any]) -> None:
+    """`UsageError` for a path that starts from a folder of this machine, which the cluster hasn't got."""
+    if (login := profile.login_node) is None:
+        return
+    for name in ("model", *WHOLE):
+        values = given.get(name) or ()
+        for value in (values,) if isinstance(values, str) else values:
+            if value.startswith((".", "~")) or (name in WHOLE and not value.startswith("/")):
+                raise UsageError(
+                    f"--{name}: {value!r} starts from a folder of this machine; give a path of {login.host}"
+                )
+
+
+def source(profile: "ClusterProfile", path: str) -> Path | None:
+    """The file of this machine that is brought to `path`."""
+    root = _root(profile)
+    return Path(path.removeprefix(root)) if profile.login_node and path.startswith(f"{root}/") else None
+
+
+def bring(plan: "JobPlan") -> None:
+    """Copy what `plan` reads of this machine's; what is there already costs one look."""
+    login = plan.profile.login_node
+    pairs = [(file, given.path) for given in plan.inputs if (file := source(plan.profile, given.path))]
+    if login is None or not pairs:
+        return
+    folders = sorted({os.path.dirname(there) for _, there in pairs})
+    if (done := ssh.run(login, f"exec mkdir -p {shlex.join(folders)}")).code:
+        raise Fault(f"{plan.profile.paths.data} on {login.host}: {done.said}")
+    for file, there in pairs:
+        print(f"bringing {file} to {login.host}", file=sys.stderr)
+        slash = "/" if file.is_dir() else ""
+        ssh.rsync(login, "-rt", "--partial", f"{file}{slash}", ssh.far(login, f"{there}{slash}"))
+
+
+def _destination(profile: "ClusterProfile", file: str) -> str:
+    here = paths.path(file, "FILES")
+    return f"{_root(profile)}{here}" if os.path.exists(here) else here
+
+
+def _root(profile: "ClusterProfile") -> str:
+    return f"{profile.paths.data}/uploads/{socket.gethostname()}"

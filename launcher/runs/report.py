@@ -1,0 +1,117 @@
+"""What is known of a run as plain values: the one source of the table of runs, their details and `--json`.
+
+It joins the run's record, its state as the scheduler tells it, the newest events of the job and a server's load.
+The keys are documented in docs/runs.md and stay.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import UsageError
+from launcher.host import copies
+from launcher.runs import load, logs, record
+from launcher.slurm import client, hostlist, reasons
+
+if TYPE_CHECKING:
+    from launcher.runs.load import Load
+    from launcher.runs.record import Run
+    from launcher.runs.state import State
+
+MOVING = ("time_left_s",)  # changes all the time, which is no news
+
+
+class Reporter:
+    """Reports runs again and again; a server's requests a second are counted between two reports."""
+
+    def __init__(self) -> None:
+        self._loads: dict[str, Load] = {}
+
+    def __call__(self, found: "Sequence[Run]") -> list[dict[str, Any]]:
+        """One report a run, in their order, with one question to each cluster."""
+        states = record.states_of(found)
+        return [self._report(record.reread(run), states[run.path]) for run in found]
+
+    def _report(self, run: "Run", state: "State") -> dict[str, Any]:
+        facts = of(run, state)
+        reachable = copies.login_of(run.path) is None
+        if run.job == "serve" and facts["server"] and state.active and reachable:
+            now = load.of_run(run)
+            facts["server"] |= _server(now, self._loads.get(run.name))
+            if now:
+                self._loads[run.name] = now
+        return facts
+
+
+def of(run: "Run", state: "State") -> dict[str, Any]:
+    """The report of one run; what isn't known is null."""
+    newest = logs.newest(run.path)
+    step, attempts = newest.get("step", {}), logs.attempts(run.path)
+    pending = state.state == "PENDING"
+    return {
+        "name": run.name,
+        "job": run.job,
+        "cluster": run.cluster,
+        "path": copies.shown(run.path),
+        "created": run.created,
+        "job_id": run.job_id,
+        "job_ids": run.job_ids,
+        "state": state.state,
+        "active": state.active,
+        "source": state.source,
+        "reason": state.reason or None,
+        "reason_in_words": reasons.find(state.reason).words if pending and state.reason else None,
+        "starts": (state.start or None) if pending else None,
+        "started": None if pending else state.start or None,
+        "time_left_s": seconds(state.time_left),
+        "exit_code": state.exit_code,
+        "nodes": _nodes(state.nodes),
+        "pipeline": run.record.get("pipeline"),
+        "attempt": attempts[-1] if attempts else None,
+        "attempts": len(attempts),
+        "step": step.get("step"),
+        "steps": step.get("steps"),
+        "loss": step.get("loss"),
+        "tokens_per_s": step.get("tokens_per_s"),
+        "validation_loss": newest.get("eval", {}).get("loss"),
+        "checkpoint_step": newest.get("checkpoint", {}).get("step"),
+        "progress": _part(newest.get("progress"), ("done", "total", "unit")),
+        "server": _part(newest.get("ready") if "exit" not in newest else None, ("url",)),
+        "last_event": max((event.get("time", 0) for event in newest.values()), default=None),
+    }
+
+
+def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether there is something new to tell."""
+    return before is None or any(before[key] != value for key, value in now.items() if key not in MOVING)
+
+
+def seconds(text: str) -> int | None:
+    """What Slurm says is left; None for UNLIMITED and the like."""
+    try:
+        return client.seconds(text)
+    except ValueError:
+        return None
+
+
+def _nodes(text: str) -> list[str]:
+    try:
+        return hostlist.expand(text)
+    except UsageError:
+        return [text]
+
+
+def _part(event: dict[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    return {key: event.get(key) for key in keys} if event else None
+
+
+def _server(now: "Load | None", before: "Load | None") -> dict[str, Any]:
+    if now is None:
+        return {"answers": False, "requests": None, "requests_per_s": None, "running": None, "queued": None}
+    rate = now.rate(before)
+    return {
+        "answers": True,
+        "requests": now.requests,
+        "requests_per_s": None if rate is None else round(rate, 3),
+        "running": now.running,
+        "queued": now.queued,
+    }

@@ -1,0 +1,190 @@
+"""Find a running server: by address, by its run, or the newest one there is; with the key that opens it.
+
+A server says where it is in its run's `server.json`, which exists only while it answers.
+"""
+
+import errno
+import json
+import os
+import re
+import shlex
+import socket
+import urllib.parse
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.common import quoting
+from launcher.errors import Fault, UsageError
+from launcher.host import copies
+from launcher.runs import record
+
+if TYPE_CHECKING:
+    import httpx
+
+    from launcher.planning.jobs import JobPlan
+
+STATE = "server.json"
+KEY = "MIXLAUNCH_API_KEY"
+PROBE_SECONDS = 2.0
+ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where to ask, and with what key."""
+
+    url: str
+    key: str | None = None
+    name: str = ""  # of the model, where known
+    run: record.Run | None = None  # whose server it is, where known
+
+    def client(self) -> "httpx.Client":
+        """An HTTP client for it; waits for answers as long as they take."""
+        import httpx
+
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise UsageError(f"the key of {self.url} ({KEY}) holds characters that can't be sent")
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
+
+
+def find(where: str | None, roots: Iterable[Path]) -> Server:
+    """The server that `where` means: host:port, a URL, a run, or None for the newest; `UsageError` when none is."""
+    if where is None:
+        return newest(roots)
+    if where.startswith(("http://", "https://")):
+        return Server(url=_checked(where.rstrip("/").removesuffix("/v1")), key=os.environ.get(KEY))
+    if ADDRESS.fullmatch(where):
+        return Server(url=_checked(f"http://{where}"), key=os.environ.get(KEY))
+    return of_run(record.find(where, roots))
+
+
+def _checked(url: str) -> str:
+    """`url` if a server could be there; `UsageError` otherwise."""
+    import httpx
+
+    try:
+        httpx.URL(url)
+        parts = urllib.parse.urlsplit(url)
+        if not url.isprintable() or not parts.hostname or parts.port == 0:
+            raise ValueError("give a host, and a port from 1 on")
+        parts.hostname.encode("idna")  # where names are refused that no resolver takes
+    except (ValueError, httpx.InvalidURL) as error:
+        raise UsageError(f"{quoting.shown(url)} isn't a server's address: {error}") from None
+    return url
+
+
+def of_run(run: record.Run) -> Server:
+    """The server of a run that says it's ready."""
+    state = state_of(run)
+    key = os.environ.get(KEY) or _key_of(run.path)
+    return Server(url=state["url"], key=key, name=state.get("model", ""), run=run)
+
+
+def state_of(run: record.Run) -> dict[str, Any]:
+    """What a run's server says of itself, asked where it says it; `UsageError` when it says nothing."""
+    try:
+        return dict(json.loads(copies.read(run.path / STATE)))
+    except FileNotFoundError:
+        hint = "it isn't a serve job" if run.job != "serve" else f"see `mixlaunch logs {run.name}`"
+        raise UsageError(f"{run.name}: no server is ready there; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise Fault(f"{run.path / STATE}: {error}") from error
+
+
+def newest(roots: Iterable[Path]) -> Server:
+    """The server that was started last; one that was killed left its word behind, so of several one must answer."""
+    ready = [run for run in record.every(roots) if (run.path / STATE).is_file()]
+    if not ready:
+        raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
+    first, *others = ready
+    server = of_run(first)
+    if not others or answers(server):
+        return server
+    return next((other for other in map(of_run, others) if answers(other)), server)
+
+
+def answers(server: Server) -> bool:
+    """Whether somebody is there."""
+    import httpx
+
+    try:
+        return httpx.get(f"{server.url}/health", timeout=PROBE_SECONDS).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+def named(server: Server) -> Server:
+    """With the model that it serves, which other servers than ours want to be told; as it was if it doesn't say."""
+    import httpx
+
+    if not server.name:
+        with suppress(httpx.HTTPError, ValueError, LookupError, TypeError), server.client() as client:
+            models = client.get("/v1/models", timeout=PROBE_SECONDS).json()
+            return replace(server, name=str(models["data"][0]["id"]))
+    return server
+
+
+def require_port(plan: "JobPlan") -> None:
+    """`UsageError` when the port that a server on this machine was told to take is somebody else's."""
+    if plan.job != "serve" or not plan.profile.is_local or plan.config["other_port"]:
+        return
+    host, port = plan.config["host"], plan.config["port"]
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        hint = "; without --port it takes the next free one" if error.errno == errno.EADDRINUSE else ""
+        raise UsageError(f"--port: {host}:{port}: {error.strerror}{hint}") from None
+
+
+def how_to_ask(run: record.Run, url: str | None = None) -> list[tuple[str, str]]:
+    """What to type to reach the server of `run`, at `url` if there is a tunnel.
+
+    A key is read from its file, so that no screen shows it.
+    """
+    state = state_of(run)
+    taken = f" (port {state['taken']} is taken)" if "taken" in state else ""
+    ready = ("ready", f"{state.get('model', '')} at {state['url']}{taken}")
+    login = copies.login_of(run.path)
+    if login and url is None:
+        return [ready]  # it's the cluster's nodes that reach it there
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    endpoint = f"{url or state['url']}/v1/chat/completions"
+    words = ["curl", endpoint, "-H", "Content-Type: application/json", "-d", body]
+    key = ""
+    if _key_of(run.path):
+        there = ["sed", "-n", f"s/^{KEY}=//p", str(copies.original(run.path / "secrets.env"))]
+        options = [word for option in login.options for word in ("-o", option)] if login else []
+        read = shlex.join(["ssh", *options, login.host, shlex.join(there)] if login else there)
+        key = f' -H "Authorization: Bearer $({read})"'
+    return [ready, ("ask", shlex.join(words) + key)]
+
+
+def _key_of(path: Path) -> str | None:
+    """From the run's secrets, which only its owner can read."""
+    try:
+        lines = copies.read(path / "secrets.env").decode().splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Fault(f"{path / 'secrets.env'}: {error}") from error
+    for line in lines:
+        name, _, value = line.removeprefix("export ").partition("=")
+        if name.strip() == KEY:
+            return "".join(shlex.split(value))
+    return None
+
+
+def explain(response: "httpx.Response") -> str:
+    """What a server's refusal says, in one line."""
+    try:
+        body: Any = response.json()
+        return str(body["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.status_code} {response.reason_phrase}"

@@ -1,0 +1,66 @@
+"""The record a sandbox keeps in its folder: what it is, which processes are its own and the mark they carry.
+
+It is written before the first process starts, so that whatever happens later can be cleaned up.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import Fault
+from launcher.sandbox.config import Shape
+
+STATE = "sandbox.json"
+MARK = "MIXLAUNCH_SANDBOX_ID"  # in the environment of every process that is a sandbox's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandbox:
+    """One sandbox as its folder describes it; `environment` is what a Slurm command needs to reach it."""
+
+    folder: Path
+    sockets: Path
+    mark: str
+    shape: Shape
+    processes: dict[str, int]
+    accounting: bool
+    ready: bool = False
+
+    @property
+    def slurm_conf(self) -> Path:
+        return self.folder / "slurm.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.slurm_conf)}
+
+
+def write(sandbox: Sandbox) -> None:
+    """Record `sandbox` in its folder, whole or not at all."""
+    path = sandbox.folder / STATE
+    record = {
+        **dataclasses.asdict(sandbox),
+        "folder": str(sandbox.folder),
+        "sockets": str(sandbox.sockets),
+        "schema": 1,
+    }
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(record, indent=1))
+    temporary.rename(path)
+
+
+def read(folder: Path) -> Sandbox | None:
+    """The sandbox that `folder` holds, up or not; None if it holds none."""
+    try:
+        record = json.loads((folder / STATE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, json.JSONDecodeError) as error:
+        raise Fault(f"{folder / STATE}: {error}") from error
+    shape = record["shape"]
+    shape |= {name: tuple(shape[name]) for name in ("features", "accounts", "qos")}
+    shape["partitions"] = tuple((name, tier) for name, tier in shape["partitions"])
+    names = {field.name for field in dataclasses.fields(Sandbox)} - {"folder", "sockets", "shape"}
+    sockets = Path(record["sockets"])
+    return Sandbox(folder=folder, sockets=sockets, shape=Shape(**shape), **{name: record[name] for name in names})

@@ -1,0 +1,99 @@
+"""The parts of a job's script: those that come with mixlaunch, and files of the user's own in their place.
+
+A user's template runs in Jinja's sandbox like ours, and what is wrong in it is told with its file and line.
+"""
+
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+from launcher.common import quoting
+from launcher.common.quoting import Quoted
+from launcher.errors import UsageError
+from launcher.script import stock
+from launcher.script.stock import SUFFIX
+
+BASE = "job"
+STOCK = "stock"  # `{% include "stock/rank.sh.j2" %}` is ours, whatever stands in its place
+CONFIG_END = "END_OF_CONFIG"
+
+
+def render(replaced: Mapping[str, str], variables: Mapping[str, Any]) -> str:
+    """The script, with `replaced`, part -> path, in place of our own; `UsageError` for what is wrong in those."""
+    own = {f"{name}{SUFFIX}": _read(name, path) for name, path in replaced.items()}
+    paths = [str(Path(path)) for path in replaced.values()]
+    try:
+        jinja = environment(_Own(own, dict(zip(own, paths, strict=True))))
+        return jinja.get_template(BASE + SUFFIX).render(variables)
+    except jinja2.TemplateSyntaxError as error:
+        if error.filename in paths:
+            raise UsageError(f"template {error.filename}:{error.lineno}: {error.message}") from error
+        raise
+    except Exception as error:
+        if place := _place(error, paths):
+            raise UsageError(f"template {place}: {str(error).removeprefix('template: ')}") from error
+        raise
+
+
+def _read(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"templates.{name}: {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _place(error: Exception, paths: list[str]) -> str:
+    """FILE:LINE of the innermost of the user's templates that was at work."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in paths:
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+class _Own(jinja2.BaseLoader):
+    """Texts of the user's own; a path beside each, so that errors can name it."""
+
+    def __init__(self, texts: Mapping[str, str], paths: Mapping[str, str]) -> None:
+        self.texts = texts
+        self.paths = paths
+
+    def get_source(
+        self, environment: jinja2.Environment, template: str
+    ) -> tuple[str, str | None, Callable[[], bool] | None]:
+        if template not in self.texts:
+            raise jinja2.TemplateNotFound(template)
+        return self.texts[template], self.paths[template], None
+
+
+def environment(own: jinja2.BaseLoader | None = None) -> jinja2.Environment:
+    """Jinja as scripts are rendered with it: only literals, whole numbers and quoted values can be printed."""
+    ours = jinja2.FileSystemLoader(stock.folder())
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        loader=jinja2.ChoiceLoader([*filter(None, [own]), ours, jinja2.PrefixLoader({STOCK: ours})]),
+        undefined=jinja2.StrictUndefined,
+        finalize=_only_quoted,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {
+        "sh": quoting.sh,
+        "directive": quoting.directive,
+        "name": lambda value: Quoted(quoting.name(value, "name")),
+        "variable": lambda value: Quoted(quoting.variable(value, "variable")),
+        "heredoc": lambda text: quoting.heredoc(text, CONFIG_END),
+    }
+    return made
+
+
+def _only_quoted(value: Any) -> Any:
+    """What a template prints: proof that it went through a filter, or a number."""
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # says which name isn't defined
+    if isinstance(value, Quoted) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise UsageError(f"template: {value!r} is printed without a quoting filter; write {{{{ value | sh }}}}")

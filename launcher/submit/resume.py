@@ -1,0 +1,193 @@
+"""A run goes on: a new job in the same run directory, with the script it had, as its next attempt.
+
+It takes the way of every submission: an id, or an error that says whether there is a job; two commands at once make
+one. Only the time limit and the nodes to leave out may change; the ranks stay as they are.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.cluster import bad_nodes
+from launcher.common import quoting
+from launcher.errors import Fault, Interrupted, UncertainError, UsageError
+from launcher.host import copies
+from launcher.runs import record
+from launcher.runs import state as states
+from launcher.script import lint
+from launcher.slurm import hostlist
+
+if TYPE_CHECKING:
+    from launcher.planning.jobs import JobPlan
+    from launcher.runs.record import Run
+
+# What the script counts to know when to give up, and how it looks when it begins to count.
+COUNTS = {"faults": "- 0\n", "came_back": ""}
+
+
+def resume(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
+    """Go on with a run that ended before it was done; `UsageError` if there is nothing to go on with."""
+    if not run.record["resumable"]:
+        raise UsageError(
+            f"{run.name}: {run.job} keeps nothing to go on from; `mixlaunch retry {run.name}` begins anew"
+        )
+    return _again(run, "resume", time=time, exclude=exclude)
+
+
+def retry(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
+    """Run a failed run again, from its newest checkpoint if it has one; `UsageError` if it didn't fail."""
+    return _again(run, "retry", time=time, exclude=exclude)
+
+
+def _again(run: "Run", how: str, *, time: str | None, exclude: Sequence[str]) -> "Run":
+    with _alone(run):
+        if not os.access(run.path / record.RECORD, os.W_OK):
+            raise UsageError(f"{run.name}: its run directory isn't yours to write; only its owner goes on with it")
+        run = record.read(run.path)
+        _require_ended(run, how)
+        limit = _limit(run, time)
+        explicit = sorted({*run.record.get("exclude", []), *exclude})
+        text = _script(run, limit if time else None, explicit)
+        lint.check(text, run.profile.slurm_version)
+        told = {"how": how, "at": _now(), "exclude": explicit, "time": limit}
+        history = [*run.record.get("resubmissions", []), told]
+        changes = {"exclude": explicit, "time": limit, "resubmissions": history, "cancelled": False}
+        _submit(record.changed(run, submitting=True, **changes), run, text, limit)
+        return record.read(run.path)
+
+
+def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
+    """Make the job and record it; without a job, script and record are as they were."""
+    from launcher.submit import sbatch
+
+    script = changed.path / states.SCRIPT
+    old, counts = script.read_text(), _reset(changed.path)
+    try:
+        job_id = sbatch.submit(_plan(changed, limit), text, changed.path)
+    except Interrupted as interrupted:
+        record.with_job(changed, interrupted.job_id)
+        raise
+    except UncertainError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and (made := record.job_after_all(changed)):
+            record.with_job(changed, made)
+            raise sbatch.interrupted(made) from None
+        script.write_text(old)
+        for path, text in counts.items():
+            path.write_text(text)
+        record.changed(before)
+        raise
+    record.with_job(changed, job_id)
+
+
+def _reset(path: Path) -> dict[Path, str]:
+    """The script's counts as they were; they begin anew."""
+    counts = {path / name: (path / name).read_text() for name in COUNTS if (path / name).exists()}
+    for count in counts:
+        count.write_text(COUNTS[count.name])
+    return counts
+
+
+def _require_ended(run: "Run", how: str) -> None:
+    state = record.state_of(run)
+    run = record.read(run.path)
+    if state.state == record.SUBMITTING and run.submitting and not run.is_local:
+        states.find_job(run.path / states.SCRIPT, run.environment)  # raises if Slurm is silent: there may be a job
+        return
+    if state.state == states.UNKNOWN:
+        raise Fault(f"{run.name}: whether it has ended isn't known: {state.reason}")
+    if state.active:
+        job = f" as job {run.job_id}" if run.job_id else ""
+        raise UsageError(f"{run.name} is {state.state}{job}; `mixlaunch cancel {run.name}` ends it first")
+    if state.state == "COMPLETED":
+        raise UsageError(f"{run.name} is done; there is nothing to {how}")
+    if how == "retry" and state.state == "CANCELLED" and run.record["resumable"]:
+        raise UsageError(f"{run.name} was cancelled, it didn't fail; `mixlaunch resume {run.name}` goes on with it")
+
+
+def _limit(run: "Run", time: str | None) -> str:
+    """The time limit: the one asked for, else what the script says, else the record."""
+    from launcher.cluster.profile import time_limit
+
+    if time is None:
+        match = re.search(r'^#SBATCH --time="?([^"\s]+)"?$', (run.path / states.SCRIPT).read_text(), re.M)
+        return match[1] if match else str(run.record.get("time") or run.profile.time)
+    try:
+        return time_limit(time)
+    except ValueError as error:
+        raise UsageError(f"--time: {error}") from None
+
+
+def _script(run: "Run", limit: str | None, explicit: Iterable[str]) -> str:
+    """The run's script with another limit and other nodes to leave out."""
+    try:
+        text = (run.path / states.SCRIPT).read_text()
+    except OSError as error:
+        raise UsageError(
+            f"{run.path / states.SCRIPT}: {error.strerror}; there is nothing to submit again"
+        ) from error
+    if run.is_local:
+        if explicit:
+            raise UsageError("--exclude: this run is one of this machine alone; there are no nodes to leave out")
+        return text
+    profile = run.profile
+    listed = [entry.node for entry in bad_nodes.read(profile)]
+    nodes = {*profile.excluded, *explicit, *listed}
+    text = _with_option(text, "exclude", hostlist.compress(nodes) or None)
+    return _with_option(text, "time", limit) if limit else text
+
+
+def _with_option(text: str, option: str, value: str | None) -> str:
+    """`text` with one #SBATCH option set in the place it had, else as the last one, or without it."""
+    lines = text.splitlines(keepends=True)
+    places = [place for place, line in enumerate(lines) if line.startswith("#SBATCH --")]
+    mine = [place for place in places if lines[place].startswith(f"#SBATCH --{option}=")]
+    at = mine[0] if mine else places[-1] + 1
+    new = [f"#SBATCH --{option}={quoting.directive(value)}\n"] if value else []
+    return "".join([*lines[:at], *new, *lines[at + len(mine) :]])
+
+
+def _plan(run: "Run", limit: str) -> "JobPlan":
+    """As much of the run's plan as a submission needs."""
+    from launcher.planning.jobs import JobPlan
+    from launcher.planning.layout import Placement
+
+    placement = Placement(nodes=run.record["nodes"], tasks_per_node=run.record["tasks_per_node"])
+    return JobPlan(
+        job=run.job,
+        name=run.name,
+        profile=run.profile,
+        placement=placement,
+        config=run.record["config"],
+        time=limit,
+    )
+
+
+@contextlib.contextmanager
+def _alone(run: "Run") -> Iterator[None]:
+    """One command at a time goes on with a run."""
+    try:
+        descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise Fault(f"{run.path}: {error.strerror}") from error
+    try:
+        with copies.submitting(run.path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{run.name}: another command is going on with it at this moment") from None
+            except OSError:  # a file system without locks: the check of its state must do
+                pass
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,199 @@
+"""Submission through a login node: the same script, brought there by rsync and given to sbatch by a POSIX shell.
+
+Nothing of ours is needed over there, so submitit isn't either. What sbatch says is kept beside the script: when the
+connection is lost, the next one reads it there, or claims the submission before sbatch could and so ends it.
+"""
+
+import contextlib
+import json
+import secrets
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
+from launcher.host import copies, ssh
+from launcher.host.ssh import Done, Login, LostError
+from launcher.runs import state
+from launcher.submit import sbatch
+from launcher.submit.sbatch import SBATCH_TIMEOUT
+
+GRACE = 30  # seconds more than sbatch gets, for the way there and back
+GIVEN_UP, NO_SBATCH, UNDER_WAY = 75, 76, 77  # exit codes of ours
+NEVER, UNKNOWN = "never", "unknown"
+UPLOADS = ("run.json", "config.yaml", "job.sbatch", "secrets.env")
+
+MAKE = """
+mkdir -p {parent} || exit
+mkdir {run} || exit
+mkdir -p {run}/logs {run}/submission
+"""
+# Whoever makes the folder of this submission first decides about it: sbatch here, or a settlement that gave it up.
+SBATCH = """
+cd {run} || exit
+{find}
+command -v sbatch >/dev/null || exit {no_sbatch}
+for earlier in submission/*; do
+  [ ! -d "$earlier" ] || [ -e "$earlier/code" ] || exit {under_way}
+done
+mkdir submission/{claim} || exit {given_up}
+for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); do
+  case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
+done
+{exports}
+rm -f faults came_back
+trap '' HUP PIPE
+limit=
+! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
+$limit sbatch {options} {script} >submission/{claim}/out 2>submission/{claim}/err
+echo $? >submission/{claim}/code.new
+mv submission/{claim}/code.new submission/{claim}/code
+cat submission/{claim}/out
+cat submission/{claim}/err >&2
+exit "$(cat submission/{claim}/code)"
+"""
+SETTLE = """
+cd {run} || exit
+if mkdir submission/{claim} 2>/dev/null; then
+  echo {given_up} >submission/{claim}/code
+  echo {never}
+  exit
+fi
+waited=0
+while [ ! -e submission/{claim}/code ] && [ $waited -lt {seconds} ]; do
+  sleep 1
+  waited=$((waited + 1))
+done
+[ -e submission/{claim}/code ] || {{ echo {unknown}; exit; }}
+cat submission/{claim}/out
+cat submission/{claim}/err >&2
+exit "$(cat submission/{claim}/code)"
+"""
+
+
+def submit_far(
+    login: Login, text: str, run: Path, *, environment: Mapping[str, str], options: Sequence[str] = ()
+) -> str:
+    """Submit the copy `run` and return its job's id, or say in an error whether there is one.
+
+    When a run's first submission comes to nothing, what was made over there is removed.
+    """
+    (run / state.SCRIPT).write_text(text)
+    there = copies.original(run)
+    record = json.loads((run / "run.json").read_text())
+    first = not record["jobs"] and not record["resubmissions"]
+    try:
+        if first:
+            _make(login, there)
+        _upload(login, run, there, first=first)
+    except Fault as fault:
+        raise SubmitError(f"{fault}\nNothing was submitted.") from fault
+    claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
+    try:
+        answer = _sbatch(login, text, there, claim, environment, options)
+        return sbatch.job_of(answer.code, answer.out, answer.err, there / state.SCRIPT, environment)
+    except (Interrupted, UncertainError):
+        raise
+    except BaseException:
+        if first:
+            _remove(login, there)
+        raise
+
+
+def noted(login: Login, there: Path, number: int) -> str | None:
+    """The id in what sbatch said of a run's submission, if anything is kept of it."""
+    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/{number}-*/out")
+    match = sbatch.SUBMITTED.search(done.out)
+    return match[1] if match else None
+
+
+def _make(login: Login, there: Path) -> None:
+    try:
+        done = ssh.run(login, MAKE.format(parent=shlex.quote(str(there.parent)), run=shlex.quote(str(there))))
+    except LostError:
+        _remove(login, there)  # it may have been made; nobody else's has its name
+        raise
+    if done.code:
+        raise SubmitError(f"run directory {login.host}:{there}: {done.said}")
+
+
+def _upload(login: Login, run: Path, there: Path, *, first: bool) -> None:
+    """Modes travel with new files: secrets stay their owner's. Once they are there, none is left here."""
+    files = [str(run / name) for name in UPLOADS if (run / name).exists()]
+    try:
+        ssh.rsync(login, "-t", *files, ssh.far(login, f"{there}/"))
+    except BaseException:
+        if first:
+            _remove(login, there)
+        raise
+    (run / "secrets.env").unlink(missing_ok=True)
+
+
+def _remove(login: Login, there: Path) -> None:
+    with contextlib.suppress(Fault):  # whatever failed before is what matters
+        # The script first: whatever may still be under way over there finds nothing to submit.
+        run = shlex.quote(str(there))
+        ssh.run(login, f"rm -f {run}/{state.SCRIPT}; exec rm -rf {run}")
+
+
+def _sbatch(
+    login: Login, text: str, there: Path, claim: str, environment: Mapping[str, str], options: Sequence[str]
+) -> Done:
+    """What sbatch said, over a second connection if the first is lost."""
+    body = SBATCH.format(
+        run=shlex.quote(str(there)),
+        find=ssh.FIND.format(program="sbatch"),
+        no_sbatch=NO_SBATCH,
+        given_up=GIVEN_UP,
+        under_way=UNDER_WAY,
+        claim=claim,
+        decided=" ".join(sorted(sbatch.decided_by(text))),
+        exports=ssh.exports(environment),
+        timeout=SBATCH_TIMEOUT,
+        options=shlex.join(options),
+        script=shlex.quote(str(there / state.SCRIPT)),
+    )
+    try:
+        answer = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
+    except LostError as lost:
+        return _settled(login, there, claim, str(lost), environment)
+    except KeyboardInterrupt:
+        answer = _settled(login, there, claim, "interrupted", environment)
+        job_id = sbatch.job_of(answer.code, answer.out, answer.err, there / state.SCRIPT, environment)
+        raise sbatch.interrupted(job_id) from None
+    if answer.code == NO_SBATCH:
+        raise SubmitError(f"sbatch: not found on the PATH of {login.host}, nor on that of a login shell there")
+    if answer.code == UNDER_WAY:
+        raise SubmitError(
+            f"an earlier sbatch for {login.host}:{there} hasn't ended; nothing was submitted. "
+            "`mixlaunch status` finds its job; if that sbatch is surely gone, remove its folder in submission/"
+        )
+    return answer
+
+
+def _settled(login: Login, there: Path, claim: str, why: str, environment: Mapping[str, str]) -> Done:
+    """What became of a submission whose answer was lost: from its notes, from Slurm; it can't begin any more."""
+    body = SETTLE.format(
+        run=shlex.quote(str(there)),
+        claim=claim,
+        given_up=GIVEN_UP,
+        never=NEVER,
+        unknown=UNKNOWN,
+        seconds=SBATCH_TIMEOUT + 5,
+    )
+    try:
+        done = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
+        if done.out.strip() != UNKNOWN:
+            found = None
+        elif (found := state.find_job(there / state.SCRIPT, environment)) is None:
+            raise Fault(f"sbatch hasn't ended on {login.host}, and Slurm has no such job yet")
+    except Fault as fault:
+        raise UncertainError(
+            f"{why}\nWhether there is a job isn't known ({fault}). "
+            f"`mixlaunch status {there.name}` finds it later; don't submit again before."
+        ) from fault
+    if found:
+        return Done(code=0, out=f"Submitted batch job {found}", err="")
+    if done.out.strip() == NEVER:
+        raise SubmitError(f"{why}\nNothing was submitted.")
+    return done

@@ -1,0 +1,300 @@
+"""The job `prepare`: text and conversations -> `PREFIX.bin/.idx`, plus `PREFIX_mask.bin/.idx` when there are any.
+
+Parallel over byte ranges of the inputs, in bounded memory; killed and started again it goes on with the ranges
+that aren't done. Output is the same for any number of workers, and `PREFIX.json`, written last, says it is whole.
+"""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_mixtral.data import dataset, documents, indexed
+from megatron_mixtral.data.documents import Bad, Document, Fields, Piece
+from megatron_mixtral.errors import InputError, JobError
+from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.observability.progress import Progress
+from megatron_mixtral.spec.jobs import PrepareConfig
+from megatron_mixtral.tokenization import chat, chat_template, tokenizer
+
+FORMAT = 1
+NAMED_BAD = 10  # bad lines named in an error
+SHOWN = 256  # tokens of a document that are shown from either end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one piece came to; its bytes lie beside it in the work folder."""
+
+    documents: int
+    tokens: int
+    learnt: int  # tokens whose loss counts
+    masked: int  # documents that are conversations
+    bad: int  # lines that are no document
+    named: list[Bad]  # the first of them
+
+
+def run(config: PrepareConfig, run_dir: Path) -> None:
+    """Prepare; `InputError` names an input that is missing, empty, or a line that isn't a document."""
+    try:
+        prepare(config, run_dir)
+    except OSError as error:
+        raise JobError(f"{error.filename or config.output}: {error.strerror or error}") from error
+    except BrokenProcessPool as error:
+        raise JobError("a worker was killed, perhaps for want of memory: fewer workers need less") from error
+
+
+def prepare(config: PrepareConfig, run_dir: Path) -> None:
+    """As `run`, with the errors of the machine as they come."""
+    words = tokenizer.load(Path(config.tokenizer).expanduser())
+    files = documents.find(config.inputs)
+    prefix = Path(config.output).expanduser()
+    fields = Fields(
+        text=config.text_key,
+        messages=config.messages_key,
+        prompt=config.prompt_key,
+        completion=config.completion_key,
+    )
+    form = chat_template.form(words, config.chat_template)
+    key = _key(files, fields, tokenizer.digest(words), form.source)
+    events = EventLog(run_dir / "events.jsonl")
+    done, there = _done(prefix, key, config.max_bad), " (there already)"
+    if not done:
+        work, there = _work_folder(prefix, key), ""
+        cut = documents.pieces(files)
+        parts = _convert(config, cut, fields, work, events)
+        done = _assemble(prefix, work, parts, {"key": key, "chat_template": form.source}, words, files)
+        shutil.rmtree(work)
+    _say(
+        events,
+        f"{prefix}{there}: {done['documents']:,} documents, {done['masked']:,} of them conversations; "
+        f"{done['tokens']:,} tokens, {done['learnt'] / done['tokens']:.0%} of them learnt",
+    )
+    for sample in _samples(prefix, words, config.show):
+        _say(events, sample)
+
+
+def _say(events: EventLog, text: str) -> None:
+    """To the log, and to whoever watches the run."""
+    print(text, flush=True)
+    events.write("note", text=text)
+
+
+def meta(prefix: Path) -> dict | None:
+    """The description `prepare` writes last, or None for data that isn't there or that another program made.
+
+    `InputError` for one that can't be read.
+    """
+    file = Path(f"{prefix}.json")
+    if not file.is_file():
+        return None
+    try:
+        description = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file}: damaged: {error}; remove it and prepare the data again") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{file}: damaged: not an object; remove it and prepare the data again")
+    return description
+
+
+def _done(prefix: Path, key: str, max_bad: int) -> dict | None:
+    """The description of what an earlier run made of the very same, if all of it is there."""
+    described = meta(prefix)
+    if not described or described.get("key") != key or described.get("bad", 0) > max_bad:
+        return None
+    try:
+        stored = dataset.Documents(prefix)
+    except InputError:
+        return None
+    return described if (stored.masks is not None) == bool(described["masked"]) else None
+
+
+def _key(files: list[Path], fields: Fields, words: str, template: str | None) -> str:
+    """Changes whenever the output would: inputs by path, size and time; fields; vocabulary; template; format."""
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    text = json.dumps([FORMAT, stats, asdict(fields), words, template])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _work_folder(prefix: Path, key: str) -> Path:
+    """The folder of finished pieces beside the output; one of other inputs is emptied."""
+    work = Path(f"{prefix}.parts")
+    marker = work / "key"
+    if work.exists() and (not marker.is_file() or marker.read_text() != key):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    marker.write_text(key)
+    return work
+
+
+def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path, events: EventLog) -> list[Part]:
+    """Every piece's part, in order, made or found; stops at the first bad line over the allowed number."""
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(cut))
+    ways = {"tokenizer_path": config.tokenizer, "template": config.chat_template}
+    task = partial(convert_piece, fields=fields, work=work, **ways)
+    parts: list[Part] = []
+    bad, named = 0, list[tuple[Piece, Bad]]()
+    progress = Progress(sum(p.end - p.start for p in cut), label="prepare", events=events)
+    with _mapper(workers) as run_all:
+        for piece, part in zip(cut, run_all(task, enumerate(cut)), strict=True):
+            parts.append(part)
+            bad += part.bad
+            named += [(piece, b) for b in part.named[: NAMED_BAD - len(named)]]
+            progress.add(piece.end - piece.start)
+            if bad > config.max_bad:
+                raise InputError(_explain(bad, named, config.max_bad))
+    progress.finish()
+    if bad:
+        _say(events, f"warning: {_explain(bad, named, config.max_bad)}")
+    return parts
+
+
+class _mapper:
+    """`map` over one process or many; leaving early cancels what hasn't begun."""
+
+    def __init__(self, workers: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else None
+
+    def __enter__(self):  # noqa: ANN204
+        return self._pool.map if self._pool else map
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def convert_piece(
+    numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path: str, template: str | None, work: Path
+) -> Part:
+    """Encode one piece into `work/NUMBER.{bin,mask,len}`; `NUMBER.json`, last and by rename, says it's done."""
+    number, piece = numbered
+    base = work / f"{number:08d}"
+    done = base.with_suffix(".json")
+    if done.is_file():
+        raw = json.loads(done.read_text())
+        return Part(**{**raw, "named": [Bad(**b) for b in raw["named"]]})
+    words, form = _loaded(tokenizer_path, template)
+    with (
+        base.with_suffix(".bin").open("wb") as tokens,
+        base.with_suffix(".mask").open("wb") as masks,
+        base.with_suffix(".len").open("wb") as lengths,
+    ):
+        part = _encode(documents.read(piece, fields, form), words, form, tokens, masks, lengths)
+    half = done.with_suffix(".half")
+    half.write_text(json.dumps(asdict(part)))
+    half.replace(done)
+    return part
+
+
+@functools.cache
+def _loaded(path: str, template: str | None) -> tuple[tokenizer.Tokenizer, chat.Form]:
+    words = tokenizer.load(Path(path).expanduser())
+    return words, chat_template.form(words, template)
+
+
+def _encode(
+    read: Iterator[Document | Bad],
+    words: tokenizer.Tokenizer,
+    form: chat.Form,
+    tokens: BinaryIO,
+    masks: BinaryIO,
+    lengths: BinaryIO,
+) -> Part:
+    """Stream documents into the three files: ids, a byte of mask a token, an int32 length a document."""
+    dtype = indexed.token_dtype(words.vocab_size)
+    count = total = learnt = masked = bad = 0
+    named: list[Bad] = []
+    for item in read:
+        if isinstance(item, Bad):
+            bad += 1
+            if len(named) < NAMED_BAD:
+                named.append(item)
+            continue
+        ids, mask = _ids(item, words, form)
+        tokens.write(np.asarray(ids, dtype=dtype).tobytes())
+        masks.write(mask)
+        lengths.write(np.int32(len(ids)).tobytes())
+        count, total, learnt = count + 1, total + len(ids), learnt + mask.count(1)
+        masked += bool(item.turns)
+    return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad, named=named)
+
+
+def _ids(item: Document, words: tokenizer.Tokenizer, form: chat.Form) -> tuple[list[int], bytes]:
+    if item.turns:
+        ids, mask = form.encode(words, list(item.turns))
+        return ids, bytes(mask)
+    ids = words.encode(item.text)
+    if item.opens:
+        ids.insert(0, words.bos)  # in place: a book in one line isn't held thrice
+    if item.closes:
+        ids.append(words.eos)
+    return ids, b"\x01" * len(ids)
+
+
+def _assemble(
+    prefix: Path, work: Path, parts: list[Part], known: dict, words: tokenizer.Tokenizer, files: list[Path]
+) -> dict:
+    """Join the parts, then put all files in place; a reader that comes in between finds no description."""
+    totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked", "bad")}
+    if not totals["documents"]:
+        raise InputError(f"no document in {', '.join(map(str, files[:5]))}: every input is empty")
+    bases = [work / f"{n:08d}" for n in range(len(parts))]
+    lengths = np.concatenate([np.fromfile(b.with_suffix(".len"), dtype=np.int32) for b in bases])
+    description = {"format": FORMAT, **known, **totals, "vocab_size": words.vocab_size}
+    description |= {"tokenizer": tokenizer.digest(words), "inputs": [str(f) for f in files]}
+    kinds = [("", ".bin", indexed.token_dtype(words.vocab_size))]
+    if totals["masked"]:
+        kinds.append(("_mask", ".mask", np.dtype(np.uint8)))
+    for name, suffix, dtype in kinds:
+        indexed.join([b.with_suffix(suffix) for b in bases], work / f"out{name}.bin")
+        indexed.write_index(work / f"out{name}.idx", lengths, dtype)
+    (work / "out.json").write_text(json.dumps(description, indent=1))
+    # Killed between any two of these, it leaves nothing that can be read without its mask.
+    for stale in (".json", ".idx", "_mask.bin", "_mask.idx"):
+        Path(f"{prefix}{stale}").unlink(missing_ok=True)
+    for name in [f"{n}{s}" for n, _, _ in reversed(kinds) for s in (".bin", ".idx")] + [".json"]:
+        (work / f"out{name}").replace(f"{prefix}{name}")
+    return description
+
+
+def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[str]:
+    """The first `count` documents as text, with what is learnt between guillemets."""
+    stored = dataset.Documents(prefix) if count else None
+    for index in range(min(count, len(stored) if stored else 0)):
+        ids, mask = stored.read(index, 0, None)
+        shown = _marked(ids, mask, words)
+        if len(ids) > 2 * SHOWN:
+            ends = (slice(SHOWN), slice(-SHOWN, None))
+            shown = " ... ".join(_marked(ids[end], mask[end], words) for end in ends)
+        yield f"document {index} ({len(ids)} tokens, {int(mask.sum())} learnt): {shown}"
+
+
+def _marked(ids: np.ndarray, mask: np.ndarray, words: tokenizer.Tokenizer) -> str:
+    shown, edges = "", np.flatnonzero(np.diff(mask, prepend=0, append=0))
+    for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        text = " ".join(words.piece(int(i)) for i in ids[begin:end])
+        shown += f"«{text}»" if end > begin and mask[begin] else text
+    return shown
+
+
+def _explain(bad: int, named: list[tuple[Piece, Bad]], allowed: int) -> str:
+    lines = "\n".join(f"  {p.file}:{_line(p, b)}: {b.reason}" for p, b in named)
+    return f"{bad} bad line{'s' * (bad != 1)} (at most {allowed} allowed, --max-bad):\n{lines}"
+
+
+def _line(piece: Piece, bad: Bad) -> int:
+    """Line number within the file: counts what lies before the piece, which only errors pay for."""
+    before = documents.lines(Piece(file=piece.file, start=0, end=piece.start, size=piece.size))
+    return bad.line + (sum(1 for _ in before) if piece.start else 0)

@@ -1,0 +1,107 @@
+"""A run's loss and expert load as a picture, from its events alone.
+
+`python -m megatron_mixtral.observability.plot RUN [FILE]`
+
+Imports no torch, so that it works wherever the run directory is; matplotlib is needed and asked for by name.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import InputError, JobError
+from megatron_mixtral.observability import events
+
+NAME = "plot.png"
+BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#b8c4d4"
+
+
+def draw(run_dir: Path, target: Path) -> Path:
+    """The picture at `target`; `InputError` for a run without steps, or where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("matplotlib isn't installed: pip install matplotlib") from error
+    told = events.read(run_dir / "events.jsonl")
+    steps = events.last_of_each_step(told, "step")
+    if not steps:
+        raise InputError(f"{run_dir}: no step is done yet, so there is nothing to draw")
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    _loss(above, steps, events.last_of_each_step(told, "eval"))
+    _load(below, steps)
+    for number, panel in enumerate((above, below)):
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        for order, begun in enumerate(_attempts(told)):
+            label = None if number or order else "where an attempt went on"
+            panel.axvline(begun, color="#999999", linestyle=":", linewidth=1, label=label)
+        panel.legend(frameon=False, loc="upper right")
+    figure.suptitle(run_dir.resolve().name)
+    below.set_xlabel("step")
+    figure.savefig(target, dpi=120)
+    return target
+
+
+def _attempts(told: list[dict[str, Any]]) -> list[int]:
+    """Where later attempts went on."""
+    return [e["step"] for e in told if e["event"] == "start" and e.get("step")]
+
+
+def _loss(panel: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+    x, y = _series(steps, "loss")
+    panel.plot(x, y, color=GREY, linewidth=1, label="training loss")
+    panel.plot(x, smooth(y), color=BLUE, linewidth=2, label="recent mean")
+    if evals:
+        panel.plot(*_series(evals, "loss"), "o-", color=ORANGE, markersize=4, label="validation loss")
+    panel.set_ylabel("loss, nats a token")
+
+
+def _load(panel: Any, steps: list[dict[str, Any]]) -> None:
+    """Of the busiest expert to the mean: over all layers, and in the worst one."""
+    panel.plot(*_series(steps, "expert_load_worst"), color=ORANGE, linewidth=1.5, label="worst layer")
+    panel.plot(*_series(steps, "expert_load"), color=BLUE, linewidth=1.5, label="mean over layers")
+    panel.axhline(1, color="#999999", linewidth=1)
+    panel.set_ylabel("busiest expert / mean")
+
+
+def _series(found: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
+    """Steps and finite values; what isn't finite is text in events."""
+    pairs = [(e["step"], e[field]) for e in found if isinstance(e.get(field), (int, float))]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Each value's mean with those before it, the older the lighter; over about a thirtieth of them."""
+    keep = 1 - 1 / max(1.0, len(values) / 30)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = total * keep + value, weight * keep + 1
+        means.append(total / weight)
+    return means
+
+
+def at_the_end(run_dir: Path) -> str:
+    """What a job says of the picture that it leaves; its lack is no reason to fail."""
+    try:
+        return f"plot: {draw(run_dir, run_dir / NAME)}"
+    except (InputError, OSError) as error:
+        return f"no plot: {error}"
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) not in (1, 2):
+        print("usage: python -m megatron_mixtral.observability.plot RUN [FILE]", file=sys.stderr)
+        return 2
+    run_dir = Path(argv[0])
+    try:
+        print(draw(run_dir, Path(argv[1]) if len(argv) == 2 else run_dir / NAME))
+    except (JobError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""All ranks in step: rank 0 hands out requests to replicas and says when to step, the others follow.
+
+Where experts are spread over replicas every step is a step of all of them; one without work takes part idly.
+"""
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_mixtral.distributed import collectives
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.serve.admission import Cancel, Order, Stop
+from megatron_mixtral.serve.engine.links import Link
+from megatron_mixtral.serve.messages import Event, Request, Token, event_from_json
+
+from megatron.core import parallel_state
+
+
+class Replica(Protocol):
+    """What a rank needs of its copy of the model; see `replica.Replica`."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    @property
+    def cache_used(self) -> float: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def cancel(self, request: int) -> None: ...
+
+    def step(self) -> list[Event]: ...
+
+    def idle_step(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Which replica each rank belongs to, and which rank of a replica reports for it."""
+
+    replica_of: list[int]
+    speaks: list[bool]
+    coupled: bool  # experts lie on several replicas
+
+    @classmethod
+    def survey(cls) -> "Places":
+        """Ask all ranks; every rank calls it."""
+        state = parallel_state
+        mine = (
+            compat.data_parallel()[0],
+            state.get_tensor_model_parallel_rank() == 0 and state.get_pipeline_model_parallel_rank() == 0,
+        )
+        replicas, speaks = zip(*collectives.gathered(mine), strict=True)
+        coupled = state.get_expert_model_parallel_world_size() > 1 and max(replicas) > 0
+        return cls(replica_of=list(replicas), speaks=list(speaks), coupled=coupled)
+
+    @property
+    def replicas(self) -> int:
+        return max(self.replica_of) + 1
+
+    def speaker(self, replica: int) -> int:
+        ranks = enumerate(zip(self.replica_of, self.speaks, strict=True))
+        return next(rank for rank, place in ranks if place == (replica, True))
+
+
+class Leader:
+    """Rank 0: orders from `inbox` go to the replica with the least to do, what all bring goes to `sink`."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        places: Places,
+        links: dict[int, Link],
+        *,
+        inbox: "queue.SimpleQueue[Order]",
+        sink: Callable[[list[Event], float], None],
+    ) -> None:
+        self._replica = replica
+        self._places = places
+        self._links = links
+        self._inbox = inbox
+        self._sink = sink
+        self._replica_of: dict[int, int] = {}  # request -> replica
+        self._busy = [False] * places.replicas
+        self._cache = [0.0] * places.replicas
+
+    def run(self) -> None:
+        """Until a `Stop` comes; a lost link or a failed step ends it with that error."""
+        while True:
+            orders = self._orders()
+            if any(isinstance(order, Stop) for order in orders):
+                break
+            self._step(orders)
+        for link in self._links.values():
+            link.expect_end()
+            link.send({"stop": True})
+
+    def _orders(self) -> list[Order]:
+        """All that has come; waits for some when no replica has work."""
+        orders: list[Order] = []
+        try:
+            if not any(self._busy):
+                orders.append(self._inbox.get())
+            while True:
+                orders.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return orders
+
+    def _step(self, orders: list[Order]) -> None:
+        tasks: list[dict[str, Any]] = [{"add": [], "cancel": []} for _ in self._busy]
+        for order in orders:
+            if isinstance(order, Request):
+                tasks[self._assign(order)]["add"].append(order.to_json())
+            elif isinstance(order, Cancel) and order.request in self._replica_of:
+                tasks[self._replica_of.pop(order.request)]["cancel"].append(order.request)
+        works = [busy or any(task.values()) for busy, task in zip(self._busy, tasks, strict=True)]
+        for rank, link in self._links.items():
+            of = self._places.replica_of[rank]
+            if works[of] or (self._places.coupled and any(works)):
+                link.send({**tasks[of], "step": works[of]})
+        events: list[Event] = []
+        if works[0] or (self._places.coupled and any(works)):
+            report = perform(self._replica, {**tasks[0], "step": works[0]})
+            events += self._noted(0, report)
+        for of in range(1, len(works)):
+            if works[of]:
+                events += self._noted(of, self._links[self._places.speaker(of)].receive())
+        self._sink(events, max(self._cache))
+
+    def _assign(self, request: Request) -> int:
+        counts = [0] * len(self._busy)
+        for replica in self._replica_of.values():
+            counts[replica] += 1
+        self._replica_of[request.id] = chosen = counts.index(min(counts))
+        return chosen
+
+    def _noted(self, of: int, report: dict[str, Any]) -> list[Event]:
+        self._busy[of], self._cache[of] = report["busy"], report["cache"]
+        events = [event_from_json(e) if isinstance(e, list) else e for e in report["events"]]
+        for event in events:
+            if isinstance(event, Token) and event.finish:
+                self._replica_of.pop(event.request, None)
+        return events
+
+
+def follow(replica: Replica, link: Link, *, speaks: bool) -> None:
+    """Any other rank: do what rank 0 says until it says stop."""
+    while True:
+        order = link.receive()
+        if order.get("stop"):
+            link.expect_end()
+            return
+        report = perform(replica, order)
+        if speaks and order["step"]:
+            link.send({**report, "events": [event.to_json() for event in report["events"]]})
+
+
+def perform(replica: Replica, order: dict[str, Any]) -> dict[str, Any]:
+    """One order on this rank: take on, let go, and step (idly without work)."""
+    for raw in order["add"]:
+        replica.add(Request.from_json(raw))
+    for request in order["cancel"]:
+        replica.cancel(request)
+    events: list[Event] = []
+    if order["step"]:
+        events = replica.step()
+    else:
+        replica.idle_step()
+    return {"events": events, "busy": replica.busy, "cache": replica.cache_used}

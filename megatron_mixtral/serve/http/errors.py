@@ -1,0 +1,124 @@
+"""Every refusal that a client can meet, as one exception with the OpenAI API's error body."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+
+from megatron_mixtral.serve.admission import Refused, Unavailable
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class OpenAIError(BaseModel):
+    """The inside of an error body."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIRefusal(BaseModel):
+    """The body of whatever isn't 200 under `/v1`."""
+
+    error: OpenAIError
+
+
+class MegatronRefusal(BaseModel):
+    """The body of whatever isn't 200 of `/api`."""
+
+    message: str
+
+
+def documented(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the server's own description says of every refusal; `default` keeps FastAPI's 422 out of it."""
+    words = {400: "A mistake in the request", 429: "The queue is full", 503: "Shutting down, or a rank is gone"}
+    words |= {401: "A key is needed", 404: "No such model", 413: "The body is too large"}
+    found: dict[int | str, dict[str, Any]] = {code: {"model": body, "description": words[code]} for code in words}
+    return {**found, "default": {"model": body, "description": "Any other refusal"}}
+
+
+class Problem(Exception):
+    """An answer other than 2xx."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        kind = KINDS.get(status, "server_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+
+def from_exception(error: Exception) -> Problem:
+    """What a handler's exception means to the client."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, Refused):
+        wait = {"Retry-After": str(error.retry_after)}
+        return Problem(429, "the queue is full; try again later", code="queue_full", headers=wait)
+    if isinstance(error, Unavailable):
+        return Problem(503, str(error) or "the server isn't ready", code="unavailable")
+    return Problem(500, "the server failed on this request; its log says why")
+
+
+def from_validation(error: RequestValidationError) -> Problem:
+    """The first field that pydantic found wrong, in the API's words."""
+    finding = _closest(error.errors())
+    where = _path(finding)
+    if finding["type"] == "json_invalid":
+        return Problem(400, f"the body isn't JSON: {finding.get('ctx', {}).get('error', 'syntax error')}")
+    if not where and finding["type"] in ("model_attributes_type", "model_type", "dict_type", "missing"):
+        return Problem(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    if finding["type"] in ("extra_forbidden", "none_required"):
+        return Problem(400, f"unrecognized or unsupported request argument: {'.'.join(where)}", param=where[0])
+    message = finding["msg"].removeprefix("Value error, ")
+    place = f"{'.'.join(where)}: " if where else ""
+    return Problem(400, f"{place}{message}", param=where[0] if where else None)
+
+
+def _closest(findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of all types that a field may have and hasn't, the one that what was given resembles most."""
+    field = findings[0]["loc"][:2]
+    same = (finding for finding in findings if finding["loc"][:2] == field)
+    return max(same, key=lambda finding: (len(finding["loc"]), not finding["type"].endswith("_type")))
+
+
+def _path(finding: dict[str, Any]) -> list[str]:
+    """Names and indices that lead to what was found, without pydantic's names of types in between."""
+    _body, *inner = (str(part) for part in finding["loc"])
+    last = inner.pop() if finding["type"] == "extra_forbidden" else None  # the client's own word, whatever it is
+    named = [part for part in inner if part not in ("str", "constrained-str") and "[" not in part]
+    return named if last is None else [*named, last]
+
+
+def openai_body(problem: Problem) -> JSONResponse:
+    return JSONResponse({"error": problem.error}, problem.status, problem.headers)
+
+
+def megatron_body(problem: Problem) -> JSONResponse:
+    """`text_generation_cli.py` prints `message` of whatever isn't 200."""
+    return JSONResponse({"message": problem.error["message"]}, problem.status, problem.headers)
+
+
+def body_for(request: HttpRequest, problem: Problem) -> JSONResponse:
+    """In the shape that the route's clients read."""
+    return megatron_body(problem) if request.url.path == "/api" else openai_body(problem)

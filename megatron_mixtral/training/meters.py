@@ -1,0 +1,98 @@
+"""What a step is measured by beside its loss: arithmetic done, memory, and how evenly experts are used.
+
+A FLOP is counted where the model needs it: what is recomputed or dropped counts once, causal attention by half.
+"""
+
+import resource
+from typing import Any
+
+import torch
+
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.spec.jobs import MixtralShape
+
+from megatron.core.transformer.moe.router import TopKRouter
+
+# bf16 without sparsity, TFLOP/s, by a part of the name that CUDA gives the device; the first that fits.
+PEAKS = {
+    "GB200": 2500,
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L40": 181,
+    "A10": 125,
+    "RTX PRO 6000": 504,
+    "V100": 125,
+}
+
+
+def flops_per_token(shape: MixtralShape, sequence_length: int) -> float:
+    """Of one token's forward and backward pass."""
+    hidden, head = shape.hidden_size, shape.head_dim
+    attention = 2 * hidden * head * (shape.num_attention_heads + shape.num_key_value_heads)
+    experts = 3 * hidden * shape.intermediate_size * shape.num_experts_per_tok
+    router = hidden * shape.num_local_experts
+    weights = shape.num_hidden_layers * (attention + experts + router) + shape.vocab_size * hidden
+    scores = (
+        shape.num_hidden_layers * shape.num_attention_heads * head * sequence_length
+    )  # two products, half of each
+    return 6.0 * (weights + scores)
+
+
+def peak() -> float | None:
+    """This GPU's dense bf16 TFLOP/s; None for one that isn't in the table, and without a GPU."""
+    if not compat.HAVE_GPU:
+        return None
+    name = torch.cuda.get_device_name()
+    return next((float(rate) for part, rate in PEAKS.items() if part in name), None)
+
+
+def memory() -> float:
+    """GiB that this rank has held at most: of its GPU, or of the process without one."""
+    if compat.HAVE_GPU:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class ExpertLoad:
+    """Counts the tokens that each layer's router sends to each expert while the model trains."""
+
+    def __init__(self, chunks: list[torch.nn.Module], shape: MixtralShape) -> None:
+        self._counts = torch.zeros(
+            shape.num_hidden_layers, shape.num_local_experts, dtype=torch.float64, device=compat.device()
+        )
+        for module in (m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)):
+            module.register_forward_hook(self._count)
+
+    def _count(self, router: Any, _: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if not router.training or not torch.is_grad_enabled():
+            return  # validation, or a pass that will be computed again and counted then
+        with torch.no_grad():
+            sent = routed[1].reshape(-1, self._counts.shape[1])
+            if router.config.moe_pad_expert_input_to_capacity:
+                sent = sent & (routed[0].reshape(sent.shape) > 0)  # the rest only fills up what an expert must get
+            self._counts[router.layer_number - 1] += sent.sum(0)
+
+    def take(self) -> list[float]:
+        """This rank's counts since the last time, layer after layer."""
+        counts = self._counts.flatten().tolist()
+        self._counts.zero_()
+        return counts
+
+
+def balance(counts: list[float], experts: int) -> tuple[float, float]:
+    """(mean, worst) over layers of the busiest expert's tokens to the mean; 1 is even. Counts of all ranks."""
+    layers = torch.tensor(counts, dtype=torch.float64).view(-1, experts)
+    layers = layers[layers.sum(1) > 0]
+    if not len(layers):
+        return 0.0, 0.0
+    loads = layers.max(1).values / layers.mean(1)
+    return float(loads.mean()), float(loads.max())

@@ -1,0 +1,245 @@
+"""A conversion planned: what to read, which files to write with which rows, how to complete the folder.
+
+Planning reads headers alone; whatever is wrong with the source shows here, before a byte is written.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
+from megatron_mixtral.weights import folder as weights_folder
+from megatron_mixtral.weights import hub, legacy, merged, peft, tensors, torch_dist
+from megatron_mixtral.weights import lora as adapters
+from megatron_mixtral.weights.copying import ITEMSIZE, Run, Source, Target, Unit
+from megatron_mixtral.weights.folder import MARKER
+from megatron_mixtral.weights.mapping import Link, Names, hub_shapes, links
+
+UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
+SMALLEST_UNIT_BYTES = 1 << 20
+RELEASE = "release"  # with the file that names it, what upstream Megatron loads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """One direction, planned: what to read, which files to write, and how to complete the folder."""
+
+    shape: MixtralShape
+    source_folder: Path
+    source: Source
+    units: list[Unit]
+    subfolder: str  # of the output, where the units go
+    framing: Callable[[Unit], Iterable[tuple[int, bytes]]]  # what to write around a unit's own bytes
+    complete: Callable[[Path], None]  # write what is left to write in that folder, but for marker and assets
+    kind: str
+    identity: dict[str, Any]  # what makes it the same source later
+    about: dict[str, Any] = field(default_factory=dict)  # what mixlaunch.json says of this kind alone
+    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest when the source was written
+    without: tuple[str, ...] = ()  # files beside the source's weights that don't go along
+
+    @property
+    def marker(self) -> Path:
+        return Path(self.subfolder, MARKER)
+
+
+def plan(config: ConvertConfig) -> Conversion:
+    """Read the source's headers and lay out the output; `InputError` for whatever is wrong with the source."""
+    if config.dtype is not None and config.dtype not in ITEMSIZE:
+        raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
+    if config.format not in FORMATS:
+        raise InputError(f"format: {config.format!r} isn't one of {', '.join(FORMATS)}")
+    directions = {"megatron": plan_to_megatron, "hf": plan_to_hub, "peft": plan_to_peft}
+    if config.max_shard_gb <= 0:
+        raise InputError(f"max_shard_gb: {config.max_shard_gb} isn't a size")
+    if config.to not in directions:
+        raise InputError(f"to: {config.to!r} isn't one of {', '.join(directions)}")
+    source = Path(config.source).expanduser().absolute()
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder")
+    return directions[config.to](config, source)
+
+
+def is_hub(folder: Path) -> bool:
+    """Whether a folder says of itself that it's in the hub's layout, or could be; its weights aren't looked at."""
+    if (folder / MARKER).is_file():
+        return weights_folder.read_marker(folder).get("kind") == "hub"
+    return not weights_folder.complete(folder) and not weights_folder.complete(folder / "checkpoints")
+
+
+def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
+    if not is_hub(folder):
+        raise InputError(f"{folder}: in Megatron's layout already; --to hf converts it back")
+    shape = MixtralShape.from_folder(folder)
+    config.layout.check(shape)
+    source, names = hub.open_model(folder, shape)
+    return FORMATS[config.format](config, shape, names, source)
+
+
+def plan_torch_dist(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
+    """The checkpoint that loads at every layout."""
+    targets = list(megatron_targets(shape, names, source, config.dtype))
+    total = sum(t.nbytes for t in targets)
+    limit = max(SMALLEST_UNIT_BYTES, min(UNIT_BYTES, total // 32))
+    units = torch_dist.files(targets, limit=limit)
+
+    def finish(out: Path) -> None:
+        objects, file = empty_objects(shape), f"__{len(units)}_0.distcp"
+        torch_dist.write_metadata(out, units, tensors.shapes(shape), objects, file)
+        torch_dist.write_common(out)
+
+    return Conversion(
+        shape=shape,
+        source_folder=source.folder,
+        source=source,
+        units=units,
+        subfolder=RELEASE,
+        framing=torch_dist.frames,
+        complete=finish,
+        kind="weights",
+        identity=source.fingerprint(),
+        recorded=recorded(source, config.dtype),
+    )
+
+
+def recorded(source: Any, dtype: str | None) -> dict[str, str]:
+    """The digests that a folder of our own making has of its tensors, where the copy should have the same."""
+    plain = type(source) in (hub.HubFolder, torch_dist.TorchDistFolder)
+    if dtype or not plain or not (source.folder / MARKER).is_file():
+        return {}
+    return weights_folder.read_marker(source.folder).get("digests") or {}
+
+
+def plan_legacy(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
+    """The checkpoint of one layout, for Megatron jobs older than `torch_dist`."""
+    about = {"names": config.names, "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by}
+    cut = legacy.Cut(shape=shape, layout=config.layout, **about)
+    types = common_types(links(shape, names), source)
+    return Conversion(
+        shape=shape,
+        source_folder=source.folder,
+        source=source,
+        units=legacy.files(cut, names, dict.fromkeys(types, config.dtype) if config.dtype else types),
+        subfolder=RELEASE,
+        framing=legacy.frames,
+        complete=lambda out: None,
+        kind=legacy.KIND,
+        identity=source.fingerprint(),
+        about={"legacy": about},
+    )
+
+
+FORMATS: dict[str, Callable[..., Conversion]] = {"torch_dist": plan_torch_dist, legacy.KIND: plan_legacy}
+
+
+def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: str | None) -> Iterator[Target]:
+    """The chunks to write: a layer's or an expert's part of each tensor, gate and up apart as megatron-core does.
+
+    Digests go by the hub's own names, whatever names the source has.
+    """
+    named = zip(links(shape, names), links(shape), strict=True)
+    shapes, types = tensors.shapes(shape), {} if dtype else common_types(links(shape, names), source)
+
+    def chunk(pair: tuple[Link, Link]) -> tuple[Any, ...]:
+        rows = pair[0].megatron
+        return rows.name, rows.index, rows.start if "linear_fc1" in rows.name else 0
+
+    for (name, index, start), group in groupby(named, chunk):
+        pairs = list(group)
+        rest = shapes[name][len(index) + 1 :]
+        yield Target(
+            name=name,
+            offsets=(*index, start, *(0 for _ in rest)),
+            sizes=(*(1 for _ in index), sum(len(link.megatron) for link, _ in pairs), *rest),
+            dtype=dtype or types[name],
+            runs=tuple(Run(link.hub, own.hub.name) for link, own in pairs),
+        )
+
+
+def common_types(table: Iterable[Link], source: Source) -> dict[str, str]:
+    """Megatron tensor -> the one type of all that goes into it."""
+    types: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for link in table:
+        name, found = link.megatron.name, source.dtype(link.hub.name)
+        if types.setdefault(name, found) != found:
+            other = f"{first[name]} is {types[name]}, {link.hub.name} is {found}"
+            raise InputError(f"{other}: both go into one tensor of Megatron's; give --dtype")
+        first.setdefault(name, link.hub.name)
+    return types
+
+
+def empty_objects(shape: MixtralShape) -> Iterator[str]:
+    """The objects, all None, that Transformer Engine's modules ask a checkpoint for."""
+    for name, grid in tensors.extra_states(shape).items():
+        for place in product(*map(range, grid)):
+            yield f"{name}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, grid))}"
+
+
+def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
+    if is_hub(folder) and any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: in the hub's layout already")
+    newest = weights_folder.resolve(folder)
+    shape = MixtralShape.from_folder(newest)
+    source = merged.open_weights(newest, shape, base=config.base)
+    units = hub.shards(hub_targets(shape, source, config.dtype), limit=int(config.max_shard_gb * 1e9))
+
+    def finish(out: Path) -> None:
+        if len(units) > 1:
+            (out / hub.INDEX).write_text(hub.index(units))
+
+    return Conversion(
+        shape=shape,
+        source_folder=newest,
+        source=source,
+        units=units,
+        subfolder="",
+        framing=hub.frames,
+        complete=finish,
+        kind="hub",
+        identity=source.fingerprint(),
+        recorded=recorded(source, config.dtype),
+    )
+
+
+def plan_to_peft(config: ConvertConfig, folder: Path) -> Conversion:
+    if config.check_logits:
+        raise InputError("check_logits: adapters alone have none; use --to hf, which merges them")
+    newest = weights_folder.resolve(folder)
+    marker, shape = weights_folder.read_marker(newest), MixtralShape.from_folder(newest)
+    if marker.get("kind") != adapters.KIND:
+        raise InputError(f"{newest}: holds no adapters but {marker.get('kind')}; --to peft is for finetune --lora")
+    lora = adapters.described(marker, newest)
+    stored = merged.Adapters(newest, shape, lora).source
+    source = peft.PeftRows(stored, shape.num_local_experts)
+    base = config.base or marker["base"]["hub"] or marker["base"]["path"]
+    return Conversion(
+        shape=shape,
+        source_folder=newest,
+        source=source,
+        units=[hub.file(peft.WEIGHTS, list(peft.targets(shape, lora, source, config.dtype)))],
+        subfolder="",
+        framing=hub.frames,
+        complete=lambda out: peft.write_config(out, lora, base),
+        kind="peft",
+        identity={**stored.fingerprint(), "base": base},
+        without=("config.json", "generation_config.json"),  # those of a whole model
+    )
+
+
+def hub_runs(shape: MixtralShape) -> dict[str, list[Run]]:
+    """Every tensor of the hub's layout -> its rows in Megatron's."""
+    runs: dict[str, list[Run]] = {name: [] for name in hub_shapes(shape)}
+    for link in links(shape):
+        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
+    return runs
+
+
+def hub_targets(shape: MixtralShape, source: Source, dtype: str | None) -> Iterator[Target]:
+    """Every tensor of the hub's layout, put together from its rows in Megatron's."""
+    runs = hub_runs(shape)
+    for name, sizes in hub_shapes(shape).items():
+        stored = (source.base if isinstance(source, merged.Merged) else source).dtype(runs[name][0].rows.name)
+        yield Target(name, (0,) * len(sizes), sizes, dtype or stored, tuple(runs[name]))

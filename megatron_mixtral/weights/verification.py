@@ -1,0 +1,150 @@
+"""The job `verify`: whether every tensor of a converted folder still has the digest it had as it was written.
+
+Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from megatron_mixtral.errors import CheckpointError, InputError
+from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.observability.progress import Progress
+from megatron_mixtral.spec.jobs import MixtralShape, VerifyConfig
+from megatron_mixtral.weights import folder as weights_folder
+from megatron_mixtral.weights import hub, legacy
+from megatron_mixtral.weights.copying import BLOCK, Run, Source, around, read_rows
+from megatron_mixtral.weights.mapping import Rows, hub_shapes
+from megatron_mixtral.weights.plan import hub_runs
+from megatron_mixtral.weights.shared_work import Crew
+
+
+def run(config: VerifyConfig, run_dir: Path) -> None:
+    """Check this process's share of the tensors; `CheckpointError` names those that differ."""
+    crew = Crew.from_environment()
+    given = Path(config.folder).expanduser().absolute()
+    folder = weights_folder.resolve(given)
+    marker = weights_folder.read_marker(folder)
+    recorded = marker.get("digests")
+    if not recorded:
+        raise InputError(f"{folder}: records no digests; convert writes them, training doesn't")
+    if crew.rank == 0:
+        check_others(folder, marker)
+        if folder.parent == given:
+            check_latest(given / weights_folder.LATEST, folder.name)
+    mine = share(folder, marker, crew)
+    if crew.rank == 0:
+        check_around(folder, marker, mine.source)
+    events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
+    progress = Progress(mine.bytes, label=f"rank {crew.rank}", events=events)
+    mine.check(progress.add)
+    progress.finish()
+    verdict = f"{folder}: {len(mine.runs)} tensors as they were converted"
+    print(verdict, flush=True)
+    events.write("note", text=verdict if crew.size == 1 else f"rank 0: {verdict}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The tensors that one of several processes looks at, the rows of each, and the digests they had."""
+
+    source: Source
+    runs: dict[str, list[Run]]
+    recorded: dict[str, str]
+    bytes: int
+
+    def check(self, progress: Callable[[int], Any] = int) -> None:
+        """Read them through; `CheckpointError` names a file and a tensor that isn't what was written."""
+        wrong = [
+            name for name in self.runs if digest(self.source, self.runs[name], progress) != self.recorded[name]
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            file = self.source.file_of(self.runs[wrong[0]][0].rows)
+            raise CheckpointError(
+                f"{file}: tensor {wrong[0]}{more}: not what was converted; the files have changed"
+            )
+
+
+def share(folder: Path, marker: dict[str, Any], crew: Crew) -> Share:
+    """This process's, as many bytes as any other's; `CheckpointError` for a tensor or shape that isn't there."""
+    recorded = marker["digests"]
+    if marker.get("kind") != "peft":  # which has no config.json
+        _check_shape(folder, marker.get("shape", {}))
+    source, runs = tensors_of(folder, marker)
+    if missing := sorted(recorded.keys() - runs.keys()):
+        raise CheckpointError(f"{folder}: tensor {missing[0]} has a digest and is missing")
+    names = sorted(recorded)
+    sizes = [sum(len(run.rows) * source.row_bytes(run.rows.name) for run in runs[name]) for name in names]
+    places = crew.mine(sizes)
+    mine = {names[place]: runs[names[place]] for place in places}
+    return Share(source=source, runs=mine, recorded=recorded, bytes=sum(sizes[place] for place in places))
+
+
+def check_others(folder: Path, marker: dict[str, Any]) -> None:
+    """`CheckpointError` names a file without tensors that is gone or isn't what it was."""
+    for name, before in marker.get("others", {}).items():
+        _check_around(folder / name, before, (), "not what was written at the conversion")
+
+
+def check_around(folder: Path, marker: dict[str, Any], source: Any) -> None:
+    """`CheckpointError` names a file that is another around its tensors: they'd be read, but not by all readers."""
+    spans = source.spans()
+    for name, before in marker.get("around", {}).items():
+        _check_around(folder / name, before, spans.get(folder / name, ()), "damaged around its tensors")
+
+
+def _check_around(path: Path, before: str, spans: Iterable[tuple[int, int]], wrong: str) -> None:
+    try:
+        now = around(path, spans)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; it was there at the conversion") from error
+    if now != before:
+        raise CheckpointError(f"{path}: {wrong}")
+
+
+def check_latest(path: Path, name: str) -> None:
+    """`CheckpointError` unless upstream's Megatron finds the folder by it."""
+    if not path.is_file() or path.read_bytes() != name.encode():
+        raise CheckpointError(f"{path}: should hold the word {name}, by which Megatron finds it")
+
+
+def _check_shape(folder: Path, recorded: dict[str, Any]) -> None:
+    """`config.json` has no digest; what it says of the model must be what the conversion read."""
+    for name, now in asdict(MixtralShape.from_folder(folder)).items():
+        if (before := recorded.get(name, now)) != now:
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {now}, and was {before} at the conversion")
+
+
+def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:
+    """What the folder holds, and for each hub tensor, or rank's own in legacy files, the rows that make it up."""
+    if (kind := marker.get("kind")) == "peft":
+        stored = hub.HubFolder(folder)
+    else:
+        shape = MixtralShape.from_folder(folder)
+        if kind == "hub":
+            stored = hub.HubFolder(folder)
+            stored.check(hub_shapes(shape))
+        else:
+            cut = legacy.open_weights(folder, shape, marker)
+            if not isinstance(cut, legacy.LegacyFolder):
+                return cut, hub_runs(shape)
+            stored = hub.HubFolder(folder, cut.parameters)  # parts of the hub's tensors
+    return stored, {name: [Run(Rows(name, (), 0, found.shape[0]), name)] for name, found in stored.tensors.items()}
+
+
+def digest(source: Source, runs: list[Run], progress: Callable[[int], Any]) -> str:
+    """BLAKE3 of a hub tensor put together from its rows."""
+    found = blake3()
+    for run in runs:
+        rows, width = run.rows, source.row_bytes(run.rows.name)
+        step = max(1, BLOCK // width)
+        for start in range(rows.start, rows.stop, step):
+            part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
+            data = read_rows(source, part)
+            found.update(data)
+            progress(len(data))
+    return found.hexdigest()

@@ -1,0 +1,338 @@
+"""The launcher's memory formula against what is really allocated: models and optimizers of every kind of rank.
+
+They are built on the meta device, in a pretended group of as many ranks as the layout has; a training of two real
+ranks shows that a step holds no more than they do.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+from spawn_ranks import ranks
+
+from launcher import errors as launcher_errors
+from launcher.cluster import profile
+from launcher.planning import fit, memory
+from launcher.planning import layout as launcher_layout
+
+SHAPES = launcher_layout.SHAPES
+SMALL = launcher_layout.Shape(
+    layers=7,
+    experts=4,
+    heads=4,
+    query_groups=2,
+    expert_width=96,
+    hidden=64,
+    head_size=24,  # not hidden / heads
+    vocabulary=131,  # odd: tensor parallelism pads it
+)
+LAYOUTS = [  # model, layout, world
+    ("8x7B", {"pipeline": 4, "expert": 8}, 32),
+    ("8x7B", {"pipeline": 2, "expert": 4}, 32),
+    ("8x7B", {"tensor": 2, "pipeline": 2, "expert": 8}, 32),
+    ("8x7B", {"tensor": 4, "expert": 2, "expert_tensor": 4}, 8),
+    ("8x7B", {}, 1),
+    ("8x22B", {"pipeline": 8, "expert": 8}, 128),
+    ("8x22B", {"pipeline": 5, "expert": 8}, 40),  # stages of 12, 11, 11, 11, 11
+    ("small", {"tensor": 2, "pipeline": 3, "expert": 2}, 12),
+    ("tied", {"pipeline": 2}, 2),
+    ("tied", {}, 2),
+]
+
+
+def shape_of(name):
+    return {"small": SMALL, "tied": dataclasses.replace(SMALL, tied=True), **SHAPES}[name]
+
+
+@dataclasses.dataclass
+class Allocated:
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def _everyone_says_the_same(said, own, group=None):
+    said[:] = [own] * len(said)
+
+
+@pytest.fixture
+def allocated(monkeypatch):
+    """Build model, gradient buffers and optimizer of the first rank of a stage; the bytes that each takes."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_mixtral.mcore import compat, cpu
+    from megatron_mixtral.model import build as model
+    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+    from megatron_mixtral.training import optimizer as optimize
+
+    meta, kind = torch.device("meta"), torch.Tensor.type
+
+    def build(shape, layout, world, stage, precision="bf16", lora=None, fp8_experts=False):
+        rank = stage * world // layout.get("pipeline", 1)
+        for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "0")
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            compat.initialize(Layout(**layout))
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu, "CPU", meta)  # what torch.cuda.current_device() returns here
+                patch.setattr(compat, "device", lambda: meta)
+                patch.setattr(torch.Tensor, "type", lambda tensor: kind(tensor).replace(".meta", ""))
+                patch.setattr(dist, "all_gather_object", _everyone_says_the_same)
+                if fp8_experts:
+                    return _served(core_shape(shape), Layout(**layout))
+                return _bytes(core_shape(shape), Layout(**layout), precision, lora)
+        finally:
+            compat.shutdown()
+
+    def core_shape(shape):
+        return MixtralShape(
+            num_hidden_layers=shape.layers,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.expert_width,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.query_groups,
+            head_dim=shape.head_size,
+            num_local_experts=shape.experts,
+            num_experts_per_tok=shape.experts_a_token,
+            vocab_size=shape.vocabulary,
+            tie_word_embeddings=shape.tied,
+        )
+
+    def _served(shape, layout):
+        built = model.build(shape, layout, precision="bf16", random_weights=False, fp8_experts=True)
+        scales = [s for layer in built.decoder.layers for s in layer.mlp.experts.scales]
+        return sum(t.nbytes for t in (*built.parameters(), *built.buffers(), *scales))
+
+    def _bytes(shape, layout, precision, lora):
+        built = model.build(shape, layout, precision=precision, random_weights=False, aux_loss=0.01, lora=lora)
+        assert {p.device.type for p in built.parameters()} == {"meta"}
+        weights = sum(t.nbytes for t in (*built.parameters(), *built.buffers()))
+        parts = optimize.build(FinetuneConfig(model="", data="", layout=layout, precision=precision), built)
+        buffers = [*parts.chunks[0].buffers, *parts.chunks[0].expert_parallel_buffers]
+        inner = [part.optimizer for part in parts.optimizer.chained_optimizers]
+        state = [t for o in inner for s in o.state.values() for t in s.values() if t.dim()]
+        masters = [p for o in inner for g in o.param_groups for p in g["params"]] if precision == "bf16" else []
+        return Allocated(
+            weights=weights,
+            gradients=sum(b.grad_data.nbytes for b in buffers),
+            optimizer=sum(t.nbytes for t in (*state, *masters)),
+        )
+
+    return build
+
+
+@pytest.mark.parametrize(("name", "layout", "world"), LAYOUTS)
+def test_weights_are_exact_and_gradients_and_optimizer_up_to_padding(allocated, name, layout, world):
+    shape, axes = shape_of(name), launcher_layout.Layout(**layout)
+    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1)
+    told = memory.training(shape, axes, world, work)
+    for stage in {0, axes.pipeline // 2, axes.pipeline - 1}:
+        real, parts = allocated(shape, layout, world, stage), told[stage].parts
+        assert parts["weights"] == real.weights
+        # Buffers are padded: 64 numbers a parameter, 128 and a whole number of ranks at the end.
+        padding = 4 * (64 * 20 * shape.layers + 2 * 128 * world)
+        assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
+        assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "world"), [("8x7B", {}, 1), ("8x22B", {"pipeline": 3, "expert": 2}, 6), LAYOUTS[3]]
+)
+def test_weights_in_fp8_are_exact(allocated, name, layout, world):
+    shape, axes = shape_of(name), launcher_layout.Layout(**layout)
+    work = memory.Serving(requests=1, tokens=64, fp8_experts=True)
+    for told in memory.serving(shape, axes, work):
+        assert told.parts["weights"] == allocated(shape, layout, world, told.stage, fp8_experts=True)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "world"), [({"pipeline": 2, "expert": 2}, 4), ({"tensor": 2, "expert": 2, "expert_tensor": 2}, 8)]
+)
+def test_adapters_alone_have_gradients_and_an_optimizer(allocated, layout, world, experts):
+    from megatron_mixtral.weights.lora import Lora
+
+    axes = launcher_layout.Layout(**layout)
+    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1, lora=8, lora_experts=experts)
+    told = memory.training(SMALL, axes, world, work)
+    for stage in range(axes.pipeline):
+        real = allocated(SMALL, layout, world, stage, lora=Lora(rank=8, alpha=16, experts=experts))
+        parts = told[stage].parts
+        assert parts["weights"] == real.weights
+        padding = 4 * (64 * 12 * SMALL.layers + 2 * 128 * world)
+        assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
+        assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_decides_what_a_parameter_takes(allocated, precision):
+    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1, precision=precision)
+    parts = memory.training(SMALL, launcher_layout.Layout(), 1, work)[0].parts
+    real = allocated(SMALL, {}, 1, 0, precision)
+    assert parts["weights"] == real.weights
+    assert parts["optimizer"] == pytest.approx(real.optimizer, rel=0.05)
+    numbers = parts["weights"] / memory.BYTES[precision]
+    held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    assert held / numbers == {"bf16": 18, "fp32": 16}[precision]
+
+
+# A step of two real ranks
+
+TRAINED = launcher_layout.Shape(
+    layers=2, experts=4, heads=8, query_groups=4, expert_width=512, hidden=256, head_size=32, vocabulary=1000
+)
+
+
+def bytes_after_a_step(expert):
+    """Everything that lives on this rank after one step: each tensor's storage once."""
+    import gc
+
+    import torch
+
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.model import build as model
+    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+    from megatron_mixtral.training import optimizer as optimize
+
+    layout = Layout(expert=expert)
+    compat.initialize(layout)
+    shape = MixtralShape(
+        num_hidden_layers=TRAINED.layers,
+        hidden_size=TRAINED.hidden,
+        intermediate_size=TRAINED.expert_width,
+        num_attention_heads=TRAINED.heads,
+        num_key_value_heads=TRAINED.query_groups,
+        head_dim=TRAINED.head_size,
+        num_local_experts=TRAINED.experts,
+        num_experts_per_tok=2,
+        vocab_size=TRAINED.vocabulary,
+    )
+    built = model.build(shape, layout, precision="fp32", aux_loss=0.01)
+    parts = optimize.build(FinetuneConfig(model="", data="", layout=layout, precision="fp32"), built)
+    chunk = parts.chunks[0]
+    optimize.zero_grad(parts)
+    ids = torch.randint(TRAINED.vocabulary, (1, 17))
+    chunk(ids[:, :-1], torch.arange(16)[None], None, labels=ids[:, 1:].contiguous()).mean().backward()
+    chunk.start_grad_sync()
+    chunk.finish_grad_sync()
+    optimize.set_step(parts, 1)
+    assert optimize.step(parts)[0]
+    gc.unfreeze()
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    tensors += [p.grad for p in built.parameters() if p.grad is not None]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+def test_two_ranks_hold_after_a_step_what_was_told(expert):
+    work = memory.Training(sequence=16, micro_batch=1, micro_batches=1, precision="fp32")
+    parts = memory.training(TRAINED, launcher_layout.Layout(expert=expert), 2, work)[0].parts
+    told = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    for real in ranks(2, bytes_after_a_step, expert):
+        assert told <= real < 1.02 * told
+
+
+def test_stages_are_cut_here_as_there():
+    """Whatever the launcher lets through the job takes, layer by layer, and the reverse."""
+    from megatron_mixtral.errors import LayoutError
+    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout
+    from megatron_mixtral.training import megatron_options
+
+    def there(layers, pipeline, first, last):
+        layout = Layout(pipeline=pipeline)
+        config = FinetuneConfig(model="", data="", layout=layout, first_stage_layers=first, last_stage_layers=last)
+        try:
+            own = first or last
+            return tuple(megatron_options.stage_layers(config, layers) if own else layout.stages(layers))
+        except LayoutError:
+            return None
+
+    def here(layers, pipeline, first, last):
+        try:
+            return dataclasses.replace(SMALL, layers=layers).stages(pipeline, first, last)
+        except launcher_errors.LayoutError:
+            return None
+
+    cases = itertools.product((4, 7, 12), (1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2, 5))
+    told = {case: (here(*case), there(*case)) for case in cases}
+    assert {case: pair for case, pair in told.items() if pair[0] != pair[1]} == {}
+
+
+def test_context_parallelism_is_of_training_alone(allocated):
+    from megatron_mixtral.errors import LayoutError
+
+    with pytest.raises(LayoutError, match="context parallel 2"):
+        allocated(SMALL, {"context": 2}, 2, 0)
+    cut = launcher_layout.Layout(context=2)
+    work = memory.Serving(requests=1, tokens=64)
+    ask = fit.Request(cluster=profile.load("selene"), layout=cut, shape=SMALL, work=work)
+    with pytest.raises(launcher_errors.LayoutError, match="--cp: 2"):
+        fit.study(ask)
+
+
+# What the backward pass needs, with real ranks exchanging tokens
+
+
+def bytes_of_a_layer(axes):
+    """What autograd keeps for one more layer of our fused kernels, parameters left out."""
+    import torch
+
+    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.model import build as model
+    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+
+    layout = Layout(**axes)
+    compat.initialize(layout)
+
+    def kept(layers):
+        shape = MixtralShape(
+            num_hidden_layers=layers,
+            hidden_size=TRAINED.hidden // 4,
+            intermediate_size=TRAINED.expert_width,
+            num_attention_heads=TRAINED.heads,
+            num_key_value_heads=TRAINED.query_groups,
+            head_dim=16,
+            num_local_experts=TRAINED.experts,
+            num_experts_per_tok=2,
+            vocab_size=TRAINED.vocabulary,
+        )
+        built = model.build(shape, layout, precision="fp32", aux_loss=0.01, fuse=True)
+        own = {p.untyped_storage().data_ptr() for p in built.parameters()}
+        found = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.randint(TRAINED.vocabulary, (2, 65))
+        positions = torch.arange(64).expand(2, -1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            built(ids[:, :-1], positions, None, labels=ids[:, 1:].contiguous())
+        return sum(found.values())
+
+    told = kept(2) - kept(1)
+    compat.shutdown()
+    return told
+
+
+@pytest.mark.parametrize(
+    "axes", [{}, {"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}, {"tensor": 2, "expert_tensor": 2}]
+)
+def test_ranks_that_exchange_tokens_keep_what_was_told(axes):
+    pytest.importorskip("triton", reason="our kernels run on CPU in Triton's interpreter")
+    world = max(axes.values(), default=1)
+    work = memory.Training(sequence=64, micro_batch=2, micro_batches=1, precision="fp32")
+    shape = dataclasses.replace(TRAINED, layers=1, hidden=TRAINED.hidden // 4, head_size=16)
+    [told] = memory.training(shape, launcher_layout.Layout(**axes), world, work)
+    real = ranks(world, bytes_of_a_layer, axes, env={"TRITON_INTERPRET": "1"})
+    # Experts get unequal shares; together the ranks hold what all were told, and some change for norms and routers.
+    assert sum(real) / world == pytest.approx(told.parts["activations"], rel=0.05)
