@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TEXT ?=
 export FOLDER ?= demo
 # Three files at a time keep two cores busy, since many tests wait for Slurm; the short tests of the launcher come last.
-TESTS ?= tests/megatron_mixtral tests/golden tests/gpu tests/slurm tests/test_demo.py tests/launcher tests/test_readme_figures.py
+TESTS ?= tests/megatron_mixtral tests/golden tests/gpu tests/slurm tests/launcher $(wildcard tests/test_*.py)
 WORKERS ?= 3
 BENCH ?= $(wildcard tests/bench/bench_*.py)
 
@@ -45,6 +45,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: setup
 	@$(BIN)/ruff check --fix --quiet .
