@@ -3,18 +3,14 @@
 Every command is printed before it runs and does its real work on the cluster `local`; nothing here is staged.
 """
 
-import ast
-import json
 import os
 import shlex
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.common import terminal
+from launcher.common import sample_text, terminal
 from launcher.errors import Fault, UsageError
 
 TEXT_BYTES = 2 << 20  # enough English for the loss to fall, little enough for seconds of tokenizing
@@ -40,7 +36,7 @@ def run(text: Path | None, folder: Path) -> None:
     folder.mkdir(parents=True)
     corpus = text or folder / "docstrings.jsonl"
     if not text:
-        write_text(corpus)
+        sample_text.write(corpus, TEXT_BYTES)
     hub, converted = models / "tiny-mixtral", models / "tiny-mixtral-megatron"
     demo = Chain(folder)
     demo.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub, *MODEL)
@@ -114,25 +110,3 @@ def wait_for(path: Path, *, seconds: float) -> None:
         if time.monotonic() > end:
             raise Fault(f"{path} isn't there after {seconds:g} s")
         time.sleep(0.2)
-
-
-def docstrings() -> Iterator[str]:
-    """The English that every Python brings: the docstrings of its standard library, module by module."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        if {"site-packages", "test", "tests", "idlelib"} & set(path.parts):
-            continue
-        nodes = ast.walk(ast.parse(path.read_bytes()))
-        found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
-        if text := "\n\n".join(filter(None, found)):
-            yield text
-
-
-def write_text(path: Path) -> None:
-    """Docstrings as JSONL, one module a document, up to `TEXT_BYTES`."""
-    size = 0
-    with path.open("w") as stream:
-        for text in docstrings():
-            size += stream.write(json.dumps({"text": text}) + "\n")
-            if size > TEXT_BYTES:
-                return

@@ -103,7 +103,7 @@ def _start(
     describe.require(plan, force=force)
     inputs.require(plan)
     _note(plan)
-    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow, tunnel=tunnel))
+    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow, through_tunnel=tunnel))
 
 
 def _note(plan: "JobPlan") -> None:
@@ -126,7 +126,7 @@ def _show(plan: "JobPlan", *, script: bool = True) -> None:
     lint.check(text, plan.profile.slurm_version)
     terminal.heading(f"{plan.job}: what would run")
     told = describe.facts(plan.outlook) if plan.outlook else []
-    terminal.facts([*terminal.plan_facts(plan), *told, ("run", str(run_dir) if script else "")])
+    terminal.facts([*describe.plan_facts(plan), *told, ("run", str(run_dir) if script else "")])
     terminal.heading("config.yaml")
     terminal.code(render.config_text(plan), "yaml")
     if script:

@@ -42,9 +42,8 @@ def list_nodes(as_json: bool, cluster: str | None) -> None:
 def _show(cluster: str | None, as_json: bool) -> None:
     import dataclasses
 
-    from launcher.cli import status
     from launcher.cluster import bad_nodes, profile
-    from launcher.common import terminal
+    from launcher.common import terminal, words
 
     loaded = profile.load(cluster)
     found = bad_nodes.read(loaded)
@@ -54,7 +53,7 @@ def _show(cluster: str | None, as_json: bool) -> None:
         terminal.say(f"no bad nodes of {loaded.name} in {bad_nodes.path(loaded)}")
     else:
         rows = [
-            (entry.node, status.moment(entry.until) if entry.until else "forever", entry.by, entry.reason)
+            (entry.node, words.moment(entry.until) if entry.until else "forever", entry.by, entry.reason)
             for entry in found
         ]
         terminal.table(("NODE", "UNTIL", "BY", "REASON"), rows)
@@ -106,8 +105,7 @@ def _expanded(names: tuple[str, ...]) -> list[str]:
 
 def _known(profile: "ClusterProfile", wanted: list[str]) -> None:
     """A name that the cluster hasn't got would have later submissions refused: say so now, if Slurm answers."""
-    import difflib
-
+    from launcher.common import words
     from launcher.errors import Fault, UsageError
     from launcher.slurm import client
 
@@ -119,5 +117,5 @@ def _known(profile: "ClusterProfile", wanted: list[str]) -> None:
     except Fault:
         return
     if missing := [name for name in wanted if name not in there]:
-        near = difflib.get_close_matches(missing[0], there, n=3) or there[:3]
+        near = words.nearest(missing[0], there, most=3) or there[:3]
         raise UsageError(f"{missing[0]}: no node of {profile.name}; nearest: {', '.join(near)}")

@@ -53,7 +53,7 @@ def _show(chain: "Chain") -> None:
         inputs = [given for given in plan.inputs if given.path in makers]
         made = {given.what: f"{given.path}  ({makers[given.path]} makes it)" for given in inputs}
         told = describe.facts(plan.outlook) if plan.job == "finetune" and plan.outlook else []
-        facts = [(name, made.get(name, text)) for name, text in terminal.plan_facts(plan)]
+        facts = [(name, made.get(name, text)) for name, text in describe.plan_facts(plan)]
         terminal.heading(f"{number} {step.name}")
         terminal.facts([*facts, *told, ("after", after), ("run", str(step.path))])
     terminal.facts([(f"{name} left out", f"{path} is there") for name, path in chain.there])

@@ -37,7 +37,7 @@ def _plan(plan: "JobPlan", *, as_json: bool) -> None:
         terminal.as_json(told)
         sys.exit(0 if told["fits"] else 2)
     terminal.heading(f"{plan.job} on {plan.profile.name}")
-    terminal.facts([*terminal.plan_facts(plan), *describe.facts(plan.outlook)])
+    terminal.facts([*describe.plan_facts(plan), *describe.facts(plan.outlook)])
     describe.require(plan, force=False)
 
 

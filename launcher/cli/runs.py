@@ -130,12 +130,12 @@ def show_logs(
 
     RUN is a name, a prefix or a job id; by default the newest run. With --rank all each line is headed by its rank.
     """
-    from launcher.cli import watch
+    from launcher.runs import follow as follow_run
     from launcher.runs import record
 
     run = record.find(name, roots_of(cluster))
     source = "batch" if batch else rank
-    for line in watch.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
+    for line in follow_run.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
         click.echo(line)
 
 

@@ -3,23 +3,19 @@
 The facts of runs come from `report`; here they become words, columns and colours.
 """
 
-import datetime
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.cli import watch
-from launcher.common import terminal
+from launcher.common import terminal, words
 from launcher.host import copies
-from launcher.runs import logs
+from launcher.runs import follow, logs
 from launcher.slurm import hostlist
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from launcher.runs.record import Run
-    from launcher.runs.state import State
 
 COLUMNS = (
     *("RUN", "JOB", "CLUSTER", "ID", "STATE", "NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE"),
@@ -55,11 +51,11 @@ def row(run: dict[str, Any]) -> tuple[str, ...]:
         str(len(run["nodes"])) if run["nodes"] else "",
         _progress(run),
         _number(run["loss"], ".3f"),
-        terminal.count(run["tokens_per_s"]) if isinstance(run["tokens_per_s"], int | float) else "",
+        words.count(run["tokens_per_s"]) if isinstance(run["tokens_per_s"], int | float) else "",
         _number(server.get("requests_per_s"), ".3g"),
         _number(server.get("queued"), "d"),
-        "" if run["time_left_s"] is None else duration(run["time_left_s"]),
-        age(run["created"]),
+        "" if run["time_left_s"] is None else words.duration(run["time_left_s"]),
+        words.age(run["created"]),
         note(run),
     )
 
@@ -67,13 +63,13 @@ def row(run: dict[str, Any]) -> tuple[str, ...]:
 def note(run: dict[str, Any]) -> str:
     """What else one wants to know at a glance: why it waits and until when, how it ended."""
     if run["state"] == "PENDING":
-        starts = f"starts about {moment(run['starts'])}" if run["starts"] else ""
+        starts = f"starts about {words.moment(run['starts'])}" if run["starts"] else ""
         waits = place_in_pipeline(run) if run["reason"] == "Dependency" else ""
         return "; ".join(filter(None, [waits or run["reason_in_words"], starts]))
     if run["server"] and run["server"].get("answers") is False:
         return "its server doesn't answer"
     if not run["active"] and run["exit_code"]:
-        return code_in_words(run["exit_code"])
+        return words.code_in_words(run["exit_code"])
     return run["reason"] or "" if run["source"] == "logs" and run["state"] != "COMPLETED" else ""
 
 
@@ -102,42 +98,6 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else ""
 
 
-def code_in_words(code: int) -> str:
-    """`exit 1`, or the signal that ended it: `exit 137, SIGKILL`."""
-    number = code - 128 if 128 < code < 160 else 0
-    try:
-        return f"exit {code}, {signal.Signals(number).name}" if number else f"exit {code}"
-    except ValueError:
-        return f"exit {code}"
-
-
-def age(created: str) -> str:
-    """How long ago, as much as one reads at a glance."""
-    then = datetime.datetime.fromisoformat(created)
-    return duration((datetime.datetime.now().astimezone() - then).total_seconds())
-
-
-def duration(seconds: float) -> str:
-    """`3d`, `5h`, `12m`, `40s`; two parts below a day where the second one matters: `1h20`."""
-    seconds = max(seconds, 0)
-    if seconds >= 86400:
-        return f"{seconds / 86400:.0f}d"
-    if seconds >= 3600:
-        hours, minutes = divmod(int(seconds) // 60, 60)
-        return f"{hours}h{minutes:02d}" if hours < 10 else f"{hours}h"
-    return f"{seconds // 60:.0f}m" if seconds >= 60 else f"{seconds:.0f}s"
-
-
-def moment(text: str) -> str:
-    """Slurm's time without what is clear: the date of today, the seconds."""
-    try:
-        then = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return text
-    today = then.date() == datetime.date.today()
-    return f"{then:%H:%M}" if today else f"{then:%a %d %b %H:%M}"
-
-
 def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
     """A few lines a run."""
     for run, known in zip(found, facts, strict=True):
@@ -154,8 +114,8 @@ def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
                 ("why", note(known) if state == "PENDING" else ""),
                 ("reason", "" if state in ("COMPLETED", "PENDING") else known["reason"] or ""),
                 ("nodes", hostlist.compress(known["nodes"])),
-                ("left", "" if known["time_left_s"] is None else duration(known["time_left_s"])),
-                *((WORDS.get(kind, kind), text) for kind in newest if (text := watch.describe(newest[kind]))),
+                ("left", "" if known["time_left_s"] is None else words.duration(known["time_left_s"])),
+                *((WORDS.get(kind, kind), text) for kind in newest if (text := follow.describe(newest[kind]))),
                 ("requests", load),
                 ("attempts", str(len(attempts)) if len(attempts) > 1 else ""),
                 ("run", copies.shown(run.path)),
@@ -163,11 +123,6 @@ def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
                 ("why it ended", f"mixlaunch explain {run.name}" if ended_badly(known) else ""),
             ]
         )
-
-
-def resumable(state: "State") -> bool:
-    """Whether it makes sense to run it again."""
-    return not state.active and state.state != "COMPLETED"
 
 
 def ended_badly(run: dict[str, Any]) -> bool:

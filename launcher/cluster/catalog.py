@@ -3,12 +3,11 @@
 It reads no profile, so that completing a name takes no longer than listing a few folders.
 """
 
-import difflib
 import os
 from importlib import resources
 from pathlib import Path
 
-from launcher.common import quoting
+from launcher.common import quoting, words
 from launcher.errors import ProfileError
 
 DEFAULT = "local"
@@ -47,7 +46,7 @@ def find(cluster: str) -> Path:
         return path
     found = available()
     if cluster not in found:
-        raise ProfileError(f"unknown cluster {quoting.shown(cluster)}{_hint(cluster, found)}")
+        raise ProfileError(f"unknown cluster {quoting.shown(cluster)}; {words.choices(cluster, sorted(found))}")
     return found[cluster]
 
 
@@ -61,14 +60,8 @@ def parent(reference: str, child: Path) -> Path:
     # `extends: selene` in one's own selene.yaml means the one that it hides.
     found = {path.stem: path for path in reversed(_every()) if path.resolve() != child.resolve()}
     if reference not in found:
-        raise ProfileError(f"unknown cluster {quoting.shown(reference)}{_hint(reference, found)}")
+        raise ProfileError(f"unknown cluster {quoting.shown(reference)}; {words.choices(reference, sorted(found))}")
     return found[reference]
-
-
-def _hint(cluster: str, found: dict[str, Path]) -> str:
-    names = ", ".join(sorted(found))
-    near = difflib.get_close_matches(cluster, found, n=1)
-    return f"; did you mean {near[0]!r}? There are: {names}" if near else f"; there are: {names}"
 
 
 def default() -> str:

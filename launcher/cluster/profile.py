@@ -3,7 +3,6 @@
 Everything a user can get wrong here is a `ProfileError` that names the file, the line and the nearest valid key.
 """
 
-import difflib
 import functools
 import os
 import re
@@ -17,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from launcher.cluster import catalog, yaml_layers
 from launcher.cluster.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
 from launcher.cluster.yaml_layers import Document, Location
-from launcher.common import quoting
+from launcher.common import quoting, words
 from launcher.errors import ProfileError
 from launcher.host import copies, ssh
 from launcher.script import stock
@@ -163,7 +162,7 @@ class ClusterProfile(Part):
         known = sbatch_options.known_options(self.slurm_version)
         for option in self.extra:
             if option not in known:
-                near = difflib.get_close_matches(option, known - OWNED, n=1)
+                near = words.nearest(option, known - OWNED)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise _mistake_at(
                     f"extra: sbatch of Slurm {self.slurm_version} has no --{option}{hint}", "extra", option
@@ -324,7 +323,7 @@ def _nearest(location: Location) -> str:
     """A hint at the valid key that was probably meant, in this section or else in another."""
     key = str(location[-1])
     nested = {leaf: f"{part}.{leaf}" for part in keys_at(()) for leaf in keys_at((part,))}
-    near = difflib.get_close_matches(key, keys_at(location[:-1]), n=1, cutoff=0.5)
+    near = words.nearest(key, keys_at(location[:-1]), cutoff=0.5)
     if key in nested and (len(location) == 1 or not near):
         near = [nested[key]]
     return f"did you mean {near[0]!r}? " if near else ""

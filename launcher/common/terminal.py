@@ -1,4 +1,4 @@
-"""What people see in the terminal: one place for colour, tables and the shape of a plan.
+"""What people see in the terminal: one place for colour, tables and progress.
 
 rich is imported on first use; it leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing
 that came from users is read as markup.
@@ -7,17 +7,13 @@ that came from users is read as markup.
 import contextlib
 import functools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-    from launcher.planning.jobs import JobPlan
 
 ENOUGH = 20  # characters of a note that tell something
 STYLES = {  # of the states that Slurm knows
@@ -146,49 +142,6 @@ def code(text: str, language: str) -> None:
     from rich.syntax import Syntax
 
     console().print(Syntax(text, language, theme="ansi_dark", background_color="default", word_wrap=True))
-
-
-def plan_facts(plan: "JobPlan") -> list[tuple[str, str]]:
-    """A plan in a few lines: where, how many, how cut, how long."""
-    from launcher.planning import secrets
-
-    profile = plan.profile
-    nodes = f"{plan.nodes} node{'s' * (plan.nodes != 1)} x {plan.tasks_per_node}"
-    spread = f"{plan.world} on this machine" if profile.is_local else f"{plan.world} = {nodes}"
-    parallel = plan.layout is not None and plan.job in ("finetune", "serve")
-    return [
-        ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
-        ("through", profile.login_node.host if profile.login_node else ""),
-        ("ranks", spread),
-        ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
-        ("limit", "" if profile.is_local else plan.time),
-        ("retried", _retried(plan)),
-        *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
-        *(("output", path) for path in plan.outputs),
-        ("secrets", ", ".join(map(_with_value, secrets.carried(plan)))),
-    ]
-
-
-def _retried(plan: "JobPlan") -> str:
-    if plan.retried:
-        return "after a fault or a preemption"
-    return "after a preemption" if plan.resumable and not plan.profile.is_local else "never"
-
-
-def _with_state(path: str) -> str:
-    return path if Path(path).exists() else f"{path}  (isn't there)"
-
-
-def _with_value(name: str) -> str:
-    return name if os.environ.get(name) else f"{name} (isn't set)"
-
-
-def count(number: float) -> str:
-    """`12.3k`, `4.5G`: as much as one reads at a glance."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from launcher.errors import UsageError
 from launcher.runs import logs
 from launcher.runs import state as states
+from launcher.runs.logs import Leaver
 from launcher.slurm import hostlist
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from launcher.runs.state import State
 
 TAIL = 100_000  # bytes of a log that are looked at
-TERMINATED = 143
 COUNTED = 50_000_000
 PLACED = re.compile(r"^mixlaunch: \d+ ranks on (?P<nodes>[^,]\S*), rendezvous", re.M)
 ATTEMPT = re.compile(r"^mixlaunch: attempt (\d+) logs to ")
@@ -32,15 +32,6 @@ class Line:
     text: str
     log: Path
     number: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leaver:
-    """The first rank that left with a code."""
-
-    code: int
-    rank: int
-    node: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +67,13 @@ def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) ->
         attempt=attempt,
         state=word,
         exit_code=_code(batch) if code is None else code,
-        first=first_to_leave(run.path, attempt),
+        first=logs.first_to_leave(run.path, attempt),
         nodes=_nodes(text, state),
         tasks_per_node=int(run.record["tasks_per_node"]),
         host=(*_output(run, attempt), *batch),
         ranks={rank: _tail(logs.path(run.path, attempt, rank)) for rank in logs.ranks(run.path, attempt)},
         last_word=_last_word(batch),
     )
-
-
-def first_to_leave(run_dir: Path, attempt: int) -> Leaver | None:
-    """Who left an attempt first; None while everyone is there, and where no rank came so far."""
-    try:
-        code, rank, node = (logs.path(run_dir, attempt).parent / "first_exit").read_text().split()
-        # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.
-        return Leaver(code=TERMINATED if int(code) < 0 else int(code), rank=int(rank), node=node)
-    except (OSError, ValueError):
-        return None
 
 
 def _nodes(text: str, state: "State | None") -> tuple[str, ...]:

@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.cli import status, watch
-from launcher.common import terminal
+from launcher.common import terminal, words
 from launcher.diagnose import evidence, judge
 from launcher.diagnose.causes import table
 from launcher.diagnose.causes.cause import RESUME
 from launcher.diagnose.evidence import Evidence
 from launcher.errors import Fault, UsageError
 from launcher.host import copies
-from launcher.runs import logs, record
+from launcher.runs import follow, logs, record
 from launcher.slurm import client, hostlist, reasons
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def _of_ended(run: "Run", state: "State", found: "Finding | None", earlier: "tup
         state=state,
         verdict=verdict,
         summary=_sentence(run, found),
-        advice=tuple(_addressed(run, found.cause.advice, again=status.resumable(state))),
+        advice=tuple(_addressed(run, found.cause.advice, again=state.resumable)),
         finding=found,
         earlier=earlier,
     )
@@ -120,7 +119,7 @@ def _of_ended(run: "Run", state: "State", found: "Finding | None", earlier: "tup
 def _of_active(run: "Run", state: "State", earlier: "tuple[Finding, ...]") -> Explanation:
     if state.state == "PENDING":
         reason = reasons.find(state.reason)
-        starts = f"; Slurm expects it to start about {status.moment(state.start)}" if state.start else ""
+        starts = f"; Slurm expects it to start about {words.moment(state.start)}" if state.start else ""
         summary = f"it hasn't started: {reason.words} ({state.reason or 'no reason given'}){starts}"
         advice = _addressed(run, [reason.advice] if reason.advice else [])
         return Explanation(
@@ -137,13 +136,13 @@ def _progress(run: "Run") -> tuple[str, bool]:
     """How a running job does, and whether it has been quiet for suspiciously long."""
     newest = logs.newest(run.path)
     said = [
-        text for kind in ("step", "progress", "ready") if (text := watch.describe(newest.get(kind, {"event": ""})))
+        text for kind in ("step", "progress", "ready") if (text := follow.describe(newest.get(kind, {"event": ""})))
     ]
     spoke = max((path.stat().st_mtime for path in _written(run)), default=None)
     silence = time.time() - spoke if spoke else 0
     what = f"it runs: {said[0]}" if said else "it runs, and hasn't reported any progress yet"
     if silence > QUIET and "ready" not in newest:
-        return f"{what}; nothing was written for {status.duration(silence)}, so it may hang", True
+        return f"{what}; nothing was written for {words.duration(silence)}, so it may hang", True
     return f"{what}; no sign of trouble", False
 
 
@@ -291,7 +290,7 @@ def _show_finding(found: "Finding") -> None:
     terminal.facts(
         [
             ("meaning", found.cause.meaning),
-            ("code", status.code_in_words(found.code) if found.code else ""),
+            ("code", words.code_in_words(found.code) if found.code else ""),
             (
                 "others",
                 f"{_ranks(found.echoes)} only lost the connection" if found.echoes and not found.silent else "",

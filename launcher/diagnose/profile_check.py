@@ -3,7 +3,6 @@
 `unknown` is an honest answer: what a login node can't see and what Slurm doesn't keep isn't called right or wrong.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.cluster.profile import ClusterProfile
+from launcher.common import words
 from launcher.errors import Fault, UsageError
 from launcher.planning import jobs
 from launcher.script import lint, render
@@ -99,10 +99,7 @@ def _version(profile: ClusterProfile, cluster: Site) -> Finding:
 
 
 def _near(name: str, there: Iterable[str]) -> str:
-    there = sorted(set(there))
-    near = difflib.get_close_matches(name, there, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}there are: {', '.join(there) or 'none'}"
+    return words.choices(name, sorted(set(there)))
 
 
 def _partition(name: str | None, found: Partition | None, cluster: Site) -> Finding:

@@ -1,13 +1,16 @@
-"""What an outlook says, to people and to programs: the equation, the batch, the bubble, the fabric, the memory.
+"""What a plan and its outlook say, to people and to programs: equation, batch, bubble, fabric, memory.
 
 `require` is the last word before a submission: what memory can't hold is refused, unless the user knows better.
 """
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.common import words
 from launcher.errors import LayoutError
-from launcher.planning import memory, suggest
+from launcher.planning import memory, secrets, suggest
 from launcher.planning.fit import Batch, Exchange, Outlook, gpu_bytes, itemized
 from launcher.planning.layout import Layout
 from launcher.planning.memory import GIB, Serving
@@ -16,6 +19,42 @@ if TYPE_CHECKING:
     from launcher.planning.jobs import JobPlan
 
 Facts = list[tuple[str, str]]
+
+
+def plan_facts(plan: "JobPlan") -> Facts:
+    """A plan in a few lines: where, how many, how cut, how long."""
+    profile = plan.profile
+    spread = (
+        f"{plan.world} on this machine"
+        if profile.is_local
+        else f"{plan.world} = {words.plural(plan.nodes, 'node')} x {plan.tasks_per_node}"
+    )
+    parallel = plan.layout is not None and plan.job in ("finetune", "serve")
+    return [
+        ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
+        ("through", profile.login_node.host if profile.login_node else ""),
+        ("ranks", spread),
+        ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
+        ("limit", "" if profile.is_local else plan.time),
+        ("retried", _retried(plan)),
+        *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
+        *(("output", path) for path in plan.outputs),
+        ("secrets", ", ".join(map(_with_value, secrets.carried(plan)))),
+    ]
+
+
+def _retried(plan: "JobPlan") -> str:
+    if plan.retried:
+        return "after a fault or a preemption"
+    return "after a preemption" if plan.resumable and not plan.profile.is_local else "never"
+
+
+def _with_state(path: str) -> str:
+    return path if Path(path).exists() else f"{path}  (isn't there)"
+
+
+def _with_value(name: str) -> str:
+    return name if os.environ.get(name) else f"{name} (isn't set)"
 
 
 def facts(outlook: Outlook) -> Facts:

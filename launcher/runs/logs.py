@@ -6,6 +6,7 @@ Reading never waits for the whole file: tails are cut from the end, `follow` goe
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ EVENTS = "events.jsonl"
 TAIL = 65_536  # bytes of events.jsonl that hold the newest of each kind
 BATCH = "batch"
 POLL = 0.3
+TERMINATED = 143
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaver:
+    """The first rank that left with a code."""
+
+    code: int
+    rank: int
+    node: str
 
 
 def attempts(run_dir: Path) -> list[int]:
@@ -54,6 +65,16 @@ def ranks(run_dir: Path, attempt: int) -> list[int]:
     """Ranks that left a log in that attempt, in order."""
     names = (path.stem.removeprefix("rank_") for path in path(run_dir, attempt, BATCH).parent.glob("rank_*.log"))
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def first_to_leave(run_dir: Path, attempt: int) -> Leaver | None:
+    """Who left an attempt first; None while everyone is there, and where no rank came so far."""
+    try:
+        code, rank, node = (path(run_dir, attempt).parent / "first_exit").read_text().split()
+        # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.
+        return Leaver(code=TERMINATED if int(code) < 0 else int(code), rank=int(rank), node=node)
+    except (OSError, ValueError):
+        return None
 
 
 def follow(

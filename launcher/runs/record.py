@@ -5,7 +5,6 @@
 
 import contextlib
 import datetime
-import difflib
 import importlib.metadata
 import json
 import os
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.common import words
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 from launcher.host import copies
 from launcher.runs import state as states
@@ -286,7 +286,7 @@ def _matching(reference: str, roots: Sequence[Path]) -> Run:
     ):
         if matches:
             return matches[0]
-    near = difflib.get_close_matches(reference, [run.name for run in runs], n=3, cutoff=0.3)
+    near = words.nearest(reference, [run.name for run in runs], most=3, cutoff=0.3)
     raise UsageError(f"no run {reference!r}; nearest: {', '.join(near or [run.name for run in runs[:3]])}")
 
 

@@ -50,6 +50,11 @@ class State:
         """Whether the job may still do something, as far as anyone knows."""
         return self.state != GONE and self.state not in client.ENDED
 
+    @property
+    def resumable(self) -> bool:
+        """Whether it makes sense to run it again."""
+        return not self.active and self.state != "COMPLETED"
+
 
 def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[Path, State]:
     """State of every run directory's job on one cluster; from logs alone where Slurm has forgotten or is silent."""

@@ -7,7 +7,6 @@ warning, a save, the requeue and the resume. Everything is this rehearsal's own,
 import contextlib
 import getpass
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -22,8 +21,7 @@ from typing import Any
 
 import yaml
 
-from launcher.common import terminal
-from launcher.diagnose import evidence
+from launcher.common import sample_text, terminal, words
 from launcher.errors import Fault, UsageError
 from launcher.planning.jobs import JobPlan
 from launcher.runs import logs, record
@@ -150,7 +148,7 @@ def _fault(run: Run) -> str:
     numbers = logs.attempts(run.path)
     if not numbers:
         return ""
-    first = evidence.first_to_leave(run.path, numbers[-1])
+    first = logs.first_to_leave(run.path, numbers[-1])
     return f"rank {first.rank} on {first.node} left with {first.code}" if first and first.code != 85 else ""
 
 
@@ -160,7 +158,7 @@ def _tails(run: Run) -> str:
     if not numbers:
         texts = [path for path in (run.path / "logs").glob("*.out")]
     else:
-        first = evidence.first_to_leave(run.path, numbers[-1])
+        first = logs.first_to_leave(run.path, numbers[-1])
         sources = (logs.BATCH, first.rank if first else 0)
         texts = [logs.path(run.path, numbers[-1], source) for source in sources]
     found = ""
@@ -204,7 +202,7 @@ def _prepare(plan: JobPlan, folder: Path) -> tuple[Path, Path]:
     terminal.heading("a tiny model and some text")
     _core("tiny", rehearsal_plan.tiny(plan.layout, plan.config).config(hub), folder)
     text = folder / "data" / "text.jsonl"
-    _write_text(text)
+    sample_text.write(text, TEXT)
     _core("prepare", {"inputs": [str(text)], "output": str(data), "tokenizer": str(hub)}, folder)
     _core("convert", {"source": str(hub), "output": str(model), "layout": plan.config["layout"]}, folder)
     return model, data
@@ -228,17 +226,6 @@ def _core(job: str, config: dict[str, Any], folder: Path) -> None:
     if done.returncode:
         raise Failed(f"{job} ended with {done.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
     _say(job, "done")
-
-
-def _write_text(path: Path) -> None:
-    from launcher.cli import demo
-
-    size = 0
-    with path.open("w") as stream:
-        for text in demo.docstrings():
-            size += stream.write(json.dumps({"text": text}) + "\n")
-            if size > TEXT:
-                return
 
 
 def _check(plan: JobPlan) -> None:
@@ -276,7 +263,7 @@ def _sandbox(plan: JobPlan, folder: Path) -> Iterator[Sandbox]:
         shape = site.shape
         _say(
             "sandbox",
-            f"{shape.nodes} node{'s' * (shape.nodes != 1)} x {shape.gpus} GPUs, partition {shape.partitions[0][0]}",
+            f"{words.plural(shape.nodes, 'node')} x {shape.gpus} GPUs, partition {shape.partitions[0][0]}",
         )
         if not site.accounting and (plan.profile.account or plan.profile.qos):
             _say("accounts", lifecycle.why_no_accounting(None) + "; account and QoS aren't checked")

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.common import quoting
+from launcher.common import quoting, words
 from launcher.errors import Fault, UsageError
 from launcher.planning.jobs import JobPlan
 from launcher.runs.state import SCRIPT
@@ -81,7 +81,7 @@ def _where(plan: JobPlan) -> str:
 
 def _facts(plan: JobPlan) -> Iterator[str]:
     """A list of what it takes and makes."""
-    nodes = f"{plan.nodes} node{'s' * (plan.nodes != 1)} x {plan.tasks_per_node} ranks"
+    nodes = f"{words.plural(plan.nodes, 'node')} x {plan.tasks_per_node} ranks"
     yield f"* ranks: {plan.world} = {nodes}{f', {plan.gpus_per_node} GPUs a node' if plan.gpus_per_node else ''}"
     if plan.layout and plan.job != "convert":
         yield f"* layout: {plan.layout.describe(plan.world)}"

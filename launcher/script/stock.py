@@ -1,11 +1,10 @@
 """The parts of a job's script that come with mixlaunch, by name; rendering them is the affair of `fragments`."""
 
-import difflib
 import functools
 from importlib import resources
 from pathlib import Path
 
-from launcher.common import quoting
+from launcher.common import quoting, words
 from launcher.errors import UsageError
 
 SUFFIX = ".sh.j2"
@@ -26,9 +25,7 @@ def names() -> tuple[str, ...]:
 def known(name: str) -> str:
     """`name` if there is such a part; `UsageError` lists those there are."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"no part {quoting.shown(name)}; {hint}There are: {', '.join(names())}")
+        raise UsageError(f"no part {quoting.shown(name)}; {words.choices(name, names())}")
     return name
 
 

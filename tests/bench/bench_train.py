@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import run_job
 
-from launcher.cli import demo
+from launcher.common import sample_text
 from megatron_mixtral.data import dataset, indexed
 from megatron_mixtral.observability import events
 
@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("text", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, default=300)
     asked = parser.parse_args()
-    text = asked.text.read_bytes() if asked.text else "\n\n".join(demo.docstrings()).encode()[:MEGABYTE]
+    text = asked.text.read_bytes() if asked.text else "\n\n".join(sample_text.docstrings()).encode()[:MEGABYTE]
     with tempfile.TemporaryDirectory() as name:
         found = compare(Path(name), text, asked.steps)
     ours, theirs = found["ours"], found["theirs"]

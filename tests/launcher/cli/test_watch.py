@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from launcher.cli import ready
+from launcher.cli import watch
 from launcher.cluster import profile
 from launcher.errors import UsageError
 from launcher.planning import inputs, jobs, layout
@@ -90,11 +90,11 @@ def test_waiting_tells_the_queue_the_loading_and_the_address(run, monkeypatch, c
     states = iter([State(state="PENDING", source="slurm", reason="Resources")] * 3)
     now = iter(range(0, 1000, 5))
     monkeypatch.setattr(runs, "state_of", lambda _: next(states, State(state="RUNNING", source="slurm")))
-    monkeypatch.setattr(ready.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(watch.time, "monotonic", lambda: next(now))
     loading = {"event": "progress", "done": 2e9, "total": 4e9, "unit": "bytes"}
-    monkeypatch.setattr(ready.watch, "events", lambda _: iter([{}, {}, loading, {"event": "ready", "url": "x"}]))
+    monkeypatch.setattr(watch.going_on, "events", lambda _: iter([{}, {}, loading, {"event": "ready", "url": "x"}]))
     tell(run, url="http://node:5001")
-    assert ready.wait(run) == 0
+    assert watch.to_ready(run) == 0
     said = capsys.readouterr().out
     assert said.count("in the queue: next in line") == 1
     assert "loading 2GB of 4GB" in said
@@ -107,8 +107,8 @@ def test_waiting_tells_the_queue_the_loading_and_the_address(run, monkeypatch, c
 def test_a_server_that_ends_before_it_is_ready_ends_as_its_job_did(run, monkeypatch, capsys):
     failed = State(state="FAILED", source="slurm", exit_code=2)
     monkeypatch.setattr(runs, "state_of", lambda _: failed)
-    monkeypatch.setattr(ready.watch, "events", lambda _: iter([{}]))
-    assert ready.wait(run) == 2
+    monkeypatch.setattr(watch.going_on, "events", lambda _: iter([{}]))
+    assert watch.to_ready(run) == 2
     assert "ended as FAILED" in capsys.readouterr().out
 
 
