@@ -15,9 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
+
+from launcher.cli.run_arguments import roots_of
 from launcher.common import state_dir
 from launcher.errors import Fault, UsageError
-from launcher.runs.servers import KEY, Server, explain, named
+from launcher.runs import servers, tunnel
+from launcher.runs.servers import Server
 
 HISTORY = 1000  # lines that the arrow keys bring back, also from earlier conversations
 QUOTES = '"""'
@@ -114,7 +118,7 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
         prompt = sys.stdin.read().strip() if sys.stdin else ""
     if prompt is not None and not prompt:
         raise UsageError("there is nothing to answer: the prompt is empty")
-    server = named(server)
+    server = servers.named(server)
     conversation = Conversation(server=server, settings=settings, system=system)
     if prompt is not None:
         _print(complete(server, prompt, settings) if raw else conversation.ask(prompt))
@@ -220,7 +224,7 @@ def _print(pieces: Iterator[str]) -> None:
 
 def _stream(server: Server, route: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The first choice of each chunk."""
-    import httpx
+    import httpx  # takes long to import, and the command line doesn't wait for it before it is needed
 
     try:
         with server.client() as client, client.stream("POST", route, json={**body, "stream": True}) as response:
@@ -242,5 +246,25 @@ def _stream(server: Server, route: str, body: dict[str, Any]) -> Iterator[dict[s
 
 def _refusal(server: Server, response: Any) -> UsageError | Fault:
     if response.status_code == 401:
-        return UsageError(f"{server.url} wants a key: set {KEY}, or name the server's run")
-    return Fault(f"{server.url}: {explain(response)}")
+        return UsageError(f"{server.url} wants a key: set {servers.KEY}, or name the server's run")
+    return Fault(f"{server.url}: {servers.explain(response)}")
+
+
+@click.command()
+@click.argument("server", required=False)
+@click.option("-p", "--prompt", help="Ask this and leave.  [default: a conversation, or what is piped in]")
+@click.option("--system", help="What the model is told before all else.")
+@click.option("--raw", is_flag=True, help="Continue the text instead of answering it.")
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 always says the likeliest.")
+@click.option("--seed", type=int, metavar="N", help="Makes a sampled answer repeatable.")
+def chat(server: str | None, prompt: str | None, system: str | None, raw: bool, **how: Any) -> None:
+    """Talk to a server.
+
+    SERVER is HOST:PORT, a URL or the server's run; by default the one that was started last.
+    """
+    with tunnel.if_needed(servers.find(server, roots_of(None))) as found:
+        run(found, prompt=prompt, system=system, raw=raw, settings=Settings(**how))
+
+
+COMMANDS = (chat,)

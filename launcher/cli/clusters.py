@@ -5,14 +5,28 @@ They read profiles and ask Slurm; none of them submits anything.
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+import yaml
 
+from launcher.cli import completion
 from launcher.cli.options import override
+from launcher.cluster import catalog, discover, json_schema, profile
+from launcher.cluster.profile import ClusterProfile
+from launcher.common import terminal
+from launcher.diagnose import profile_check
+from launcher.diagnose.profile_check import ProfileFinding
+from launcher.errors import MixlaunchError
+from launcher.script import stock
+
+WORDS = {"ok": ("", "ok"), "failed": ("red", "failed"), "unknown": ("yellow", "can't tell")}
+COLUMNS = ("CLUSTER", "SCHEDULER", "GPUS A NODE", "CONTAINER", "DESCRIPTION")
 
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="For programs.")
+PROFILE = click.argument("name", metavar="[NAME|FILE.yaml]", required=False, shell_complete=completion.clusters)
 
 
 def _with(*options: click.Option) -> Callable[[click.Command], click.Command]:
@@ -37,50 +51,40 @@ def clusters(ctx: click.Context) -> None:
 @clusters.command("list")
 def clusters_list(as_json: bool) -> None:
     """Every profile that --cluster can name."""
-    from launcher.cli import cluster_view
-    from launcher.common import terminal
-
     if as_json:
-        terminal.as_json(cluster_view.listed())
+        terminal.as_json(_listed())
     else:
-        cluster_view.table()
+        _table()
 
 
 @_with(override(), JSON)
 @clusters.command("show")
-@click.argument("name", metavar="[NAME|FILE.yaml]", required=False)
+@PROFILE
 def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
     """A profile as it is understood: parents merged, variables expanded, defaults filled in."""
-    from launcher.cli import cluster_view
-    from launcher.common import terminal
-
-    path, cluster = cluster_view.read(name, override)
+    path, cluster = _read(name, override)
     if as_json:
-        terminal.as_json(cluster_view.dumped(cluster))
+        terminal.as_json(_dumped(cluster))
         return
     click.echo(f"# {path}", err=True)
-    terminal.code(cluster_view.text(cluster), "yaml")
+    terminal.code(_text(cluster), "yaml")
 
 
 @_with(override(), JSON)
 @clusters.command("check")
-@click.argument("name", metavar="[NAME|FILE.yaml]", required=False)
+@PROFILE
 def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
     """Hold a profile against the live cluster.
 
     Partition, account, QoS, reservation, features, node shape, time limit, version, image and paths; then sbatch
     --test-only for a whole node. Exits with 2 if something in the profile is wrong, 1 if Slurm can't be asked.
     """
-    from launcher.cli import cluster_view
-    from launcher.common import terminal
-    from launcher.diagnose import profile_check
-
-    path, cluster = cluster_view.read(name, override)
+    path, cluster = _read(name, override)
     findings = []
     for finding in profile_check.check(cluster):
         findings.append(finding)
         if not as_json:
-            cluster_view.finding(finding)
+            _show_finding(finding)
     wrong = any(finding.verdict == "failed" for finding in findings)
     if as_json:
         found = [dataclasses.asdict(finding) for finding in findings]
@@ -94,9 +98,6 @@ def clusters_schema() -> None:
 
     Begin a profile with `# yaml-language-server: $schema=FILE` to have keys completed and checked as you type.
     """
-    from launcher.cluster import json_schema
-    from launcher.common import terminal
-
     terminal.as_json(json_schema.schema())
 
 
@@ -107,8 +108,6 @@ def clusters_template(part: str | None) -> None:
 
     Without PART, the names of all.
     """
-    from launcher.script import stock
-
     click.echo(stock.source(part) if part else "\n".join(stock.names()), nl=not part)
 
 
@@ -121,10 +120,68 @@ def clusters_new(name: str | None, output: Path | None) -> None:
     Slurm is asked what it has; what it can't tell is left as a comment to fill in. NAME is by default what the
     cluster calls itself; the file goes into your own profiles, and one that is there already is never touched.
     """
-    from launcher.cluster import discover
-    from launcher.common import terminal
-
     written = discover.write(name, output)
     terminal.done(
         f"{written} is written; read it through, then: mixlaunch clusters check {discover.called(written)}"
     )
+
+
+def _every() -> Iterator[tuple[str, Path, ClusterProfile | MixlaunchError]]:
+    """Name, file and profile of each that --cluster can name; a broken one's mistake in its place."""
+    for name, path in sorted(catalog.available().items()):
+        try:
+            yield name, path, profile.read(path)
+        except MixlaunchError as error:
+            yield name, path, error
+
+
+def _table() -> None:
+    """One line a profile; a broken one says what is wrong with it."""
+    rows = []
+    for name, _, cluster in _every():
+        if isinstance(cluster, MixlaunchError):
+            rows.append((name, "", "", "", str(cluster).splitlines()[0]))
+            continue
+        node = cluster.node
+        memory = f" x {node.gpu_memory_gb:g} GB" if node.gpu_memory_gb else ""
+        gpus = f"{node.gpus}{memory}" if node.gpus else ""
+        default = "*" if name == catalog.default() else ""
+        rows.append((name + default, cluster.scheduler, gpus, cluster.container.runtime, cluster.description))
+    terminal.table(COLUMNS, rows)
+
+
+def _listed() -> list[dict[str, Any]]:
+    """The same for programs: a profile or an error each."""
+    found = []
+    for name, path, cluster in _every():
+        entry = {"name": name, "file": str(path), "default": name == catalog.default()}
+        if isinstance(cluster, MixlaunchError):
+            found.append(entry | {"error": str(cluster)})
+        else:
+            found.append(entry | {"profile": _dumped(cluster)})
+    return found
+
+
+def _text(cluster: ClusterProfile) -> str:
+    """A profile as YAML that reads back as the same."""
+    return yaml.safe_dump(_dumped(cluster), sort_keys=False, allow_unicode=True)
+
+
+def _dumped(cluster: ClusterProfile) -> dict[str, Any]:
+    """What a profile holds, defaults filled in; what has no value is left out."""
+    return cluster.model_dump(mode="json", exclude_none=True)
+
+
+def _show_finding(found: ProfileFinding) -> None:
+    """One line a question."""
+    style, word = WORDS[found.verdict]
+    terminal.say(f"{word:<11}{found.what}: {found.why}", style)
+
+
+def _read(name: str | None, overrides: Sequence[str] = ()) -> tuple[Path, ClusterProfile]:
+    """The file and the profile that a command about one cluster means."""
+    path = catalog.find(name or catalog.default())
+    return path, profile.read(path, overrides)
+
+
+COMMANDS = (clusters,)

@@ -3,13 +3,15 @@
 It answers while somebody waits at a prompt: profiles are read, not validated, and nobody is asked over a network.
 """
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
 
+from launcher.cluster import catalog, yaml_layers
 from launcher.errors import MixlaunchError
 
 SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
@@ -17,63 +19,59 @@ PROGRAM = "mixlaunch"
 ANSWER = "_MIXLAUNCH_COMPLETE"
 MOST = 50  # runs; the newest
 
+Offer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
-class _Offer(click.types.StringParamType):
-    """Text for which there are proposals."""
 
-    def proposals(self, incomplete: str) -> Iterator[str]:
-        raise NotImplementedError
+def _offer(proposals: Callable[[str], Iterable[str]]) -> Offer:
+    """The proposals that begin as it was typed. A prompt is no place for errors; the command itself tells them."""
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    @functools.wraps(proposals)
+    def offer(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         try:
-            return [CompletionItem(p) for p in self.proposals(incomplete) if p.startswith(incomplete)]
+            return [CompletionItem(p) for p in proposals(incomplete) if p.startswith(incomplete)]
         except (MixlaunchError, OSError):
-            return []  # a prompt is no place for errors; the command itself tells them
+            return []
+
+    return offer
 
 
-class Cluster(_Offer):
+def clusters(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Profiles by name; a path is the shell's own affair."""
-
-    def proposals(self, incomplete: str) -> Iterator[str]:
-        from launcher.cluster import catalog
-
-        yield from sorted(catalog.available())
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        found = super().shell_complete(ctx, param, incomplete)
-        return found or [CompletionItem(incomplete, type="file")]
+    return _profiles(ctx, param, incomplete) or [CompletionItem(incomplete, type="file")]
 
 
-class Run(_Offer):
+@_offer
+def _profiles(incomplete: str) -> Iterable[str]:
+    return sorted(catalog.available())
+
+
+@_offer
+def runs(incomplete: str) -> Iterable[str]:
     """Runs by name, the newest first."""
-
-    def proposals(self, incomplete: str) -> Iterator[str]:
-        newest = sorted(
-            (record for folder in _runs_folders() for record in folder.glob(f"{glob(incomplete)}*/run.json")),
-            key=lambda record: record.parent.stat().st_mtime,
-            reverse=True,
-        )
-        yield from dict.fromkeys(record.parent.name for record in newest[:MOST])
+    newest = sorted(
+        (record for folder in _runs_folders() for record in folder.glob(f"{glob(incomplete)}*/run.json")),
+        key=lambda record: record.parent.stat().st_mtime,
+        reverse=True,
+    )
+    return dict.fromkeys(record.parent.name for record in newest[:MOST])
 
 
-class Key(_Offer):
+@_offer
+def keys(incomplete: str) -> Iterator[str]:
     """Keys of a profile, for -o."""
+    from launcher.cluster import profile  # with pydantic, for which nobody waits who asks for help
 
-    def proposals(self, incomplete: str) -> Iterator[str]:
-        from launcher.cluster.profile import keys_at
-
-        for key in keys_at(()):
-            nested = keys_at((key,))
-            yield from (f"{key}.{name}=" for name in nested)
-            if not nested:
-                yield f"{key}{'.' if key in ('environment', 'extra', 'templates') else '='}"
+    for key in profile.keys_at(()):
+        nested = profile.keys_at((key,))
+        yield from (f"{key}.{name}=" for name in nested)
+        if not nested:
+            yield f"{key}{'.' if key in ('environment', 'extra', 'templates') else '='}"
 
 
-class Variable(_Offer):
+@_offer
+def variables(incomplete: str) -> Iterable[str]:
     """Names of the environment, for --env."""
-
-    def proposals(self, incomplete: str) -> Iterator[str]:
-        yield from sorted(os.environ)
+    return sorted(os.environ)
 
 
 def glob(text: str) -> str:
@@ -83,8 +81,6 @@ def glob(text: str) -> str:
 
 def _runs_folders() -> list[Path]:
     """The runs folder of every profile that reads, as far as this machine sees them."""
-    from launcher.cluster import catalog, yaml_layers
-
     folders = []
     for path in catalog.available().values():
         try:
@@ -100,24 +96,21 @@ def _runs_folders() -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def equip(command: click.Command) -> None:
-    """Give every parameter of `command`, and of those below it, what can be offered for it."""
-    for parameter in command.params:
-        if parameter.name == "cluster":
-            parameter.type = Cluster()
-        elif parameter.name == "override":
-            parameter.type = Key()
-        elif parameter.name == "env":
-            parameter.type = Variable()
-        elif isinstance(parameter, click.Argument) and "RUN" in (parameter.metavar or ""):
-            parameter.type = Run()
-        elif isinstance(parameter, click.Argument) and "FILE.yaml" in (parameter.metavar or ""):
-            parameter.type = Cluster()
-    if isinstance(command, click.Group):
-        for nested in command.commands.values():
-            equip(nested)
-
-
 def script(shell: str, command: click.Command) -> str:
     """What the shell is to evaluate."""
     return SHELLS[shell](command, {}, PROGRAM, ANSWER).source()
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(list(SHELLS)))
+@click.pass_context
+def shell_completion(ctx: click.Context, shell: str) -> None:
+    """Print what makes a shell complete words.
+
+    For bash: eval "$(mixlaunch completion bash)" in ~/.bashrc. For zsh the same with zsh in ~/.zshrc. For fish:
+    mixlaunch completion fish > ~/.config/fish/completions/mixlaunch.fish
+    """
+    click.echo(script(shell, ctx.find_root().command), nl=False)
+
+
+COMMANDS = (shell_completion,)

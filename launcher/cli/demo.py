@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import click
+
 from launcher.common import sample_text, terminal
 from launcher.errors import Fault, UsageError
 
@@ -38,21 +40,21 @@ def run(text: Path | None, folder: Path) -> None:
     if not text:
         sample_text.write(corpus, TEXT_BYTES)
     hub, converted = models / "tiny-mixtral", models / "tiny-mixtral-megatron"
-    demo = Chain(folder)
-    demo.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub, *MODEL)
-    demo.step("Text into token files", "prepare", corpus, "--model", hub)
-    demo.step("The hub's layout into Megatron's", "convert", "--model", hub)
-    demo.step("Finetuning: 2 pipeline stages x 2 expert ranks", "finetune", "--model", converted, *TRAINING)
+    chain = Demo(folder)
+    chain.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub, *MODEL)
+    chain.step("Text into token files", "prepare", corpus, "--model", hub)
+    chain.step("The hub's layout into Megatron's", "convert", "--model", hub)
+    chain.step("Finetuning: 2 pipeline stages x 2 expert ranks", "finetune", "--model", converted, *TRAINING)
     trained = newest(runs, "finetune")
-    demo.step("What the first rank said, and the loss", "logs", trained.name)
-    demo.step(
+    chain.step("What the first rank said, and the loss", "logs", trained.name)
+    chain.step(
         "Back into the hub's layout", "convert", "--to", "hf", "--model", trained, "--output", models / "tuned"
     )
-    demo.step("A server on what was trained", "serve", "--model", trained, "--precision", "fp32", "--no-wait")
+    chain.step("A server on what was trained", "serve", "--model", trained, "--precision", "fp32", "--no-wait")
     server = newest(runs, "serve")
     try:
         wait_for(server / "server.json", seconds=120)
-        demo.step(
+        chain.step(
             "A question",
             "chat",
             server,
@@ -67,7 +69,7 @@ def run(text: Path | None, folder: Path) -> None:
             "40",
         )
     finally:
-        demo.step("The server ends", "cancel", server.name)
+        chain.step("The server ends", "cancel", server.name)
     terminal.heading(f"Done in {time.monotonic() - began:.0f} s. Where everything lies:")
     terminal.facts(
         [
@@ -82,7 +84,7 @@ def run(text: Path | None, folder: Path) -> None:
     )
 
 
-class Chain:
+class Demo:
     """Runs `mixlaunch` commands on the cluster `local` with everything below one folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -110,3 +112,18 @@ def wait_for(path: Path, *, seconds: float) -> None:
         if time.monotonic() > end:
             raise Fault(f"{path} isn't there after {seconds:g} s")
         time.sleep(0.2)
+
+
+@click.command()
+@click.option("--text", type=click.Path(path_type=Path), help="Text of your own.  [default: Python's docstrings]")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("demo"), help="Where to.  [default: demo]")
+def demo(text: Path | None, folder: Path) -> None:
+    """Run the whole chain on this machine, small.
+
+    It needs no Slurm and no GPU: it makes a small Mixtral, prepares text, converts, trains on 4 processes, converts
+    back, serves and asks.
+    """
+    run(text, folder)
+
+
+COMMANDS = (demo,)

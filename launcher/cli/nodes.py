@@ -3,18 +3,23 @@
 Submissions leave them out by --exclude, which a dry run shows.
 """
 
-from typing import TYPE_CHECKING
+import dataclasses
 
 import click
 
-from launcher.cli.runs import AS_JSON
-
-if TYPE_CHECKING:
-    from launcher.cluster.profile import ClusterProfile
-
+from launcher.cli import completion
+from launcher.cli.run_arguments import AS_JSON
+from launcher.cluster import bad_nodes, profile
+from launcher.cluster.profile import ClusterProfile
+from launcher.common import quoting, terminal, words
+from launcher.errors import Fault, UsageError
+from launcher.slurm import client, hostlist
 
 CLUSTER = click.option(
-    "--cluster", metavar="NAME|FILE.yaml", help="Whose nodes.  [default: $MIXLAUNCH_CLUSTER, else local]"
+    "--cluster",
+    metavar="NAME|FILE.yaml",
+    help="Whose nodes.  [default: $MIXLAUNCH_CLUSTER, else local]",
+    shell_complete=completion.clusters,
 )
 
 
@@ -40,10 +45,6 @@ def list_nodes(as_json: bool, cluster: str | None) -> None:
 
 
 def _show(cluster: str | None, as_json: bool) -> None:
-    import dataclasses
-
-    from launcher.cluster import bad_nodes, profile
-    from launcher.common import terminal, words
 
     loaded = profile.load(cluster)
     found = bad_nodes.read(loaded)
@@ -66,9 +67,6 @@ def _show(cluster: str | None, as_json: bool) -> None:
 @click.option("--for", "lasting", default="7d", show_default=True, metavar="12h|7d|2w|forever", help="How long.")
 def add(names: tuple[str, ...], reason: str, lasting: str, cluster: str | None) -> None:
     """Put nodes on the list: gpu07, gpu[01-04]."""
-    from launcher.cluster import bad_nodes, profile
-    from launcher.common import quoting, terminal
-
     loaded = profile.load(cluster)
     wanted, until = _expanded(names), bad_nodes.duration(lasting)
     quoting.checked(reason, "--reason")
@@ -83,10 +81,6 @@ def add(names: tuple[str, ...], reason: str, lasting: str, cluster: str | None) 
 @click.argument("names", metavar="NODE...", nargs=-1, required=True)
 def remove(names: tuple[str, ...], cluster: str | None) -> None:
     """Take nodes off the list."""
-    from launcher.cluster import bad_nodes, profile
-    from launcher.common import terminal
-    from launcher.errors import UsageError
-
     loaded = profile.load(cluster)
     wanted = _expanded(names)
     there = [entry.node for entry in bad_nodes.read(loaded)]
@@ -98,24 +92,22 @@ def remove(names: tuple[str, ...], cluster: str | None) -> None:
 
 
 def _expanded(names: tuple[str, ...]) -> list[str]:
-    from launcher.slurm import hostlist
 
     return hostlist.expand(",".join(names))
 
 
-def _known(profile: "ClusterProfile", wanted: list[str]) -> None:
+def _known(cluster: ClusterProfile, wanted: list[str]) -> None:
     """A name that the cluster hasn't got would have later submissions refused: say so now, if Slurm answers."""
-    from launcher.common import words
-    from launcher.errors import Fault, UsageError
-    from launcher.slurm import client
-
-    if profile.is_local:
-        raise UsageError(f"{profile.name}: its jobs run on this machine alone; there are no nodes to leave out")
+    if cluster.is_local:
+        raise UsageError(f"{cluster.name}: its jobs run on this machine alone; there are no nodes to leave out")
     arguments = ("--noheader", "--Node", "--format=%N")
     try:
-        there = client.call("sinfo", *arguments, environment=profile.slurm_environment).split()
+        there = client.call("sinfo", *arguments, environment=cluster.slurm_environment).split()
     except Fault:
         return
     if missing := [name for name in wanted if name not in there]:
         near = words.nearest(missing[0], there, most=3) or there[:3]
-        raise UsageError(f"{missing[0]}: no node of {profile.name}; nearest: {', '.join(near)}")
+        raise UsageError(f"{missing[0]}: no node of {cluster.name}; nearest: {', '.join(near)}")
+
+
+COMMANDS = (nodes,)

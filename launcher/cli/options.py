@@ -1,20 +1,17 @@
-"""The options of every job command, built once and shared by submission, `export` and `rehearse`.
+"""The options of every job command, built once and shared by submission, `plan`, `export` and `rehearse`.
 
-`planned` turns what was typed into a JobPlan; nothing is written and nobody is asked on the way.
+They are read without what plans and submits: help, TAB and mistakes come at once.
 """
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 
+from launcher.cli import completion
 from launcher.errors import UsageError
 from launcher.planning.settings import MODEL, SETTINGS, Setting
-
-if TYPE_CHECKING:
-    from launcher.cluster.profile import ClusterProfile
-    from launcher.planning.jobs import JobPlan
 
 AXES = (
     ("tensor", "tp", "Tensor parallel size."),
@@ -50,40 +47,32 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
         for section, records in sections.items():
             with formatter.section(section):
                 formatter.write_dl(records)
 
 
-class SectionedGroup(SectionedCommand, click.Group):
-    """Such a command with others under it, which are listed last; a word that is none of them is its `--model`."""
+class CommandWithOthers(SectionedCommand):
+    """A command with others under it: its first word is the name of one of them, or else a model."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        options, words = self._read(ctx, args)
-        if len(words) == 1 and words[0] not in self.commands:
-            if "model" in options:
-                raise click.UsageError(f"{words[0]!r} and --model: give one of them", ctx=ctx)
-            rests = (args[:place] + args[place + 1 :] for place, arg in enumerate(args) if arg == words[0])
-            rest = next(rest for rest in rests if self._read(ctx, rest) == (options, []))
-            args = ["--model", words[0], *rest]
-        return super().parse_args(ctx, args)
+    def __init__(self, *args: Any, under: Sequence[click.Command], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands = {str(command.name): command for command in under}
 
-    def _read(self, ctx: click.Context, args: list[str]) -> tuple[dict[str, Any], list[str]]:
-        """The options in `args` as they are typed, wherever they stand, and the words that are none."""
-        ctx.allow_interspersed_args, ctx.ignore_unknown_options = True, True
-        try:
-            options, words, _ = self.make_parser(ctx).parse_args(list(args))
-        except click.UsageError:
-            return {}, []
-        finally:
-            ctx.allow_interspersed_args, ctx.ignore_unknown_options = False, False
-        return dict(options), [word for word in words if not word.startswith("-")]
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if not args or args[0] not in self.commands:
+            return super().make_context(info_name, args, parent, **extra)
+        name, *rest = args
+        return self.commands[name].make_context(f"{info_name} {name}", rest, parent, **extra)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
-        self.format_commands(ctx, formatter)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, other.get_short_help_str()) for name, other in self.commands.items()])
 
 
 FORCE = SectionedOption(
@@ -113,15 +102,14 @@ def job_command(
     more: tuple[click.Parameter, ...] = (),
     under: tuple[click.Command, ...] = (),
 ) -> click.Command:
-    """The command of `job` that hands its plan, and the values of `more`, to `action`; with others `under` it."""
+    """The command of `job`, with others `under` it. `action` gets the job, what was typed, and `more` by name."""
     names = [str(parameter.name) for parameter in more]
 
     def callback(**typed: Any) -> None:
-        context = click.get_current_context()
-        if context.invoked_subcommand:
-            return _refuse_lost_options(context)
         own = {name: typed.pop(name) for name in names}
-        return action(planned(job, typed), **own)
+        if words := typed.pop("words", ()):
+            typed["model"] = _only_model(words, typed["model"], [str(command.name) for command in under])
+        action(job, typed, **own)
 
     parts: dict[str, Any] = {
         "callback": callback,
@@ -132,54 +120,26 @@ def job_command(
     if not under:
         return SectionedCommand(job, **parts)
     metavar = f"[MODEL | {'|'.join(str(command.name) for command in under)} ...]"
-    return SectionedGroup(
-        job,
-        commands={str(command.name): command for command in under},
-        invoke_without_command=True,
-        subcommand_metavar=metavar,
-        **parts,
-    )
+    parts["params"].insert(0, click.Argument(["words"], nargs=-1, metavar=metavar))
+    return CommandWithOthers(job, under=under, **parts)
 
 
-def _refuse_lost_options(context: click.Context) -> None:
-    """What is typed before a command under another one would be lost on it."""
-    for parameter in context.command.params:
-        if context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE:
-            said = f"{parameter.opts[0]} goes behind `{context.command.name} {context.invoked_subcommand}`"
-            raise click.UsageError(said, ctx=context)
+def _only_model(words: tuple[str, ...], model: str | None, under: Sequence[str]) -> str:
+    """The model that the words of a command name; `UsageError` where they can't."""
+    context = click.get_current_context()
+    word, *more = words
+    if word in under:  # behind options, which would be lost on it
+        typed = (p.opts[0] for p in context.command.params if _is_typed(context, p) and p.name != "words")
+        raise click.UsageError(f"{next(typed, '--')} goes behind `{context.info_name} {word}`", ctx=context)
+    if more:
+        raise click.UsageError(f"Got unexpected extra argument ({more[0]})", ctx=context)
+    if model is not None:
+        raise click.UsageError(f"{word!r} and --model: give one of them", ctx=context)
+    return word
 
 
-def planned(job: str, typed: dict[str, Any]) -> "JobPlan":
-    """The plan of `job` for the options as click read them."""
-    from launcher.planning import jobs
-
-    cluster, options = understood(job, typed)
-    return jobs.PLANS[job](cluster, **options)
-
-
-def understood(job: str, typed: dict[str, Any]) -> "tuple[ClusterProfile, dict[str, Any]]":
-    """The profile, and the other arguments of the function that plans `job`."""
-    from launcher.cluster import profile
-    from launcher.planning import inputs, jobs, uploads
-
-    cluster = profile.load(typed.pop("cluster"), typed.pop("override"))
-    given = {name: value for name, value in typed.items() if value is not None}
-    uploads.require_whole_paths(cluster, given)
-    if "files" in given:
-        given["files"] = uploads.redirect(cluster, given["files"])
-    if given.get("chat_template") not in (None, jobs.MISTRAL):
-        given["chat_template"] = uploads.redirect(cluster, (given["chat_template"],))[0]
-    asked = {name: given.pop(name) for name in ("name", "nodes", "time") if name in given}
-    options: dict[str, Any] = {
-        "ask": jobs.Ask(secrets=given.pop("env"), **asked),
-        "values": {s.name: given.pop(_key(s)) for s in SETTINGS[job] if _key(s) in given},
-    }
-    if job == "serve":
-        given["model"] = inputs.servable(cluster, given.get("model", MODEL))
-    if job in PARALLEL:
-        options["axes"] = jobs.Axes(**{axis: given.pop(short) for axis, short, _ in AXES if short in given})
-        options["shape"] = inputs.shape(cluster, given.get("model", MODEL))
-    return cluster, options | given
+def _is_typed(context: click.Context, parameter: click.Parameter) -> bool:
+    return context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE
 
 
 def _option(section: str, name: str, help: str, default: str = "", **rest: Any) -> click.Option:
@@ -193,12 +153,16 @@ def override(section: str = "Options") -> click.Option:
     """`-o KEY=VALUE`, which every command about one cluster takes."""
     names = ["-o", "override"]
     help = "In place of the profile's own, such as -o node.gpus=4; repeat it."
-    return SectionedOption(names, section=section, multiple=True, metavar="KEY=VALUE", help=help)
+    return SectionedOption(
+        names, section=section, multiple=True, metavar="KEY=VALUE", help=help, shell_complete=completion.keys
+    )
 
 
 def _env() -> click.Option:
     names, help = ["--env"], "Variable of your environment that the job gets as a secret; repeat it."
-    return SectionedOption(names, section="Job", multiple=True, metavar="NAME", help=help)
+    return SectionedOption(
+        names, section="Job", multiple=True, metavar="NAME", help=help, shell_complete=completion.variables
+    )
 
 
 def _what(name: str, help: str, default: str = "", **rest: Any) -> click.Option:
@@ -302,7 +266,14 @@ def _job(job: str) -> list[click.Parameter]:
     fewest = "1" if job in SHARED else "the fewest that the layout needs"
     nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))
     return [
-        _option("Job", "--cluster", "Profile of the cluster.", cluster, metavar="NAME|FILE.yaml"),
+        _option(
+            "Job",
+            "--cluster",
+            "Profile of the cluster.",
+            cluster,
+            metavar="NAME|FILE.yaml",
+            shell_complete=completion.clusters,
+        ),
         override("Job"),
         _env(),
         *([nodes] if job in (*PARALLEL, *SHARED) else []),
@@ -311,16 +282,16 @@ def _job(job: str) -> list[click.Parameter]:
     ]
 
 
-def _key(setting: Setting) -> str:
+def setting_key(setting: Setting) -> str:
     """Settings and a command's own options never share a name."""
     return f"set_{setting.name}"
 
 
 def _setting(setting: Setting) -> click.Option:
-    names = [setting.option, _key(setting)]
+    names = [setting.option, setting_key(setting)]
     if setting.kind is bool and setting.default:
         off = f"--no-{setting.option.removeprefix('--')}"
-        names = [f"{setting.option}/{off}", _key(setting)]
+        names = [f"{setting.option}/{off}", setting_key(setting)]
         return SectionedOption(names, section="Settings", default=None, help=f"{setting.help}  [default: on]")
     if setting.kind is bool:
         return SectionedOption(names, section="Settings", is_flag=True, default=None, help=setting.help)

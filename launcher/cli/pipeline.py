@@ -4,14 +4,21 @@ On a cluster Slurm keeps the order, and ends what can't start any more; on this 
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
-from launcher.cli.options import FORCE, SectionedCommand, SectionedOption, job_command, understood
-
-if TYPE_CHECKING:
-    from launcher.submit.pipeline import Chain
+from launcher.cli import watch
+from launcher.cli.options import FORCE, SectionedCommand, SectionedOption, job_command
+from launcher.cli.planned import print_remarks, understood
+from launcher.common import terminal
+from launcher.errors import Interrupted
+from launcher.planning import describe, uploads
+from launcher.runs import record
+from launcher.runs.record import Run
+from launcher.submit import pipeline as chain
+from launcher.submit.pipeline import Pipeline
 
 OWN = (
     SectionedOption(["--output"], section="What", metavar="DIR", help="Where the export goes.  [default: models]"),
@@ -31,52 +38,41 @@ left out. Layout, --nodes, --time and the settings are finetune's; --name heads 
 def _pipeline(
     *, files: tuple[str, ...], output: str | None, dry_run: bool, wait: bool | None, force: bool, **typed: Any
 ) -> None:
-    from launcher.planning import uploads
-    from launcher.submit import pipeline
-
     cluster, options = understood("finetune", typed)
-    chain = pipeline.plan(cluster, files=uploads.redirect(cluster, files), output=output, **options)
+    planned = chain.plan(cluster, files=uploads.redirect(cluster, files), output=output, **options)
     if dry_run:
-        _show(chain)
-    pipeline.check(chain, force=force)
+        _show(planned)
+    chain.check(planned, force=force)
     if not dry_run:
-        sys.exit(_start(chain, wait=cluster.is_local if wait is None else wait))
+        sys.exit(_start(planned, wait=cluster.is_local if wait is None else wait))
 
 
-def _show(chain: "Chain") -> None:
-    from launcher.common import terminal
-    from launcher.planning import describe
-
-    makers = {path: step.name for step in chain.steps for path in step.makes}
-    for number, step in enumerate(chain.steps, 1):
-        plan, after = step.plan, ", ".join(other.name for other in step.after(chain.steps))
+def _show(planned: Pipeline) -> None:
+    makers = {path: job.name for job in planned.jobs for path in job.makes}
+    for number, job in enumerate(planned.jobs, 1):
+        plan, after = job.plan, ", ".join(other.name for other in job.after(planned.jobs))
         inputs = [given for given in plan.inputs if given.path in makers]
         made = {given.what: f"{given.path}  ({makers[given.path]} makes it)" for given in inputs}
-        told = describe.facts(plan.outlook) if plan.job == "finetune" and plan.outlook else []
+        outlook = describe.facts(plan.outlook) if plan.job == "finetune" and plan.outlook else []
         facts = [(name, made.get(name, text)) for name, text in describe.plan_facts(plan)]
-        terminal.heading(f"{number} {step.name}")
-        terminal.facts([*facts, *told, ("after", after), ("run", str(step.path))])
-    terminal.facts([(f"{name} left out", f"{path} is there") for name, path in chain.there])
+        terminal.heading(f"{number} {job.name}")
+        terminal.facts([*facts, *outlook, ("after", after), ("run", str(job.path))])
+    terminal.facts([(f"{name} left out", f"{path} is there") for name, path in planned.there])
 
 
-def _start(chain: "Chain", *, wait: bool) -> int:
-    from launcher.common import terminal
-    from launcher.planning import describe
-    from launcher.submit import pipeline
-
+def _start(planned: Pipeline, *, wait: bool) -> int:
     asked = tuple(sys.argv[1:])
-    for step in chain.steps:
-        for remark in describe.remarks(step.plan):
-            click.echo(f"note: {step.name}: {remark}", err=True)
-    for name, path in chain.there:
+    for job in planned.jobs:
+        print_remarks(job.plan, f"{job.name}: ")
+    for name, path in planned.there:
         terminal.say(f"{name} is left out: {path} is there")
-    if chain.steps[0].plan.profile.is_local:
-        return pipeline.run_here(chain, asked=asked)
-    runs = pipeline.submit(chain, asked=asked)
+    if planned.jobs[0].plan.profile.is_local:
+        return _run_here(planned, asked)
+    runs = chain.submit(planned, asked=asked)
     terminal.done(f"{len(runs)} jobs submitted to {runs[0].cluster}")
-    terminal.facts([(step.name, _place(run.record)) for step, run in zip(chain.steps, runs, strict=True)])
+    terminal.facts([(job.name, _place(run.record)) for job, run in zip(planned.jobs, runs, strict=True)])
     if wait:
-        return pipeline.to_the_end(runs)
+        return to_the_end(runs)
     terminal.facts(
         [("watch", "mixlaunch status --watch"), ("cancel", f"mixlaunch cancel {' '.join(r.name for r in runs)}")]
     )
@@ -88,9 +84,31 @@ def _place(record: dict[str, Any]) -> str:
     return f"job {record['jobs'][-1]}{f', after {chr(32).join(after)}' if after else ''}: {record['name']}"
 
 
+def to_the_end(started: Sequence[Run]) -> int:
+    """Watch the jobs one after another; when one fails, what can't start any more is cancelled. The exit code."""
+    for place, run in enumerate(started):
+        code = watch.to_the_end(run, follow=False)
+        if code == Interrupted.exit_code:
+            return code
+        if code:
+            for later in started[place + 1 :]:
+                if record.cancel(later):
+                    terminal.say(f"{later.name} is cancelled: it can't start any more")
+            return code
+    return 0
+
+
+def _run_here(planned: Pipeline, asked: Sequence[str]) -> int:
+    """One job after another as processes of this machine; the first that fails ends it. The exit code."""
+    for run in chain.run_in_turn(planned, asked=asked):
+        if code := watch.to_the_end(run, follow=False):
+            return code
+    return 0
+
+
 def _command() -> click.Command:
     """finetune's options, FILES, and what is a pipeline's own."""
-    finetune = job_command("finetune", lambda _: None)
+    finetune = job_command("finetune", lambda *_: None)
     files = click.Argument(["files"], nargs=-1, metavar="[FILES]...")
     return SectionedCommand(
         "pipeline",
@@ -101,4 +119,4 @@ def _command() -> click.Command:
     )
 
 
-pipeline_command = _command()
+COMMANDS = (_command(),)

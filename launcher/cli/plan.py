@@ -4,21 +4,21 @@ Exit codes are those of the submission: 2 for what would be refused, with the ne
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from launcher.cli.options import PARALLEL, SectionedOption, job_command
+from launcher.cli.planned import planned
+from launcher.common import terminal
 from launcher.errors import LayoutError
-
-if TYPE_CHECKING:
-    from launcher.planning.jobs import JobPlan
+from launcher.planning import describe
 
 JSON = SectionedOption(["--json", "as_json"], section="Job", is_flag=True, help="Everything, for programs.")
 
 
-@click.group("plan")
-def plan_command() -> None:
+@click.group()
+def plan() -> None:
     """Say whether a job fits, before the queue does.
 
     The layout equation, tokens a step, pipeline bubble, traffic over the fabric, memory per GPU; and when it
@@ -26,10 +26,8 @@ def plan_command() -> None:
     """
 
 
-def _plan(plan: "JobPlan", *, as_json: bool) -> None:
-    from launcher.common import terminal
-    from launcher.planning import describe
-
+def _show(job: str, typed: dict[str, Any], *, as_json: bool) -> None:
+    plan = planned(job, typed)
     assert plan.outlook is not None
     if as_json:
         ranks = {"world": plan.world, "nodes": plan.nodes, "tasks_per_node": plan.tasks_per_node}
@@ -53,9 +51,6 @@ def _refusal_as_json(command: click.Command) -> click.Command:
         except LayoutError as error:
             if not asked:
                 raise
-            from launcher.common import terminal
-            from launcher.planning import describe
-
             terminal.as_json({"job": command.name, "fits": False, **describe.refusal_json(error)})
             sys.exit(2)
 
@@ -64,4 +59,6 @@ def _refusal_as_json(command: click.Command) -> click.Command:
 
 
 for _job in PARALLEL:
-    plan_command.add_command(_refusal_as_json(job_command(_job, _plan, more=(JSON,))))
+    plan.add_command(_refusal_as_json(job_command(_job, _show, more=(JSON,))))
+
+COMMANDS = (plan,)

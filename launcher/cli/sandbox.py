@@ -7,6 +7,10 @@ import sys
 
 import click
 
+from launcher.common import terminal
+from launcher.sandbox import lifecycle
+from launcher.sandbox.config import ClusterShape
+
 
 @click.group()
 def sandbox() -> None:
@@ -22,16 +26,12 @@ def sandbox() -> None:
 @click.option("--accounting/--no-accounting", default=None, help="sacct and accounts.  [default: if installed]")
 def sandbox_up(nodes: int, gpus: int, accounting: bool | None) -> None:
     """Start it and wait until its nodes are idle."""
-    from launcher.common import terminal
-    from launcher.sandbox import lifecycle as private
-    from launcher.sandbox.config import Shape
-
-    started = private.up(shape=Shape(nodes=nodes, gpus=gpus), accounting=accounting)
+    started = lifecycle.up(shape=ClusterShape(nodes=nodes, gpus=gpus), accounting=accounting)
     terminal.done(f"sandbox is up: {started.shape.nodes} nodes x {started.shape.gpus} GPUs")
     configuration = f"SLURM_CONF={started.folder}/slurm.conf"
     terminal.facts(
         [
-            ("accounts", "" if started.accounting else private.why_no_accounting(accounting)),
+            ("accounts", "" if started.accounting else lifecycle.why_no_accounting(accounting)),
             ("use it", "mixlaunch finetune --cluster sandbox"),
             ("or", f"{configuration} sinfo"),
         ]
@@ -41,10 +41,7 @@ def sandbox_up(nodes: int, gpus: int, accounting: bool | None) -> None:
 @sandbox.command("down")
 def sandbox_down() -> None:
     """End its jobs and daemons and remove its folder."""
-    from launcher.common import terminal
-    from launcher.sandbox import lifecycle as private
-
-    if private.down():
+    if lifecycle.down():
         terminal.done("sandbox is gone")
     else:
         terminal.say("there was no sandbox")
@@ -54,10 +51,7 @@ def sandbox_down() -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs: folder, state, dead daemons, nodes, jobs.")
 def sandbox_status(as_json: bool) -> None:
     """Say whether it is up and what its nodes do; exits with 1 when it isn't."""
-    from launcher.common import terminal
-    from launcher.sandbox import lifecycle as private
-
-    found = private.status()
+    found = lifecycle.status()
     if as_json:
         told = {"folder": str(found.folder), "state": found.state, "dead": list(found.dead)}
         terminal.as_json(told | {"nodes": found.nodes, "jobs": found.jobs})
@@ -65,3 +59,6 @@ def sandbox_status(as_json: bool) -> None:
     terminal.say(f"sandbox is {found.state}: {found.folder}")
     terminal.facts([("dead", ", ".join(found.dead)), *found.nodes.items()])
     sys.exit(0 if found.state == "up" else 1)
+
+
+COMMANDS = (sandbox,)

@@ -1,21 +1,28 @@
-"""What there is, for people: a table of runs, the details of a few.
+"""`status`: what runs are doing, as a table, as the details of a few, or as a table that moves.
 
-The facts of runs come from `report`; here they become words, columns and colours.
+The facts of runs come from `runs.report`; here they become words, columns and colours.
 """
 
-from collections.abc import Sequence
+import contextlib
+import datetime
+import json
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import click
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY, roots_of
 from launcher.common import terminal, words
 from launcher.host import copies
-from launcher.runs import follow, logs
+from launcher.runs import follow, logs, record, report
+from launcher.runs.record import Run
 from launcher.slurm import hostlist
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from launcher.runs.record import Run
 
 COLUMNS = (
     *("RUN", "JOB", "CLUSTER", "ID", "STATE", "NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE"),
@@ -24,9 +31,43 @@ COLUMNS = (
 WORDS = {"step": "progress", "eval": "validation", "ready": "server"}  # what people call those events
 SPARE = ("CLUSTER", "NODES", "JOB", "ID", "AGE")  # the first to go where the terminal is narrow
 RIGHT = ("NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE", "LEFT", "AGE")
+NEWEST = 20  # runs that are shown
+EVERY = 3.0  # seconds between two looks
+Find = Callable[[], Sequence[Run]]
 
 
-def table(facts: Sequence[dict[str, Any]], roots: Sequence[Path]) -> None:
+@click.command()
+@MANY
+@click.option("--all", "everything", is_flag=True, help="Not only the newest 20.")
+@click.option("-w", "--watch", is_flag=True, help="Go on: a table that moves, off a terminal a line for all news.")
+@AS_JSON
+@IN_CLUSTER
+def status(names: tuple[str, ...], everything: bool, watch: bool, as_json: bool, cluster: str | None) -> None:
+    """Show what runs are doing.
+
+    All of them, newest first, or the details of RUNs: names, prefixes or job ids.
+    """
+    roots = roots_of(cluster)
+
+    def find() -> Sequence[Run]:
+        if names:
+            return [record.find(name, roots) for name in names]
+        return record.every(roots)[: None if everything else NEWEST]
+
+    if watch:
+        _watch(find, until_ended=bool(names), as_json=as_json)
+        return
+    found = find()
+    facts = report.Reporter()(found)
+    if as_json:
+        terminal.as_json(facts)
+    elif names:
+        _details(found, facts)
+    else:
+        _table(facts, roots)
+
+
+def _table(facts: Sequence[dict[str, Any]], roots: Sequence[Path]) -> None:
     """One line a run, newest first."""
     if not facts:
         terminal.say(f"no runs yet in {', '.join(map(str, roots))}")
@@ -34,7 +75,7 @@ def table(facts: Sequence[dict[str, Any]], roots: Sequence[Path]) -> None:
         terminal.console().print(grid(facts))
 
 
-def grid(facts: Sequence[dict[str, Any]]) -> "Table":
+def grid(facts: Sequence[dict[str, Any]]) -> Table:
     """The table of runs, not printed yet."""
     return terminal.grid(COLUMNS, [row(run) for run in facts], right=RIGHT, spare=SPARE)
 
@@ -98,7 +139,7 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else ""
 
 
-def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
+def _details(found: Sequence[Run], facts: Sequence[dict[str, Any]]) -> None:
     """A few lines a run."""
     for run, known in zip(found, facts, strict=True):
         newest = logs.newest(run.path)
@@ -128,3 +169,64 @@ def details(found: "Sequence[Run]", facts: Sequence[dict[str, Any]]) -> None:
 def ended_badly(run: dict[str, Any]) -> bool:
     """Whether there is something to explain."""
     return not run["active"] and run["state"] not in ("COMPLETED", "CANCELLED")
+
+
+# --- watching ----------------------------------------------------------------------------------------------------
+
+
+def _watch(find: Find, *, until_ended: bool, as_json: bool) -> None:
+    """Show what `find` returns, looked up anew each time, until Ctrl-C or, if asked, until all have ended."""
+    with contextlib.suppress(KeyboardInterrupt):
+        if terminal.console().is_terminal and not as_json:
+            _redraw(find, until_ended)
+        else:
+            _tell(find, until_ended, _json_line if as_json else _line)
+
+
+def _redraw(find: Find, until_ended: bool) -> None:
+    reporter = report.Reporter()
+    # `crop`: what doesn't fit the terminal's height is left out, as redrawing in place needs.
+    with Live(console=terminal.console(), auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            facts = reporter(find())
+            shown = [grid(facts)] if facts else [Text("no runs yet", style="dim")]
+            live.update(Group(Text(_summary(facts), style="dim"), *shown), refresh=True)
+            if until_ended and not any(run["active"] for run in facts):
+                return
+            time.sleep(EVERY)
+
+
+def _tell(find: Find, until_ended: bool, line: Callable[[dict[str, Any]], str]) -> None:
+    reporter = report.Reporter()
+    told: dict[str, dict[str, Any]] = {}
+    while True:
+        facts = reporter(find())
+        for run in reversed(facts):
+            if report.changed(told.get(run["name"]), run):
+                print(line(run), flush=True)
+                told[run["name"]] = run
+        if until_ended and not any(run["active"] for run in facts):
+            return
+        time.sleep(EVERY)
+
+
+def _summary(facts: Sequence[dict[str, Any]]) -> str:
+    counts: dict[str, int] = {}
+    for run in facts:
+        counts[run["state"].lower()] = counts.get(run["state"].lower(), 0) + 1
+    told = ", ".join(f"{number} {state}" for state, number in counts.items())
+    return f"{datetime.datetime.now():%H:%M:%S}  {told}  (Ctrl-C ends the watching, not the runs)"
+
+
+def _json_line(run: dict[str, Any]) -> str:
+    return json.dumps(run, ensure_ascii=False)
+
+
+def _line(run: dict[str, Any]) -> str:
+    named = dict(zip(COLUMNS, row(run), strict=True))
+    parts = [f"{datetime.datetime.now():%H:%M:%S}", named["RUN"], named["STATE"], named["PROGRESS"]]
+    labelled = [f"{name.lower()} {named[name]}" for name in ("LOSS", "TOK/S", "REQ/S", "QUEUE") if named[name]]
+    return "  ".join(filter(None, [*parts, *labelled, named["NOTE"]]))
+
+
+COMMANDS = (status,)

@@ -1,7 +1,7 @@
 """What people see in the terminal: one place for colour, tables and progress.
 
-rich is imported on first use; it leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing
-that came from users is read as markup.
+rich leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing that came from users is read as
+markup.
 """
 
 import contextlib
@@ -9,11 +9,12 @@ import functools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 ENOUGH = 20  # characters of a note that tell something
 STYLES = {  # of the states that Slurm knows
@@ -31,10 +32,8 @@ STYLES = {  # of the states that Slurm knows
 
 
 @functools.cache
-def console() -> "Console":
+def console() -> Console:
     """The terminal. A pipe gets whole lines, never wrapped ones."""
-    from rich.console import Console
-
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
     terminal = Console(**plain)
     return terminal if terminal.is_terminal else Console(**plain, width=10_000)
@@ -56,8 +55,6 @@ def failed(text: str) -> None:
 
 
 def _marked(mark: str, style: str, text: str) -> None:
-    from rich.text import Text
-
     mark = mark if console().encoding.lower().startswith("utf") else "*"
     console().print(Text.assemble((mark, f"bold {style}"), " ", text), soft_wrap=True)
 
@@ -69,8 +66,6 @@ def heading(text: str) -> None:
 
 def facts(pairs: Iterable[tuple[str, str]]) -> None:
     """Names and values in two columns; names are dim, values whole."""
-    from rich.text import Text
-
     kept = [(name, value) for name, value in pairs if value]
     width = max((len(name) for name, _ in kept), default=0)
     for name, value in kept:
@@ -81,8 +76,6 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
 
 def heading_with_state(text: str, state: str) -> None:
     """A title with the state of what follows, in the state's colour."""
-    from rich.text import Text
-
     console().print()
     console().print(Text.assemble((text, "bold"), "  ", (state, STYLES.get(state, ""))), soft_wrap=True)
 
@@ -94,11 +87,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def grid(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spare: Sequence[str] = ()
-) -> "Table":
+) -> Table:
     """A table, not printed yet. Columns that hold nothing are left out, and those of `spare` where it's narrow."""
-    from rich.table import Table
-    from rich.text import Text
-
     widths = _widths(columns, rows, spare)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for place, width in widths.items():
@@ -139,7 +129,7 @@ def code(text: str, language: str) -> None:
     if not console().is_terminal:
         print(text, end="" if text.endswith("\n") else "\n")
         return
-    from rich.syntax import Syntax
+    from rich.syntax import Syntax  # with pygments, which takes as long as all the rest
 
     console().print(Syntax(text, language, theme="ansi_dark", background_color="default", word_wrap=True))
 
@@ -150,8 +140,6 @@ def progress(title: str) -> "Iterator[Moving | Lines]":
     if not console().is_terminal:
         yield Lines(title)
         return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     columns = (SpinnerColumn(), TextColumn("{task.description}", style="bold", markup=False), BarColumn(24))
     with Progress(
         *columns,

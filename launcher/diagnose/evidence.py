@@ -7,17 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
 from launcher.runs import logs
 from launcher.runs import state as states
 from launcher.runs.logs import Leaver
+from launcher.runs.record import Run
+from launcher.runs.state import State
 from launcher.slurm import hostlist
-
-if TYPE_CHECKING:
-    from launcher.runs.record import Run
-    from launcher.runs.state import State
 
 TAIL = 100_000  # bytes of a log that are looked at
 COUNTED = 50_000_000
@@ -56,7 +53,7 @@ class Evidence:
         return self.nodes[place] if place is not None and place < len(self.nodes) else ""
 
 
-def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) -> Evidence:
+def of_attempt(run: Run, attempt: int | None, state: State | None = None) -> Evidence:
     """What `attempt` of `run` left; `state` is the job's own, to be given for the last attempt alone."""
     word, code = (state.state, state.exit_code) if state else ("", None)
     if attempt is None:
@@ -76,7 +73,7 @@ def of_attempt(run: "Run", attempt: int | None, state: "State | None" = None) ->
     )
 
 
-def _nodes(text: str, state: "State | None") -> tuple[str, ...]:
+def _nodes(text: str, state: State | None) -> tuple[str, ...]:
     match = PLACED.search(text)
     try:
         return tuple(hostlist.expand(match["nodes"] if match else state.nodes if state else ""))
@@ -84,7 +81,7 @@ def _nodes(text: str, state: "State | None") -> tuple[str, ...]:
         return ()
 
 
-def _output(run: "Run", attempt: int | None) -> tuple[Line, ...]:
+def _output(run: Run, attempt: int | None) -> tuple[Line, ...]:
     """What Slurm itself wrote into the jobs' own output during `attempt`."""
     found: list[Line] = []
     for job in run.job_ids:

@@ -4,27 +4,23 @@ It says no more than it knows: a healthy run is called healthy, and what nobody 
 """
 
 import re
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from launcher.common import terminal, words
+from launcher.cluster import bad_nodes
+from launcher.common import words
 from launcher.diagnose import evidence, judge
 from launcher.diagnose.causes import table
 from launcher.diagnose.causes.cause import RESUME
 from launcher.diagnose.evidence import Evidence
+from launcher.diagnose.judge import Finding
 from launcher.errors import Fault, UsageError
-from launcher.host import copies
 from launcher.runs import follow, logs, record
-from launcher.slurm import client, hostlist, reasons
-
-if TYPE_CHECKING:
-    from launcher.diagnose.judge import Finding
-    from launcher.runs.record import Run
-    from launcher.runs.state import State
+from launcher.runs.record import Run
+from launcher.runs.state import State
+from launcher.slurm import client, reasons
 
 QUIET = 600  # seconds without a word, after which a running job may hang
 DOWN = re.compile(r"down|drain|fail|error|unk|boot|powering|maint|[*]", re.I)
@@ -34,13 +30,13 @@ DOWN = re.compile(r"down|drain|fail|error|unk|boot|powering|maint|[*]", re.I)
 class Explanation:
     """`verdict`: waiting, running, finished, cancelled, failed or unknown; the finding is of the last attempt."""
 
-    run: "Run"
-    state: "State"
+    run: Run
+    state: State
     verdict: str
     summary: str
     advice: tuple[str, ...] = ()
-    finding: "Finding | None" = None
-    earlier: "tuple[Finding, ...]" = ()
+    finding: Finding | None = None
+    earlier: tuple[Finding, ...] = ()
 
     @property
     def bad_nodes(self) -> dict[str, str]:
@@ -57,7 +53,7 @@ class Explanation:
         return tuple(self.bad_nodes) or last
 
 
-def explain(run: "Run", *, attempt: int | None = None) -> Explanation:
+def explain(run: Run, *, attempt: int | None = None) -> Explanation:
     """Look at a run, or at one attempt of it; `UsageError` names the attempts if there is none of that number."""
     state = record.state_of(run)
     run = record.reread(run)
@@ -77,21 +73,21 @@ def explain(run: "Run", *, attempt: int | None = None) -> Explanation:
     return _of_ended(run, state, last, tuple(found for found in earlier if found is not last))
 
 
-def _evidence(run: "Run", number: int, state: "State", there: Sequence[int]) -> Evidence:
+def _evidence(run: Run, number: int, state: State, there: Sequence[int]) -> Evidence:
     last = number == there[-1] and not state.active
     return evidence.of_attempt(run, number, state if last else None)
 
 
-def _finding(run: "Run", left: Evidence) -> "Finding | None":
+def _finding(run: Run, left: Evidence) -> Finding | None:
     return _with_slurms_word(run, judge.judge(left), left.nodes)
 
 
-def _goes_on(left: Evidence, state: "State", newest: bool) -> bool:
+def _goes_on(left: Evidence, state: State, newest: bool) -> bool:
     """Whether an attempt is under way. The newest of a job that lives may have ended: it waits for its next."""
     return state.active and newest and not left.last_word
 
 
-def _of_attempt(run: "Run", state: "State", left: Evidence, *, newest: bool) -> Explanation:
+def _of_attempt(run: Run, state: State, left: Evidence, *, newest: bool) -> Explanation:
     if _goes_on(left, state, newest):
         return _of_active(run, state, ())
     if (found := _finding(run, left)) is None:
@@ -100,7 +96,7 @@ def _of_attempt(run: "Run", state: "State", left: Evidence, *, newest: bool) -> 
     return _of_ended(run, state, found, ())
 
 
-def _of_ended(run: "Run", state: "State", found: "Finding | None", earlier: "tuple[Finding, ...]") -> Explanation:
+def _of_ended(run: Run, state: State, found: Finding | None, earlier: tuple[Finding, ...]) -> Explanation:
     if found is None:  # the logs say done where Slurm says otherwise: it was ended in its last moments
         summary = f"Slurm says {state.state}, and its own log says that it was done"
         return Explanation(run=run, state=state, verdict="unknown", summary=summary, earlier=earlier)
@@ -116,7 +112,7 @@ def _of_ended(run: "Run", state: "State", found: "Finding | None", earlier: "tup
     )
 
 
-def _of_active(run: "Run", state: "State", earlier: "tuple[Finding, ...]") -> Explanation:
+def _of_active(run: Run, state: State, earlier: tuple[Finding, ...]) -> Explanation:
     if state.state == "PENDING":
         reason = reasons.find(state.reason)
         starts = f"; Slurm expects it to start about {words.moment(state.start)}" if state.start else ""
@@ -132,7 +128,7 @@ def _of_active(run: "Run", state: "State", earlier: "tuple[Finding, ...]") -> Ex
     return Explanation(run=run, state=state, verdict="running", summary=summary, advice=advice, earlier=earlier)
 
 
-def _progress(run: "Run") -> tuple[str, bool]:
+def _progress(run: Run) -> tuple[str, bool]:
     """How a running job does, and whether it has been quiet for suspiciously long."""
     newest = logs.newest(run.path)
     said = [
@@ -146,18 +142,18 @@ def _progress(run: "Run") -> tuple[str, bool]:
     return f"{what}; no sign of trouble", False
 
 
-def _written(run: "Run") -> Iterable[Path]:
+def _written(run: Run) -> Iterable[Path]:
     there = logs.attempts(run.path)
     newest = logs.path(run.path, there[-1], logs.BATCH).parent.glob("*.log") if there else []
     return [path for path in (*newest, run.path / logs.EVENTS) if path.exists()]
 
 
-def _finished(run: "Run") -> str:
+def _finished(run: Run) -> str:
     step = logs.newest(run.path).get("step")
     return f"it finished: {step['step']} of {step['steps']} steps" if step else "it finished"
 
 
-def _with_slurms_word(run: "Run", found: "Finding | None", nodes: Sequence[str]) -> "Finding | None":
+def _with_slurms_word(run: Run, found: Finding | None, nodes: Sequence[str]) -> Finding | None:
     """A node failure whose node no log names: `nodes` of the job that Slurm calls down now are named."""
     if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local:
         return found
@@ -181,7 +177,7 @@ def _down(nodes: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def failed_nodes(run: "Run") -> tuple[str, ...]:
+def failed_nodes(run: Run) -> tuple[str, ...]:
     """The nodes on which a run failed; `UsageError` when nothing names one."""
     told = explain(run)
     if not told.failed_nodes:
@@ -193,8 +189,6 @@ def failed_nodes(run: "Run") -> tuple[str, ...]:
 
 def mark_bad(told: Explanation, lasting: str) -> None:
     """Put the nodes to blame on their cluster's list; `UsageError` when none is."""
-    from launcher.cluster import bad_nodes
-
     until = bad_nodes.duration(lasting)
     if not told.bad_nodes:
         raise UsageError(
@@ -202,18 +196,17 @@ def mark_bad(told: Explanation, lasting: str) -> None:
             "`mixlaunch nodes add NODE --reason TEXT` marks one all the same"
         )
     bad_nodes.add(told.run.profile, told.bad_nodes, until)
-    print(f"jobs on {told.run.cluster} keep off {', '.join(told.bad_nodes)}", file=sys.stderr)
 
 
 # --- in words ----------------------------------------------------------------------------------------------------
 
 
-def _sentence(run: "Run", found: "Finding") -> str:
+def _sentence(run: Run, found: Finding) -> str:
     many = len(logs.attempts(run.path)) > 1
-    return f"{_brief(found)}{f', in attempt {found.attempt}' if many else ''}"
+    return f"{found.brief}{f', in attempt {found.attempt}' if many else ''}"
 
 
-def _addressed(run: "Run", advice: Iterable[str], *, again: bool = True) -> Iterable[str]:
+def _addressed(run: Run, advice: Iterable[str], *, again: bool = True) -> Iterable[str]:
     """With the run and its job in place of RUN and ID, without what can't be done: Slurm's here, `again` if not."""
     for text in advice:
         if not again and re.search(r"mixlaunch (?:resume|retry)", text):
@@ -223,103 +216,3 @@ def _addressed(run: "Run", advice: Iterable[str], *, again: bool = True) -> Iter
         if not run.record["resumable"]:
             text = text.replace(RESUME, "`mixlaunch retry RUN` runs it again").replace("resume RUN", "retry RUN")
         yield re.sub(r"\bID\b", run.job_id or "ID", re.sub(r"\bRUN\b", run.name, text))
-
-
-def as_dict(told: Explanation) -> dict[str, Any]:
-    """For programs; the keys are documented in docs/runs.md and stay."""
-    found = told.finding
-    return {
-        "name": told.run.name,
-        "job_id": told.run.job_id,
-        "state": told.state.state,
-        "verdict": told.verdict,
-        "summary": told.summary,
-        **_finding_dict(found),
-        "advice": list(told.advice),
-        "bad_nodes": told.bad_nodes,
-        "earlier": [_short_dict(other) for other in told.earlier],
-    }
-
-
-def _short_dict(found: "Finding") -> dict[str, Any]:
-    return {
-        "attempt": found.attempt,
-        "cause": found.cause.name,
-        "title": found.cause.title,
-        "rank": found.rank,
-        "nodes": list(found.nodes),
-        "exit_code": found.code,
-    }
-
-
-def _finding_dict(found: "Finding | None") -> dict[str, Any]:
-    if found is None:
-        return {
-            **dict.fromkeys(("attempt", "cause", "title", "rank", "nodes", "exit_code")),
-            **dict.fromkeys(("meaning", "first_rank", "lost_a_peer", "silent", "notes", "lines")),
-        }
-    return {
-        **_short_dict(found),
-        "meaning": found.cause.meaning,
-        "first_rank": found.first_rank,
-        "lost_a_peer": list(found.echoes),
-        "silent": list(found.silent),
-        "notes": list(found.notes),
-        "lines": [{"log": copies.shown(line.log), "line": line.number, "text": line.text} for line in found.lines],
-    }
-
-
-def show(told: Explanation) -> None:
-    """For people."""
-    terminal.heading_with_state(told.run.name, told.state.state)
-    marks = {"failed": terminal.failed, "finished": terminal.done}
-    marks.get(told.verdict, terminal.say)(told.summary)
-    if told.finding:
-        _show_finding(told.finding)
-    if told.earlier:
-        terminal.say("")
-        terminal.facts([(f"attempt {found.attempt}", _brief(found)) for found in told.earlier])
-    if told.advice:
-        terminal.say("")
-        terminal.say("  what to do", "bold")
-        for text in told.advice:
-            terminal.say(f"  - {text}")
-
-
-def _show_finding(found: "Finding") -> None:
-    terminal.facts(
-        [
-            ("meaning", found.cause.meaning),
-            ("code", words.code_in_words(found.code) if found.code else ""),
-            (
-                "others",
-                f"{_ranks(found.echoes)} only lost the connection" if found.echoes and not found.silent else "",
-            ),
-            ("silent", f"{_ranks(found.silent)} said nothing" if found.silent else ""),
-            *(("note", note) for note in found.notes),
-        ]
-    )
-    log = None
-    for line in found.lines:
-        if line.log != log:
-            log = line.log
-            terminal.say("")
-            terminal.say(f"  {copies.shown(log)}", "dim")
-        number = f"{line.number:>6}" if line.number else " " * 6
-        terminal.say(f"  {number}  {_harmless(line.text[:240])}")
-
-
-def _harmless(text: str) -> str:
-    """A log's line as a terminal may see it."""
-    return "".join(character if character.isprintable() else " " for character in text.expandtabs(4))
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {hostlist.spans(ranks)}"
-
-
-def _brief(found: "Finding") -> str:
-    """What, and with which rank on which node it began."""
-    rank = f"rank {found.rank}" if found.rank is not None else ""
-    where = " on ".join(filter(None, [rank, hostlist.compress(found.nodes)]))
-    return f"{found.cause.title}{f': {where}' if where else ''}"

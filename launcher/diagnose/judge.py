@@ -47,6 +47,13 @@ class Finding:
     notes: tuple[str, ...] = ()
 
     @property
+    def brief(self) -> str:
+        """What, and with which rank on which node it began."""
+        rank = f"rank {self.rank}" if self.rank is not None else ""
+        where = " on ".join(filter(None, [rank, hostlist.compress(self.nodes)]))
+        return f"{self.cause.title}{f': {where}' if where else ''}"
+
+    @property
     def bad_nodes(self) -> tuple[str, ...]:
         """Nodes that this speaks against."""
         return self.nodes if self.cause.bad_node or self.node_to_blame else ()

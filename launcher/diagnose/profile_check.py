@@ -31,7 +31,7 @@ STARTS = re.compile(r"Job \d+ to start at (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class ProfileFinding:
     """One question and its answer."""
 
     what: str
@@ -39,7 +39,7 @@ class Finding:
     why: str
 
 
-def check(profile: ClusterProfile) -> Iterator[Finding]:
+def check(profile: ClusterProfile) -> Iterator[ProfileFinding]:
     """Every finding about `profile`, in the order in which one would ask; `Fault` if Slurm can't be asked."""
     there = not profile.is_local
     if there and profile.slurm_conf:
@@ -54,19 +54,19 @@ def check(profile: ClusterProfile) -> Iterator[Finding]:
         yield _test_only(profile)
 
 
-def _ok(what: str, why: str) -> Finding:
-    return Finding(what=what, verdict="ok", why=why)
+def _ok(what: str, why: str) -> ProfileFinding:
+    return ProfileFinding(what=what, verdict="ok", why=why)
 
 
-def _failed(what: str, why: str) -> Finding:
-    return Finding(what=what, verdict="failed", why=" ".join(why.split()))
+def _failed(what: str, why: str) -> ProfileFinding:
+    return ProfileFinding(what=what, verdict="failed", why=" ".join(why.split()))
 
 
-def _unknown(what: str, why: str) -> Finding:
-    return Finding(what=what, verdict="unknown", why=" ".join(why.split()))
+def _unknown(what: str, why: str) -> ProfileFinding:
+    return ProfileFinding(what=what, verdict="unknown", why=" ".join(why.split()))
 
 
-def _of_slurm(profile: ClusterProfile, cluster: Site) -> Iterator[Finding]:
+def _of_slurm(profile: ClusterProfile, cluster: Site) -> Iterator[ProfileFinding]:
     yield _version(profile, cluster)
     names: list[str | None] = [*profile.partition.split(",")] if profile.partition else [None]
     for name in names:
@@ -84,7 +84,7 @@ def _of_slurm(profile: ClusterProfile, cluster: Site) -> Iterator[Finding]:
         yield _constraint(profile.constraint, cluster, names)
 
 
-def _version(profile: ClusterProfile, cluster: Site) -> Finding:
+def _version(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
     what = "Slurm version"
     ours, theirs = sbatch_options.number(profile.slurm_version), sbatch_options.number(cluster.version or "0.0")
     if not cluster.version:
@@ -102,7 +102,7 @@ def _near(name: str, there: Iterable[str]) -> str:
     return words.choices(name, sorted(set(there)))
 
 
-def _partition(name: str | None, found: Partition | None, cluster: Site) -> Finding:
+def _partition(name: str | None, found: Partition | None, cluster: Site) -> ProfileFinding:
     if found is None:
         if name is None:
             return _failed("partition", f"the cluster has no default one; {_near('', _names(cluster))}")
@@ -116,7 +116,7 @@ def _names(cluster: Site) -> list[str]:
     return [partition.name for partition in cluster.partitions]
 
 
-def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> Iterator[Finding]:
+def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> Iterator[ProfileFinding]:
     """GPUs, cores and memory of the nodes that have all of what a whole node is said to have."""
     node = profile.node
     where = partition.name
@@ -142,7 +142,7 @@ def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> I
         yield _failed("nodes", f"all nodes of {where} that fit are down or drained")
 
 
-def _enough(what: str, asked: int | None, there: list[int], where: str, key: str) -> Iterator[Finding]:
+def _enough(what: str, asked: int | None, there: list[int], where: str, key: str) -> Iterator[ProfileFinding]:
     if asked is None or not there:
         return
     unit = " GB" if what.startswith("memory") else ""
@@ -152,14 +152,14 @@ def _enough(what: str, asked: int | None, there: list[int], where: str, key: str
         yield _ok(what, f"{asked} of {max(there)}{unit}")
 
 
-def _time(profile: ClusterProfile, partition: Partition) -> Finding:
+def _time(profile: ClusterProfile, partition: Partition) -> ProfileFinding:
     if partition.minutes is not None and client.seconds(profile.time) // 60 > partition.minutes:
         longest = f"{partition.minutes // 60}:{partition.minutes % 60:02}:00"
         return _failed("time limit", f"{profile.time} is more than {partition.name} gives: {longest}")
     return _ok("time limit", profile.time)
 
 
-def _account(profile: ClusterProfile, cluster: Site) -> Finding:
+def _account(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
     found = cluster.associations
     if found is None:
         return _unknown("account", "the cluster keeps no accounts that one can ask for")
@@ -179,7 +179,7 @@ def _account(profile: ClusterProfile, cluster: Site) -> Finding:
     return _ok("account", name if profile.account else f"{name} (your default)")
 
 
-def _qos(profile: ClusterProfile, cluster: Site) -> Finding:
+def _qos(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
     assert profile.qos is not None
     if cluster.associations is None:
         return _unknown("QoS", "the cluster keeps no accounts that one can ask for")
@@ -195,7 +195,7 @@ def _qos(profile: ClusterProfile, cluster: Site) -> Finding:
     return _ok("QoS", profile.qos)
 
 
-def _reservation(name: str, profile: ClusterProfile) -> Finding:
+def _reservation(name: str, profile: ClusterProfile) -> ProfileFinding:
     try:
         told = client.call("scontrol", "--oneliner", "show", "reservation", environment=profile.slurm_environment)
     except Fault as fault:
@@ -211,7 +211,7 @@ def _reservation(name: str, profile: ClusterProfile) -> Finding:
     return _ok("reservation", said) if state == "ACTIVE" else _unknown("reservation", f"{said}; jobs wait for it")
 
 
-def _constraint(text: str, cluster: Site, names: list[str | None]) -> Finding:
+def _constraint(text: str, cluster: Site, names: list[str | None]) -> ProfileFinding:
     chosen = [p.name for p in (cluster.partition(name) for name in names) if p]
     there = {feature for name in chosen for kind in cluster.of(name) for feature in kind.features}
     for feature in re.findall(r"[A-Za-z_][\w.-]*", text):
@@ -220,7 +220,7 @@ def _constraint(text: str, cluster: Site, names: list[str | None]) -> Finding:
     return _ok("constraint", text)
 
 
-def _paths(profile: ClusterProfile) -> Iterator[Finding]:
+def _paths(profile: ClusterProfile) -> Iterator[ProfileFinding]:
     """Folders that can be written, files that can be read; seen from here or from the login node."""
     paths = profile.paths
     folders = {"paths.models": paths.models, "paths.data": paths.data, "paths.runs": paths.runs}
@@ -240,7 +240,7 @@ def _paths(profile: ClusterProfile) -> Iterator[Finding]:
     yield from _elsewhere(profile)
 
 
-def _runtime(profile: ClusterProfile) -> Finding:
+def _runtime(profile: ClusterProfile) -> ProfileFinding:
     name, environment = profile.container.runtime, profile.slurm_environment
     if name == "pyxis":
         there = "--container-image" in client.call("srun", "--help", environment=environment)
@@ -253,7 +253,7 @@ def _runtime(profile: ClusterProfile) -> Finding:
         return _unknown(name, "isn't on PATH here; compute nodes may have it")
 
 
-def _readable(profile: ClusterProfile, files: dict[str, str]) -> list[Finding]:
+def _readable(profile: ClusterProfile, files: dict[str, str]) -> list[ProfileFinding]:
     """A finding for each file: whether it is there and can be read."""
     said = client.call("sh", "-c", PROBE, "sh", *files.values(), environment=profile.slurm_environment)
     return [
@@ -272,7 +272,7 @@ def _files(profile: ClusterProfile) -> Iterator[tuple[str, str]]:
         yield "python", profile.python
 
 
-def _elsewhere(profile: ClusterProfile) -> Iterator[Finding]:
+def _elsewhere(profile: ClusterProfile) -> Iterator[ProfileFinding]:
     """What only the compute nodes can tell."""
     if profile.container.image and not profile.container.image.startswith("/"):
         yield _unknown("image", f"{profile.container.image} is fetched when the job starts")
@@ -285,7 +285,7 @@ def _elsewhere(profile: ClusterProfile) -> Iterator[Finding]:
         yield _ok(f"secret {name}", "set here") if seen else _unknown(f"secret {name}", "isn't set here now")
 
 
-def _script(profile: ClusterProfile) -> Iterator[Finding]:
+def _script(profile: ClusterProfile) -> Iterator[ProfileFinding]:
     """Templates of the user's own make a script that is fit to run."""
     if profile.templates:
         try:
@@ -296,7 +296,7 @@ def _script(profile: ClusterProfile) -> Iterator[Finding]:
             yield _ok("templates", ", ".join(profile.templates))
 
 
-def _test_only(profile: ClusterProfile) -> Finding:
+def _test_only(profile: ClusterProfile) -> ProfileFinding:
     """sbatch's own verdict on one whole node as the profile describes it."""
     what = "sbatch --test-only"
     try:

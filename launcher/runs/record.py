@@ -32,6 +32,7 @@ SCHEMA = 1
 RECORD = "run.json"
 NEWEST = "newest"
 SUBMITTING = "SUBMITTING"
+NEVER = "DependencyNeverSatisfied"  # Slurm's reason for a job that waits for one that failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +312,24 @@ def states_of(runs: Sequence[Run]) -> dict[Path, State]:
     for environment, jobs in clusters.items():
         found |= states.of_slurm(jobs, dict(environment))
     return {run.path: _cancelled(run, found[run.path]) for run in runs}
+
+
+def stuck(found: Sequence[Run]) -> list[Run]:
+    """Those that can never start: a job that they wait for failed, or can't start itself."""
+    states = states_of(found)
+    waiting = [run for run in found if states[run.path].state == "PENDING"]
+    never = [run for run in waiting if states[run.path].reason == NEVER]
+    while True:
+        ids = {run.job_id for run in never}
+        behind = [run for run in waiting if run not in never and ids & _waits_for(run)]
+        if not behind:
+            return never
+        never += behind
+
+
+def _waits_for(run: Run) -> set[str]:
+    link = run.record.get("pipeline")
+    return set(link["jobs"]) if link else set()
 
 
 def _cancelled(run: Run, state: State) -> State:

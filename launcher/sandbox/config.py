@@ -13,7 +13,7 @@ NODE = "sandbox"  # nodes are called sandbox0, sandbox1, ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ClusterShape:
     """What the sandbox pretends to be. CPUs, memory and GPUs may be more than this machine has."""
 
     nodes: int = 4
@@ -32,7 +32,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class SlurmFiles:
     """Where the sandbox lives on this machine."""
 
     folder: Path
@@ -46,58 +46,58 @@ class Site:
     first_job_id: int
 
 
-def slurm_conf(shape: Shape, site: Site) -> str:
+def slurm_conf(shape: ClusterShape, files: SlurmFiles) -> str:
     """The one configuration that daemons and clients share."""
     return "\n".join(
-        [*_controller(site), *_scheduling(), *_accounting(site), *_nodes(shape, site), *_partitions(shape), ""]
+        [*_controller(files), *_scheduling(), *_accounting(files), *_nodes(shape, files), *_partitions(shape), ""]
     )
 
 
-def gres_conf(shape: Shape, site: Site) -> str:
+def gres_conf(shape: ClusterShape, files: SlurmFiles) -> str:
     """GPUs are plain files: Slurm counts and hands them out as it does real ones."""
     if not shape.gpus:
         return "AutoDetect=off\n"
     kind = f" Type={shape.gpu_type}" if shape.gpu_type else ""
-    return f"AutoDetect=off\nName=gpu{kind} File={site.folder}/gpus/gpu[0-{shape.gpus - 1}]\n"
+    return f"AutoDetect=off\nName=gpu{kind} File={files.folder}/gpus/gpu[0-{shape.gpus - 1}]\n"
 
 
-def slurmdbd_conf(site: Site) -> str:
+def slurmdbd_conf(files: SlurmFiles) -> str:
     """The accounting daemon; MariaDB listens on a socket that MYSQL_UNIX_PORT names, not on a port."""
-    folder = site.folder
+    folder = files.folder
     return f"""AuthType=auth/munge
-AuthInfo=socket={site.sockets}/munge.socket
+AuthInfo=socket={files.sockets}/munge.socket
 DbdHost=localhost
 DbdAddr=127.0.0.1
-DbdPort={site.database_port}
-SlurmUser={site.user}
+DbdPort={files.database_port}
+SlurmUser={files.user}
 PidFile={folder}/run/slurmdbd.pid
 LogFile={folder}/logs/slurmdbd.log
 StorageType=accounting_storage/mysql
 StorageHost=localhost
-StorageUser={site.user}
+StorageUser={files.user}
 StorageLoc={DATABASE}
 """
 
 
-def cgroup_conf(site: Site) -> str:
+def cgroup_conf(files: SlurmFiles) -> str:
     """From 24.05 slurmd wants a cgroup of its own unless told otherwise; older versions don't know the word."""
-    return "CgroupPlugin=disabled\n" if site.version >= (24, 5) else ""
+    return "CgroupPlugin=disabled\n" if files.version >= (24, 5) else ""
 
 
-def _controller(site: Site) -> list[str]:
-    folder = site.folder
+def _controller(files: SlurmFiles) -> list[str]:
+    folder = files.folder
     return [
         f"ClusterName={CLUSTER}",
-        f"SlurmctldHost={site.host}(127.0.0.1)",
-        f"SlurmctldPort={site.controller_port}",
-        f"SlurmUser={site.user}",
-        f"SlurmdUser={site.user}",
+        f"SlurmctldHost={files.host}(127.0.0.1)",
+        f"SlurmctldPort={files.controller_port}",
+        f"SlurmUser={files.user}",
+        f"SlurmdUser={files.user}",
         "AuthType=auth/munge",
         "CredType=cred/munge",
         # A requeued job waits for its credential's life before it starts again; the default is two minutes.
-        f"AuthInfo=socket={site.sockets}/munge.socket,cred_expire=10",
+        f"AuthInfo=socket={files.sockets}/munge.socket,cred_expire=10",
         f"StateSaveLocation={folder}/state",
-        f"SlurmdSpoolDir={site.sockets}/spool/%n",
+        f"SlurmdSpoolDir={files.sockets}/spool/%n",
         f"SlurmctldPidFile={folder}/run/slurmctld.pid",
         f"SlurmdPidFile={folder}/run/slurmd-%n.pid",
         f"SlurmctldLogFile={folder}/logs/slurmctld.log",
@@ -111,7 +111,7 @@ def _controller(site: Site) -> list[str]:
         "KillWait=10",
         "PropagateResourceLimits=NONE",
         # A job's port follows from its id, and all sandboxes of a machine share 127.0.0.1.
-        f"FirstJobId={site.first_job_id}",
+        f"FirstJobId={files.first_job_id}",
     ]
 
 
@@ -130,14 +130,14 @@ def _scheduling() -> list[str]:
     ]
 
 
-def _accounting(site: Site) -> list[str]:
-    if site.database_port is None:
+def _accounting(files: SlurmFiles) -> list[str]:
+    if files.database_port is None:
         return ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
     return [
         "AccountingStorageType=accounting_storage/slurmdbd",
         "AccountingStorageHost=127.0.0.1",
-        f"AccountingStoragePass={site.sockets}/munge.socket",  # with munge this is where the socket lies
-        f"AccountingStoragePort={site.database_port}",
+        f"AccountingStoragePass={files.sockets}/munge.socket",  # with munge this is where the socket lies
+        f"AccountingStoragePort={files.database_port}",
         "AccountingStorageEnforce=associations,limits,qos",
         "AccountingStorageTRES=gres/gpu",
         "JobAcctGatherType=jobacct_gather/linux",
@@ -145,18 +145,18 @@ def _accounting(site: Site) -> list[str]:
     ]
 
 
-def _nodes(shape: Shape, site: Site) -> list[str]:
+def _nodes(shape: ClusterShape, files: SlurmFiles) -> list[str]:
     kind = f"{shape.gpu_type}:" if shape.gpu_type else ""
     gres = f" Gres=gpu:{kind}{shape.gpus}" if shape.gpus else ""
     features = f" Features={','.join(shape.features)}" if shape.features else ""
     return [
-        f"NodeName={name} NodeHostname={site.host} NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
+        f"NodeName={name} NodeHostname={files.host} NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
         f"RealMemory={shape.memory_gb * 1024}{gres}{features} State=UNKNOWN"
-        for name, port in zip(shape.node_names(), site.node_ports, strict=True)
+        for name, port in zip(shape.node_names(), files.node_ports, strict=True)
     ]
 
 
-def _partitions(shape: Shape) -> list[str]:
+def _partitions(shape: ClusterShape) -> list[str]:
     top = max(tier for _, tier in shape.partitions)
     lines = []
     for index, (name, tier) in enumerate(shape.partitions):

@@ -23,7 +23,7 @@ from pathlib import Path
 from launcher.common import processes, state_dir
 from launcher.errors import Fault, UsageError
 from launcher.sandbox import config, daemons
-from launcher.sandbox.config import Shape, Site
+from launcher.sandbox.config import ClusterShape, SlurmFiles
 from launcher.sandbox.record import MARK, STATE, Sandbox, read, write
 from launcher.slurm import client
 
@@ -77,13 +77,17 @@ def why_no_accounting(asked: bool | None) -> str:
 
 
 def up(
-    folder: Path | None = None, shape: Shape | None = None, *, accounting: bool | None = None, timeout: float = 120
+    folder: Path | None = None,
+    shape: ClusterShape | None = None,
+    *,
+    accounting: bool | None = None,
+    timeout: float = 120,
 ) -> Sandbox:
     """Start a sandbox in `folder` and return once its nodes are idle; one that is already up is returned as it is.
 
     `accounting=None` means where possible. What a crash left half-up in `folder` is cleaned away first.
     """
-    shape = shape or Shape()
+    shape = shape or ClusterShape()
     folder = _checked(folder or default_folder(), shape)
     accounting = accounting_available() if accounting is None else accounting
     with _locked(folder):
@@ -128,7 +132,7 @@ def status(folder: Path | None = None) -> Status:
     return Status(folder=folder, state="up", sandbox=sandbox, nodes=nodes, jobs=jobs)
 
 
-def _checked(folder: Path, shape: Shape) -> Path:
+def _checked(folder: Path, shape: ClusterShape) -> Path:
     """Refuse what can't work before anything is written."""
     folder = Path(os.path.expanduser(folder)).absolute()
     if packages := missing_packages():
@@ -167,7 +171,7 @@ def _is_open(folder: Path, descriptor: int) -> bool:
     return False
 
 
-def _start_or_clear(folder: Path, shape: Shape, accounting: bool, deadline: float) -> Sandbox:
+def _start_or_clear(folder: Path, shape: ClusterShape, accounting: bool, deadline: float) -> Sandbox:
     """Somebody may take a port between our look at it and a daemon's; then once more, on others."""
     try:
         return _start(folder, shape, accounting, deadline)
@@ -182,13 +186,13 @@ def _start_or_clear(folder: Path, shape: Shape, accounting: bool, deadline: floa
         raise
 
 
-def _start(folder: Path, shape: Shape, accounting: bool, deadline: float) -> Sandbox:
+def _start(folder: Path, shape: ClusterShape, accounting: bool, deadline: float) -> Sandbox:
     mark = secrets.token_hex(8)
     sockets = folder if len(str(folder)) <= LONGEST else Path(f"/tmp/mixlaunch-{mark}")
-    site = _site(folder, sockets, shape, accounting)
+    files = _slurm_files(folder, sockets, shape, accounting)
     sandbox = Sandbox(folder=folder, sockets=sockets, mark=mark, shape=shape, processes={}, accounting=accounting)
     write(sandbox)  # before the first process, so that a crash at any later point can be cleaned
-    _lay_out(shape, site)
+    _lay_out(shape, files)
     daemons.start_munge(sandbox, deadline)
     if accounting:
         daemons.start_accounting(sandbox, deadline)
@@ -201,9 +205,9 @@ def _start(folder: Path, shape: Shape, accounting: bool, deadline: float) -> San
     return sandbox
 
 
-def _site(folder: Path, sockets: Path, shape: Shape, accounting: bool) -> Site:
+def _slurm_files(folder: Path, sockets: Path, shape: ClusterShape, accounting: bool) -> SlurmFiles:
     ports = _free_ports(shape.nodes + 2)
-    return Site(
+    return SlurmFiles(
         folder=folder,
         sockets=sockets,
         user=getpass.getuser(),
@@ -235,23 +239,23 @@ def _free_ports(count: int) -> list[int]:
     raise Fault(f"fewer than {count} free ports between {PORTS.start} and {PORTS.stop}")
 
 
-def _lay_out(shape: Shape, site: Site) -> None:
-    folder = site.folder
+def _lay_out(shape: ClusterShape, files: SlurmFiles) -> None:
+    folder = files.folder
     folder.chmod(0o700)
-    if site.sockets != folder:
-        site.sockets.mkdir(mode=0o700)
-    (site.sockets / "spool").mkdir()
+    if files.sockets != folder:
+        files.sockets.mkdir(mode=0o700)
+    (files.sockets / "spool").mkdir()
     for name in ("state", "logs", "run", "gpus", "database", "database/tmp"):
         (folder / name).mkdir()
     for index in range(shape.gpus):
         (folder / "gpus" / f"gpu{index}").touch()
     _private(folder / "munge.key", secrets.token_bytes(128))
-    (folder / "slurm.conf").write_text(config.slurm_conf(shape, site))
-    (folder / "gres.conf").write_text(config.gres_conf(shape, site))
-    (folder / "cgroup.conf").write_text(config.cgroup_conf(site))
+    (folder / "slurm.conf").write_text(config.slurm_conf(shape, files))
+    (folder / "gres.conf").write_text(config.gres_conf(shape, files))
+    (folder / "cgroup.conf").write_text(config.cgroup_conf(files))
     (folder / "plugstack.conf").touch()  # a system's own plugins aren't ours
-    if site.database_port:
-        _private(folder / "slurmdbd.conf", config.slurmdbd_conf(site).encode())
+    if files.database_port:
+        _private(folder / "slurmdbd.conf", config.slurmdbd_conf(files).encode())
 
 
 def _private(path: Path, content: bytes) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Fault
-from launcher.sandbox.config import Shape
+from launcher.sandbox.config import ClusterShape
 
 STATE = "sandbox.json"
 MARK = "MIXLAUNCH_SANDBOX_ID"  # in the environment of every process that is a sandbox's
@@ -22,7 +22,7 @@ class Sandbox:
     folder: Path
     sockets: Path
     mark: str
-    shape: Shape
+    shape: ClusterShape
     processes: dict[str, int]
     accounting: bool
     ready: bool = False
@@ -63,4 +63,6 @@ def read(folder: Path) -> Sandbox | None:
     shape["partitions"] = tuple((name, tier) for name, tier in shape["partitions"])
     names = {field.name for field in dataclasses.fields(Sandbox)} - {"folder", "sockets", "shape"}
     sockets = Path(record["sockets"])
-    return Sandbox(folder=folder, sockets=sockets, shape=Shape(**shape), **{name: record[name] for name in names})
+    return Sandbox(
+        folder=folder, sockets=sockets, shape=ClusterShape(**shape), **{name: record[name] for name in names}
+    )

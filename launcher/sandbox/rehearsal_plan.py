@@ -17,7 +17,7 @@ from launcher.cluster.profile import ClusterProfile
 from launcher.cluster.sections import Binding, Container, Login, Paths
 from launcher.planning.jobs import JobPlan
 from launcher.planning.layout import Layout
-from launcher.sandbox.config import Shape
+from launcher.sandbox.config import ClusterShape
 from launcher.script import render
 
 SEQUENCE = 64
@@ -67,11 +67,11 @@ class Tiny:
         return {"output": str(output), "max_positions": SEQUENCE, "shards": 1, **dataclasses.asdict(self)}
 
 
-def shape(plan: JobPlan) -> Shape:
+def shape(plan: JobPlan) -> ClusterShape:
     """A sandbox as big as the job, with the names that its script asks for."""
     profile = plan.profile
     names = profile.partition.split(",") if profile.partition else ["rehearsal"]
-    return Shape(
+    return ClusterShape(
         nodes=plan.nodes,
         gpus=profile.node.gpus,
         gpu_type=profile.node.gpu_type or "",
@@ -145,6 +145,20 @@ def differences(real: ClusterProfile, mirrored: ClusterProfile) -> Iterator[str]
         old, new = before.get(key), after.get(key)
         if old != new:
             yield f"{key}: {_change(old, new)} ({REASONS[key]})"
+
+
+def what_differs(plan: JobPlan, mirrored: JobPlan) -> Iterator[str]:
+    """A line for each part of the rehearsal that isn't as on the cluster."""
+    assert mirrored.layout is not None
+    yield from differences(plan.profile, mirrored.profile)
+    yield "GPUs: processors and gloo instead of GPUs and NCCL; memory and speed say nothing about the cluster"
+    yield "nodes: all of them are this machine, at one address; the network and the file system aren't tried"
+    left_out = [f"--{key.replace('_', '-')}" for key in ONLY_THERE if key in plan.config]
+    if left_out:
+        yield f"settings: without {', '.join(left_out)}, which want a GPU or a key"
+    small = tiny(mirrored.layout, mirrored.config)
+    model = f"{small.layers} layers of {small.hidden}, {small.experts} experts, random weights"
+    yield f"model: {model}; batches are as small as the layout allows"
 
 
 def _change(old: Any, new: Any) -> str:

@@ -6,12 +6,13 @@ back. `steps` is pure but for looking at what is there already.
 
 import datetime
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.cluster import paths
+from launcher.cluster.profile import ClusterProfile
 from launcher.errors import Fault, Interrupted, MixlaunchError, SubmitError, UsageError
 from launcher.host import copies
 from launcher.planning import describe, inputs, jobs
@@ -20,17 +21,12 @@ from launcher.planning.jobs import Ask, Axes, JobPlan, Link
 from launcher.planning.layout import Shape
 from launcher.planning.settings import MODEL
 from launcher.runs import record
+from launcher.runs.record import Run
 from launcher.script import lint, render
-
-if TYPE_CHECKING:
-    from launcher.cluster.profile import ClusterProfile
-    from launcher.runs.record import Run
-
-NEVER = "DependencyNeverSatisfied"  # Slurm's reason for a job that waits for one that failed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class PipelineJob:
     """One job of a pipeline: its name in it, its run directory, and the paths that exist once it is done."""
 
     name: str
@@ -38,22 +34,22 @@ class Step:
     path: Path
     makes: tuple[str, ...]
 
-    def after(self, steps: "Sequence[Step]") -> "list[Step]":
-        """Those of `steps` that make this one's inputs."""
+    def after(self, jobs: "Sequence[PipelineJob]") -> "list[PipelineJob]":
+        """Those of `jobs` that make this one's inputs."""
         needed = {given.path for given in self.plan.inputs}
-        return [step for step in steps if needed & set(step.makes)]
+        return [job for job in jobs if needed & set(job.makes)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
+class Pipeline:
     """What is to be submitted, in order, and what was left out because it is there."""
 
-    steps: tuple[Step, ...]
-    there: tuple[tuple[str, str], ...] = ()  # (step, path)
+    jobs: tuple[PipelineJob, ...]
+    there: tuple[tuple[str, str], ...] = ()  # (name, path)
 
 
 def plan(
-    profile: "ClusterProfile",
+    profile: ClusterProfile,
     *,
     files: tuple[str, ...] = (),
     model: str = MODEL,
@@ -63,7 +59,7 @@ def plan(
     ask: Ask,
     shape: Shape | None = None,
     values: Mapping[str, Any] = {},
-) -> Chain:
+) -> Pipeline:
     """The chain for finetune's options; `UsageError` or `LayoutError` if any of its jobs can't be."""
     draft = _Draft(profile, ask)
     weights = draft.weights(model)
@@ -91,10 +87,10 @@ def plan(
 class _Draft:
     """A chain in the making: its steps share the end of their runs' names."""
 
-    def __init__(self, profile: "ClusterProfile", asked: Ask) -> None:
+    def __init__(self, profile: ClusterProfile, asked: Ask) -> None:
         self._profile, self._asked = profile, asked
         self._end = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-        self._steps: list[Step] = []
+        self._jobs: list[PipelineJob] = []
         self._there: list[tuple[str, str]] = []
 
     def ask(self, step: str) -> Ask:
@@ -105,7 +101,7 @@ class _Draft:
     def add(self, name: str, made: JobPlan, *, makes: str | None = None) -> Path:
         """`made` as the next step; its run directory."""
         path = Path(self._profile.paths.runs) / f"{made.name}-{self._end}"
-        self._steps.append(Step(name=name, plan=made, path=path, makes=(makes or str(path),)))
+        self._jobs.append(PipelineJob(name=name, plan=made, path=path, makes=(makes or str(path),)))
         return path
 
     def weights(self, model: str) -> str:
@@ -132,53 +128,53 @@ class _Draft:
         else:
             self.add("download", download, makes=target)
 
-    def chain(self) -> Chain:
-        return Chain(steps=tuple(self._steps), there=tuple(self._there))
+    def chain(self) -> Pipeline:
+        return Pipeline(jobs=tuple(self._jobs), there=tuple(self._there))
 
 
-def check(chain: Chain, *, force: bool) -> None:
-    """Everything that can be known before the first submission; `UsageError` names the step."""
-    made = {path for step in chain.steps for path in step.makes}
+def check(pipeline: Pipeline, *, force: bool) -> None:
+    """Everything that can be known before the first submission; `UsageError` names the job."""
+    made = {path for job in pipeline.jobs for path in job.makes}
     absent = []
-    for step in chain.steps:
+    for job in pipeline.jobs:
         try:
-            describe.require(step.plan, force=force)
-            secrets_env.require(step.plan)
-            lint.check(render.render(step.plan, str(step.path)), step.plan.profile.slurm_version)
+            describe.require(job.plan, force=force)
+            secrets_env.require(job.plan)
+            lint.check(render.render(job.plan, str(job.path)), job.plan.profile.slurm_version)
         except UsageError as error:
-            error.args = (f"{step.name}: {error}",)
+            error.args = (f"{job.name}: {error}",)
             raise
-        left = [given for given in inputs.missing(step.plan) if given.path not in made]
-        absent += [f"{step.name}: {i.what}: {i.path} doesn't exist\n  {i.hint}".rstrip() for i in left]
+        left = [given for given in inputs.missing(job.plan) if given.path not in made]
+        absent += [f"{job.name}: {i.what}: {i.path} doesn't exist\n  {i.hint}".rstrip() for i in left]
     if absent:
         raise UsageError("\n".join(absent))
 
 
-def submit(chain: Chain, *, asked: Sequence[str]) -> "list[Run]":
-    """Submit all steps to the queue, each after those that make its inputs; all of them, or none stays."""
+def submit(pipeline: Pipeline, *, asked: Sequence[str]) -> list[Run]:
+    """Submit all jobs to the queue, each after those that make its inputs; all of them, or none stays."""
     started: dict[str, Run] = {}
-    for number, step in enumerate(chain.steps, 1):
-        before = [started[other.name] for other in step.after(chain.steps)]
+    for number, job in enumerate(pipeline.jobs, 1):
+        before = [started[other.name] for other in job.after(pipeline.jobs)]
         link = Link(
-            pipeline=chain.steps[-1].path.name,
+            pipeline=pipeline.jobs[-1].path.name,
             step=number,
-            steps=len(chain.steps),
+            steps=len(pipeline.jobs),
             after=tuple(run.name for run in before),
             jobs=tuple(str(run.job_id) for run in before),
         )
         try:
-            started[step.name] = record.start(replace(step.plan, link=link), asked=asked, path=step.path)
+            started[job.name] = record.start(replace(job.plan, link=link), asked=asked, path=job.path)
         except BaseException as error:
-            raise _taken_back(error, step, list(started.values())) from error
+            raise _taken_back(error, job, list(started.values())) from error
     return list(started.values())
 
 
-def _taken_back(error: BaseException, step: Step, started: "Sequence[Run]") -> MixlaunchError:
-    """Cancel what was submitted before `step` failed to be, and say so."""
+def _taken_back(error: BaseException, job: PipelineJob, started: Sequence[Run]) -> MixlaunchError:
+    """Cancel what was submitted before `job` failed to be, and say so."""
     said = str(error) or "interrupted"
-    told = [f"{step.name}: {said}"]
+    told = [f"{job.name}: {said}"]
     if isinstance(error, Interrupted):
-        started = [*started, record.read(copies.place(step.plan.profile.login_node, step.path))]
+        started = [*started, record.read(copies.place(job.plan.profile.login_node, job.path))]
     for run in started:
         try:
             record.cancel(run)
@@ -191,48 +187,8 @@ def _taken_back(error: BaseException, step: Step, started: "Sequence[Run]") -> M
     return UsageError(message) if isinstance(error, UsageError) else SubmitError(message)
 
 
-def to_the_end(started: "Sequence[Run]") -> int:
-    """Watch the steps one after another; when one fails, what can't start any more is cancelled. The exit code."""
-    from launcher.cli import watch
-    from launcher.common import terminal
-
-    for place, run in enumerate(started):
-        code = watch.to_the_end(run, follow=False)
-        if code == Interrupted.exit_code:
-            return code
-        if code:
-            for later in started[place + 1 :]:
-                if record.cancel(later):
-                    terminal.say(f"{later.name} is cancelled: it can't start any more")
-            return code
-    return 0
-
-
-def stuck(found: "Sequence[Run]") -> "list[Run]":
-    """Those that can never start: a job that they wait for failed, or can't start itself."""
-    states = record.states_of(found)
-    waiting = [run for run in found if states[run.path].state == "PENDING"]
-    never = [run for run in waiting if states[run.path].reason == NEVER]
-    while True:
-        ids = {run.job_id for run in never}
-        behind = [run for run in waiting if run not in never and ids & _waits_for(run)]
-        if not behind:
-            return never
-        never += behind
-
-
-def _waits_for(run: "Run") -> set[str]:
-    link = run.record.get("pipeline")
-    return set(link["jobs"]) if link else set()
-
-
-def run_here(chain: Chain, *, asked: Sequence[str]) -> int:
-    """One step after another as processes of this machine; the first that fails ends it. The exit code."""
-    from launcher.cli import watch
-
-    for number, step in enumerate(chain.steps, 1):
-        link = Link(pipeline=chain.steps[-1].path.name, step=number, steps=len(chain.steps))
-        run = record.start(replace(step.plan, link=link), asked=asked, path=step.path)
-        if code := watch.to_the_end(run, follow=False):
-            return code
-    return 0
+def run_in_turn(pipeline: Pipeline, *, asked: Sequence[str]) -> Iterator[Run]:
+    """Start the jobs on this machine, each when the next one is asked for: once the one before has ended."""
+    for number, job in enumerate(pipeline.jobs, 1):
+        link = Link(pipeline=pipeline.jobs[-1].path.name, step=number, steps=len(pipeline.jobs))
+        yield record.start(replace(job.plan, link=link), asked=asked, path=job.path)

@@ -15,10 +15,10 @@ from launcher.cli.main import cli
 from launcher.cluster import profile
 from launcher.diagnose import profile_check
 from launcher.sandbox import lifecycle
-from launcher.sandbox.config import Shape
+from launcher.sandbox.config import ClusterShape
 from launcher.slurm import client
 
-RICH = Shape(
+RICH = ClusterShape(
     nodes=2,
     gpus=4,
     gpu_type="a100",
@@ -114,7 +114,7 @@ def right(rich, tmp_path):
     return path
 
 
-def found(path, *overrides: str) -> dict[str, profile_check.Finding]:
+def found(path, *overrides: str) -> dict[str, profile_check.ProfileFinding]:
     return {finding.what: finding for finding in profile_check.check(profile.read(path, overrides))}
 
 

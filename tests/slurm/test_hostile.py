@@ -9,9 +9,9 @@ import yaml
 from hostile_texts import CANARY, FIELDS, HOSTILE, NAME, OF_PROFILE, fields, typed
 from running import story, wait_until
 
-from launcher.cli import options
 from launcher.cli.main import cli
 from launcher.cli.options import SettingType
+from launcher.cli.planned import planned as plan_of
 from launcher.cluster import yaml_layers
 from launcher.errors import UsageError
 from launcher.planning import jobs
@@ -35,7 +35,7 @@ def planned(job: str, words: list[str]) -> jobs.JobPlan:
     try:
         typed = command.make_context(job, words).params
         del typed["bundle_dir"]
-        return options.planned(job, typed)
+        return plan_of(job, typed)
     except click.UsageError as error:
         raise UsageError(error.format_message()) from None
 

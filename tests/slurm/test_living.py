@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from running import wait_until
 
+from launcher.cli import explain as explain_command
 from launcher.cli.main import cli
 from launcher.cluster import bad_nodes
 from launcher.diagnose import explain
@@ -169,7 +170,7 @@ def test_why_runs_failed(once, stub, finish, site):
     record.cancel(started["cancelled"])
     for cause, run in started.items():
         finish(run)
-        told = explain.as_dict(explain.explain(run))
+        told = explain_command.as_dict(explain.explain(run))
         assert (told["verdict"], told["cause"]) == ("cancelled" if cause == "cancelled" else "failed", cause), told
         assert told["bad_nodes"] == {}
         assert told["lines"]
@@ -397,7 +398,7 @@ def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
 def test_a_check_that_fails_everywhere_blames_no_node(once, stub, finish):
     run = record.start(once(stub("echo no torch here >&2; exit 1"), health_check=True))
     assert finish(run).state == "FAILED"
-    told = explain.as_dict(explain.explain(run))
+    told = explain_command.as_dict(explain.explain(run))
     assert (told["cause"], told["bad_nodes"]) == ("health_check_failed", {})
     assert "no torch here" in told["lines"][0]["text"]
     assert logs.attempts(run.path) == [0]

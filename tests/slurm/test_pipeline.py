@@ -14,6 +14,7 @@ import yaml
 from fake_hub import serving
 from running import story, wait_until
 
+from launcher.cli import pipeline as pipeline_command
 from launcher.cli import status
 from launcher.errors import Interrupted, SubmitError, UsageError
 from launcher.planning import jobs
@@ -32,7 +33,7 @@ def chain(cluster, stub, tmp_path):
     """A pipeline whose ranks do what `does` says; "$4" is the job's name, $MIXLAUNCH_ATTEMPT the try."""
     (tmp_path / "text.jsonl").write_text('{"text": "words"}\n')
 
-    def plan(does: str, **more) -> pipeline.Chain:
+    def plan(does: str, **more) -> pipeline.Pipeline:
         profile = cluster.model_copy(
             update={"python": stub(does), "node": cluster.node.model_copy(update={"gpus": 2}), **more}
         )
@@ -87,7 +88,7 @@ def test_a_failing_first_step_leaves_nothing_queued(chain, site):
 
 def test_waiting_ends_with_the_first_failure_and_cancels_the_rest(chain, capsys):
     started = pipeline.submit(chain('[ "$4" != convert ] || exit 2'), asked=[])
-    assert pipeline.to_the_end(started) == 2
+    assert pipeline_command.to_the_end(started) == 2
     ended(started)
     assert states(started)["export"] == "CANCELLED"
 
@@ -124,8 +125,8 @@ def test_what_can_never_start_is_found_and_cancelled(chain, site, monkeypatch):
     kept = property(lambda plan: [f"--dependency=afterok:{':'.join(plan.link.jobs)}"] if plan.link.jobs else [])
     monkeypatch.setattr(jobs.JobPlan, "queue_options", kept)
     started = pipeline.submit(chain('[ "$4" != download ] || exit 2'), asked=[])
-    wait_until(lambda: record.state_of(started[1]).reason == pipeline.NEVER, 60, started[0])
-    found = pipeline.stuck(started)
+    wait_until(lambda: record.state_of(started[1]).reason == record.NEVER, 60, started[0])
+    found = record.stuck(started)
     assert {run.name for run in found} == {run.name for run in started[1:]}
     for run in found:
         record.cancel(run)

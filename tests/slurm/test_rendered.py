@@ -13,7 +13,7 @@ from launcher.cluster import catalog, profile
 from launcher.planning import jobs
 from launcher.runs import record
 from launcher.sandbox import lifecycle
-from launcher.sandbox.config import Shape
+from launcher.sandbox.config import ClusterShape
 from launcher.script import bundle, render
 from launcher.slurm import client
 
@@ -112,7 +112,7 @@ def mirror(tmp_path_factory):
     up = []
 
     def make(cluster: profile.ClusterProfile) -> dict[str, str]:
-        shape = Shape(
+        shape = ClusterShape(
             gpus=cluster.node.gpus,
             gpu_type=cluster.node.gpu_type or "",
             cpus=cluster.node.cpus or 64,

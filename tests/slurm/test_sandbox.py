@@ -17,11 +17,11 @@ from running import wait_until
 from launcher.common import processes
 from launcher.errors import Fault, UsageError
 from launcher.sandbox import lifecycle
-from launcher.sandbox.config import Shape
+from launcher.sandbox.config import ClusterShape
 from launcher.slurm import client
 
 ROOT = Path(__file__).parents[2]
-SMALL = Shape(nodes=1, gpus=2, cpus=4, memory_gb=4)
+SMALL = ClusterShape(nodes=1, gpus=2, cpus=4, memory_gb=4)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_what_cant_work_is_refused_before_anything_is_written(folder):
     with pytest.raises(UsageError, match="Slurm takes no ' ' in a path"):
         lifecycle.up(folder / "a b")
     with pytest.raises(UsageError, match="nodes: 0 must be at least 1"):
-        lifecycle.up(folder, Shape(nodes=0))
+        lifecycle.up(folder, ClusterShape(nodes=0))
     assert not folder.exists()
 
 
@@ -146,7 +146,7 @@ def test_a_crash_half_way_up_is_cleaned_by_the_next_up(folder):
 
 
 def test_a_daemon_that_cant_start_is_an_error_that_leaves_nothing(folder, monkeypatch):
-    bad = Shape(nodes=1, gpus=0, cpus=1, memory_gb=1, partitions=(("a b", 1),))
+    bad = ClusterShape(nodes=1, gpus=0, cpus=1, memory_gb=1, partitions=(("a b", 1),))
     with pytest.raises(Fault, match=r"(?s)the sandbox didn't start.*(error|fatal)"):
         lifecycle.up(folder, bad, accounting=False)
     assert not folder.exists()

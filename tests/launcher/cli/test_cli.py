@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import options
-from launcher.cli.main import cli
+from launcher.cli.main import SHOWN, cli
 from launcher.planning import jobs, settings
 from launcher.script import render
 
@@ -70,6 +70,11 @@ def slowness():
 
 def test_help_is_quick(slowness):
     assert seconds("--help") < 0.2 * slowness
+
+
+def test_help_says_of_each_command_what_its_own_help_begins_with():
+    told = {name: cli.commands[name].get_short_help_str(70) for name in SHOWN}
+    assert {name: line for name, (_, line) in SHOWN.items()} == told
 
 
 def test_export_is_quick(slowness):
@@ -200,9 +205,19 @@ def test_every_setting_is_an_option_of_the_job_and_of_its_export():
 
 
 def test_export_offers_what_the_job_offers():
-    starting = {"--dry-run", "--wait", "--follow", "--as-job", "--force", "--tunnel", "--exclude", "--health-check"}
+    starting = {
+        "words",
+        "--dry-run",
+        "--wait",
+        "--follow",
+        "--as-job",
+        "--force",
+        "--tunnel",
+        "--exclude",
+        "--health-check",
+    }
     for job in options.HELP:
-        own = {o for p in command_of(job).params for o in p.opts}
+        own = {o for p in command_of(job).params for o in p.opts} - {"words"}  # which are `convert`'s model
         offered = {o for p in cli.commands["export"].commands[job].params for o in p.opts}
         assert offered - {"--bundle"} == own - starting
 

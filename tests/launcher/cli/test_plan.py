@@ -138,14 +138,14 @@ def chain(cluster, monkeypatch, home):
     """The steps of a pipeline on a cluster where nothing is there yet."""
     monkeypatch.chdir(home)
 
-    def plan(*files, profile=cluster, **more) -> pipeline.Chain:
+    def plan(*files, profile=cluster, **more) -> pipeline.Pipeline:
         return pipeline.plan(profile, files=files, axes=jobs.Axes(), ask=more.pop("ask", jobs.Ask()), **more)
 
     return plan
 
 
 def names(chain):
-    return {step.name: [other.name for other in step.after(chain.steps)] for step in chain.steps}
+    return {step.name: [other.name for other in step.after(chain.jobs)] for step in chain.jobs}
 
 
 def test_steps_follow_those_that_make_their_inputs(chain):
@@ -182,14 +182,14 @@ def test_what_is_there_is_left_out(chain, cluster, home):
 
 def test_a_name_heads_every_step_and_one_ending_joins_them(chain):
     made = chain(ask=jobs.Ask(name="mine", nodes=4, time="90"))
-    assert [step.plan.name for step in made.steps] == [
+    assert [step.plan.name for step in made.jobs] == [
         "mine-download",
         "mine-convert",
         "mine-finetune",
         "mine-export",
     ]
-    assert len({step.path.name.removeprefix(step.plan.name) for step in made.steps}) == 1
-    assert [step.plan.time for step in made.steps] == ["04:00:00", "04:00:00", "90", "04:00:00"]
+    assert len({step.path.name.removeprefix(step.plan.name) for step in made.jobs}) == 1
+    assert [step.plan.time for step in made.jobs] == ["04:00:00", "04:00:00", "90", "04:00:00"]
 
 
 def test_a_pipeline_that_cannot_be_is_refused_whole(mixlaunch, home):

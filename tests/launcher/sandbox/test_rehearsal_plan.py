@@ -9,7 +9,7 @@ from launcher.cluster import profile
 from launcher.planning import jobs, layout
 from launcher.sandbox import config as sandbox_config
 from launcher.sandbox import rehearsal_plan
-from launcher.sandbox.config import Shape, Site
+from launcher.sandbox.config import ClusterShape, SlurmFiles
 from launcher.script import lint, render
 
 
@@ -122,11 +122,11 @@ def site(**more):
         "node_ports": (21001, 21002),
         "first_job_id": 4321,
     }
-    return Site(**fields | more)
+    return SlurmFiles(**fields | more)
 
 
 def test_a_sandbox_is_its_own():
-    conf = sandbox_config.slurm_conf(Shape(nodes=2), site())
+    conf = sandbox_config.slurm_conf(ClusterShape(nodes=2), site())
     assert conf.count("Port=") == 3
     assert "NodeName=sandbox1 NodeHostname=here NodeAddr=127.0.0.1 Port=21002 CPUs=64" in conf
     assert "AuthInfo=socket=/tmp/s/munge.socket" in conf
@@ -135,7 +135,7 @@ def test_a_sandbox_is_its_own():
 
 
 def test_a_higher_partition_preempts_a_lower_one():
-    conf = sandbox_config.slurm_conf(Shape(nodes=2), site())
+    conf = sandbox_config.slurm_conf(ClusterShape(nodes=2), site())
     low, high = [line for line in conf.splitlines() if line.startswith("PartitionName")]
     assert "PreemptMode=REQUEUE" in low
     assert "Default=YES" in low
@@ -143,15 +143,15 @@ def test_a_higher_partition_preempts_a_lower_one():
 
 
 def test_accounting_is_enforced_where_there_is_any():
-    conf = sandbox_config.slurm_conf(Shape(nodes=2), site(database_port=21003))
+    conf = sandbox_config.slurm_conf(ClusterShape(nodes=2), site(database_port=21003))
     assert "AccountingStorageEnforce=associations,limits,qos" in conf
     assert "AccountingStoragePort=21003" in conf
 
 
 def test_gpus_are_files_or_none():
-    assert "File=/tmp/s/gpus/gpu[0-7]" in sandbox_config.gres_conf(Shape(), site())
-    assert "File" not in sandbox_config.gres_conf(Shape(gpus=0), site())
-    assert "Gres" not in sandbox_config.slurm_conf(Shape(nodes=2, gpus=0), site()).replace("GresTypes", "")
+    assert "File=/tmp/s/gpus/gpu[0-7]" in sandbox_config.gres_conf(ClusterShape(), site())
+    assert "File" not in sandbox_config.gres_conf(ClusterShape(gpus=0), site())
+    assert "Gres" not in sandbox_config.slurm_conf(ClusterShape(nodes=2, gpus=0), site()).replace("GresTypes", "")
 
 
 @pytest.mark.parametrize(("version", "text"), [((22, 5), ""), ((24, 11), "CgroupPlugin=disabled\n")])

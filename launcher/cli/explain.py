@@ -1,0 +1,137 @@
+"""`explain`: why a run ended or how it does, printed for people and for programs."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, NEWEST, roots_of
+from launcher.common import terminal, words
+from launcher.diagnose import explain as diagnosis
+from launcher.diagnose.explain import Explanation
+from launcher.diagnose.judge import Finding
+from launcher.host import copies
+from launcher.runs import record
+from launcher.slurm import hostlist
+
+
+@click.command()
+@NEWEST
+@click.option("--attempt", type=int, metavar="N", help="Which attempt.  [default: what the run came to]")
+@click.option("--mark-bad", is_flag=True, help="Put the nodes that failed on the cluster's list of bad ones.")
+@click.option("--for", "lasting", default="7d", metavar="12h|7d|2w|forever", help="How long.  [default: 7d]")
+@AS_JSON
+@IN_CLUSTER
+def explain(
+    name: str, attempt: int | None, mark_bad: bool, lasting: str, as_json: bool, cluster: str | None
+) -> None:
+    """Say why a run ended, or how it does.
+
+    The first rank and node that failed, what its end means, the lines that show it, and what to do. RUN is a
+    name, a prefix or a job id; by default the newest run.
+    """
+    told = diagnosis.explain(record.find(name, roots_of(cluster)), attempt=attempt)
+    if mark_bad:
+        diagnosis.mark_bad(told, lasting)
+        print(f"jobs on {told.run.cluster} keep off {', '.join(told.bad_nodes)}", file=sys.stderr)
+    if as_json:
+        terminal.as_json(as_dict(told))
+    else:
+        _show(told)
+
+
+def _show(told: Explanation) -> None:
+    """For people."""
+    terminal.heading_with_state(told.run.name, told.state.state)
+    marks = {"failed": terminal.failed, "finished": terminal.done}
+    marks.get(told.verdict, terminal.say)(told.summary)
+    if told.finding:
+        _show_finding(told.finding)
+    if told.earlier:
+        terminal.say("")
+        terminal.facts([(f"attempt {found.attempt}", found.brief) for found in told.earlier])
+    if told.advice:
+        terminal.say("")
+        terminal.say("  what to do", "bold")
+        for text in told.advice:
+            terminal.say(f"  - {text}")
+
+
+def _show_finding(found: Finding) -> None:
+    terminal.facts(
+        [
+            ("meaning", found.cause.meaning),
+            ("code", words.code_in_words(found.code) if found.code else ""),
+            (
+                "others",
+                f"{_ranks(found.echoes)} only lost the connection" if found.echoes and not found.silent else "",
+            ),
+            ("silent", f"{_ranks(found.silent)} said nothing" if found.silent else ""),
+            *(("note", note) for note in found.notes),
+        ]
+    )
+    log = None
+    for line in found.lines:
+        if line.log != log:
+            log = line.log
+            terminal.say("")
+            terminal.say(f"  {copies.shown(log)}", "dim")
+        number = f"{line.number:>6}" if line.number else " " * 6
+        terminal.say(f"  {number}  {_harmless(line.text[:240])}")
+
+
+def _harmless(text: str) -> str:
+    """A log's line as a terminal may see it."""
+    return "".join(character if character.isprintable() else " " for character in text.expandtabs(4))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {hostlist.spans(ranks)}"
+
+
+def as_dict(told: Explanation) -> dict[str, Any]:
+    """For programs; the keys are documented in docs/runs.md and stay."""
+    found = told.finding
+    return {
+        "name": told.run.name,
+        "job_id": told.run.job_id,
+        "state": told.state.state,
+        "verdict": told.verdict,
+        "summary": told.summary,
+        **_finding_dict(found),
+        "advice": list(told.advice),
+        "bad_nodes": told.bad_nodes,
+        "earlier": [_short_dict(other) for other in told.earlier],
+    }
+
+
+def _short_dict(found: Finding) -> dict[str, Any]:
+    return {
+        "attempt": found.attempt,
+        "cause": found.cause.name,
+        "title": found.cause.title,
+        "rank": found.rank,
+        "nodes": list(found.nodes),
+        "exit_code": found.code,
+    }
+
+
+def _finding_dict(found: Finding | None) -> dict[str, Any]:
+    if found is None:
+        return {
+            **dict.fromkeys(("attempt", "cause", "title", "rank", "nodes", "exit_code")),
+            **dict.fromkeys(("meaning", "first_rank", "lost_a_peer", "silent", "notes", "lines")),
+        }
+    return {
+        **_short_dict(found),
+        "meaning": found.cause.meaning,
+        "first_rank": found.first_rank,
+        "lost_a_peer": list(found.echoes),
+        "silent": list(found.silent),
+        "notes": list(found.notes),
+        "lines": [{"log": copies.shown(line.log), "line": line.number, "text": line.text} for line in found.lines],
+    }
+
+
+COMMANDS = (explain,)

@@ -1,0 +1,53 @@
+"""The commands of the chain that are jobs. What they do is in `start`, which is imported when one is called."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from launcher.cli.options import FORCE, PARALLEL, SectionedOption, job_command
+
+
+def _later(name: str) -> Callable[..., None]:
+    """The function of `start` with that name."""
+
+    def call(*given: Any, **more: Any) -> None:
+        getattr(importlib.import_module("launcher.cli.start"), name)(*given, **more)
+
+    return call
+
+
+def _flag(name: str, help: str) -> click.Option:
+    return SectionedOption([name], section="Job", is_flag=True, help=help)
+
+
+START = (
+    _flag("--dry-run", "Show script, files and layout; touch nothing."),
+    SectionedOption(
+        ["--wait/--no-wait"],
+        section="Job",
+        default=None,
+        help="Wait for the end.  [default: on this machine; elsewhere `serve` waits until it is ready]",
+    ),
+    _flag("--follow", "Wait, and print rank 0's log."),
+    SectionedOption(
+        ["--exclude"], section="Job", multiple=True, metavar="NODES", help="Leave them out; repeat it."
+    ),
+    _flag("--health-check", "Look at every node before the ranks start."),
+)
+AS_JOB = _flag("--as-job", "As a job, not here in the foreground.")
+TUNNEL = _flag("--tunnel", "Wait, then let a port of this machine lead to it until Ctrl-C.")
+MORE = {"serve": (TUNNEL,)}
+UNDER = {"convert": (job_command("verify", _later("start"), more=START),)}
+
+
+def _command(job: str) -> click.Command:
+    more = (*START, *((FORCE,) if job in PARALLEL else ()), *MORE.get(job, ()))
+    return job_command(job, _later("start"), more=more, under=UNDER.get(job, ()))
+
+
+COMMANDS = (
+    job_command("download", _later("download"), more=(*START, AS_JOB)),
+    *map(_command, ("prepare", "convert", "finetune", "serve", "tiny")),
+)

@@ -1,0 +1,89 @@
+"""What a run said and how it learns: `logs` prints, `plot` draws."""
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import click
+
+from launcher.cli.run_arguments import IN_CLUSTER, NEWEST, roots_of, run_argument
+from launcher.errors import Fault, UsageError
+from launcher.runs import follow as going_on
+from launcher.runs import record
+
+
+class RankType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A rank's number, or `all`."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value != "all" and not str(value).isdigit():
+            self.fail(f"{value!r} is neither a rank's number nor `all`", param, ctx)
+        return "all" if value == "all" else int(value)
+
+
+class Regex(click.ParamType):  # type: ignore[type-arg]
+    """A regular expression in Python's syntax."""
+
+    name = "regex"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> re.Pattern[str]:
+        try:
+            return re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            self.fail(f"{value!r} isn't a regular expression: {error}", param, ctx)
+
+
+@click.command()
+@NEWEST
+@click.option("-f", "--follow", is_flag=True, help="Go on as lines come, also into the next attempt.")
+@click.option("--rank", type=RankType(), metavar="N|all", default=0, help="Which rank's log.  [default: 0]")
+@click.option("--batch", is_flag=True, help="The batch script's own log.")
+@click.option("--attempt", type=int, metavar="N", help="Which attempt's.  [default: the newest]")
+@click.option("--grep", "pattern", type=Regex(), metavar="REGEX", help="Only lines that match.")
+@IN_CLUSTER
+def logs(
+    name: str,
+    follow: bool,
+    rank: int | str,
+    batch: bool,
+    attempt: int | None,
+    pattern: re.Pattern[str] | None,
+    cluster: str | None,
+) -> None:
+    """Print a run's log.
+
+    RUN is a name, a prefix or a job id; by default the newest run. With --rank all each line is headed by its rank.
+    """
+    run = record.find(name, roots_of(cluster))
+    source = "batch" if batch else rank
+    for line in going_on.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
+        click.echo(line)
+
+
+@click.command()
+@run_argument()
+@click.option(
+    "-o", "--output", metavar="FILE", help="Where to: .png, .svg or .pdf.  [default: plot.png in the run]"
+)
+@IN_CLUSTER
+def plot(name: str, output: str | None, cluster: str | None) -> None:
+    """Draw a run's loss and expert load.
+
+    RUN is a name, a job's id, a prefix, or a path; it may still be running. Needs matplotlib here.
+    """
+    run = record.find(name, roots_of(cluster))
+    target = os.path.abspath(os.path.expanduser(output)) if output else str(run.path / "plot.png")
+    # The job's own package draws it, in a process of its own, from the events in the run directory.
+    argv = [sys.executable, "-m", "megatron_mixtral.observability.plot", str(run.path), target]
+    drawn = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if drawn.returncode:
+        said = drawn.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+        raise (UsageError if drawn.returncode == 2 else Fault)(said)
+    click.echo(drawn.stdout.strip())
+
+
+COMMANDS = (logs, plot)
