@@ -3,6 +3,7 @@
 Slurm's preemption sends SIGTERM, the batch script USR2. Import this first: until the handler stands, either kills.
 """
 
+import os
 import signal
 
 _requested = False
@@ -17,6 +18,12 @@ def listen() -> None:
     """From now on both signals only leave a note."""
     signal.signal(signal.SIGUSR2, _request)
     signal.signal(signal.SIGTERM, _request)
+
+
+def listen_in_a_job() -> None:
+    """`listen` where a batch script warns of the end; elsewhere a signal ends the process, as it ends any."""
+    if "MIXLAUNCH_ATTEMPT" in os.environ:
+        listen()
 
 
 def requested() -> bool:

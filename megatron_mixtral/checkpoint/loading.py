@@ -20,7 +20,7 @@ from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import merged
 from megatron_mixtral.weights.copying import Source, read_rows
-from megatron_mixtral.weights.hub_rows import HubRows
+from megatron_mixtral.weights.hub import HubRows
 from megatron_mixtral.weights.mapping import Rows, megatron_axes
 from megatron_mixtral.weights.tensors import PADDED
 

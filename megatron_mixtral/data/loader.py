@@ -17,7 +17,6 @@ from megatron_mixtral.data.dataset import Documents, Sample, Samples
 from megatron_mixtral.data.packing import PackedSamples
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import InputError, LayoutError
-from megatron_mixtral.jobs import tiny
 from megatron_mixtral.mcore import compat
 from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
 from megatron_mixtral.tokenization import chat_template, tokenizer
@@ -44,7 +43,7 @@ class Corpus:
         words = tokenizer.find(source) if self.forms else None
         for template in self.forms:
             if words and template != chat_template.form(words).source:
-                return {"chat_template.jinja": (template or tiny.CHAT_TEMPLATE).encode()}
+                return {"chat_template.jinja": (template or chat_template.CHAT_TEMPLATE).encode()}
         return {}
 
 

@@ -1,4 +1,4 @@
-"""The job `prepare`: text and conversations -> `PREFIX.bin/.idx`, plus `PREFIX_mask.bin/.idx` when there are any.
+"""Text and conversations -> `PREFIX.bin/.idx`, plus `PREFIX_mask.bin/.idx` when there are any.
 
 Parallel over byte ranges of the inputs, in bounded memory; killed and started again it goes on with the ranges
 that aren't done. Output is the same for any number of workers, and `PREFIX.json`, written last, says it is whole.
@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 
 from megatron_mixtral.data import dataset, documents, indexed
 from megatron_mixtral.data.documents import Bad, Document, Fields, Piece
-from megatron_mixtral.errors import InputError, JobError
+from megatron_mixtral.errors import InputError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import Progress
 from megatron_mixtral.spec.jobs import PrepareConfig
@@ -45,18 +44,8 @@ class Part:
     named: list[Bad]  # the first of them
 
 
-def run(config: PrepareConfig, run_dir: Path) -> None:
-    """Prepare; `InputError` names an input that is missing, empty, or a line that isn't a document."""
-    try:
-        prepare(config, run_dir)
-    except OSError as error:
-        raise JobError(f"{error.filename or config.output}: {error.strerror or error}") from error
-    except BrokenProcessPool as error:
-        raise JobError("a worker was killed, perhaps for want of memory: fewer workers need less") from error
-
-
 def prepare(config: PrepareConfig, run_dir: Path) -> None:
-    """As `run`, with the errors of the machine as they come."""
+    """Prepare; `InputError` for the input's mistakes, the machine's errors as they come."""
     words = tokenizer.load(Path(config.tokenizer).expanduser())
     files = documents.find(config.inputs)
     prefix = Path(config.output).expanduser()

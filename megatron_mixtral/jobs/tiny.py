@@ -14,21 +14,11 @@ from safetensors.torch import save_file
 
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.spec.jobs import MixtralShape, TinyConfig
+from megatron_mixtral.tokenization.chat_template import CHAT_TEMPLATE
 from megatron_mixtral.weights.mapping import hub_shapes
 
 VOCAB_SIZE = 32000
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-# Mixtral-8x7B-Instruct's format, equal to mistral-common's token for token: `[INST] question [/INST] answer</s>`.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if (message.role == 'user') != (loop.index0 is even) %}"
-    "{{ raise_exception('messages must alternate: user, assistant, user, ...') }}{% endif %}"
-    "{% if message.role == 'user' %}{{ '[INST] ' ~ message.content ~ ' [/INST]' }}"
-    "{% elif message.role == 'assistant' %}{{ ' ' ~ message.content ~ eos_token }}"
-    "{% else %}{{ raise_exception('Mixtral knows the roles user and assistant') }}{% endif %}"
-    "{% endfor %}"
-)
 
 
 def run(config: TinyConfig, run_dir: Path) -> None:

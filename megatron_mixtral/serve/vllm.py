@@ -14,14 +14,13 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_mixtral import signals
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.serve import announce
-from megatron_mixtral.serve import server as job
-from megatron_mixtral.serve.http.uvicorn_thread import bind
+from megatron_mixtral.serve import announce, setup
 from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape, ServeConfig
-from megatron_mixtral.weights import convert
 from megatron_mixtral.weights import folder as weights_folder
+from megatron_mixtral.weights.convert import convert
 
 PROGRAM = "vllm"
 POLL_SECONDS = 0.5
@@ -36,16 +35,16 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     program = shutil.which(PROGRAM)
     if program is None:
         raise InputError(f"{PROGRAM} isn't installed where this job runs; name an image that has it, or install it")
-    key = job.checked_key(config)
-    job.check_numbers(config)
+    key = setup.checked_key(config)
+    setup.check_numbers(config)
     found = weights_folder.find(Path(config.model))
     log = EventLog(run_dir / "events.jsonl")
     folder = found if weights_folder.is_hub(found) else exported(found, config, run_dir)
-    config = job.within_context(config, MixtralShape.from_folder(folder))
-    listener = bind(config.host, config.port, others=job.OTHER_PORTS if config.other_port else 0)
+    config = setup.within_context(config, MixtralShape.from_folder(folder))
+    listener = setup.listener(config)
     port = listener.getsockname()[1]
     listener.close()  # vLLM binds it again in a moment
-    name = config.name or job.served_name(found)
+    name = config.name or setup.served_name(found)
     server = Child([program, *arguments(folder, config, name=name, port=port)], key=key)
     place = announce.Place(run_dir=run_dir, host=config.host, port=port, wanted=config.port, key=key is not None)
     try:
@@ -63,8 +62,9 @@ def exported(found: Path, config: ServeConfig, run_dir: Path) -> Path:
     """The weights in the hub's layout, made unless an earlier job made them."""
     assert config.exports is not None, "the launcher says where exports go"
     step = f"-{found.name}" if found.name.startswith("iter_") else ""
-    output = Path(config.exports) / f"{job.served_name(found)}{step}-hf"
-    convert.run(ConvertConfig(source=str(found), output=str(output), to="hf", base=config.base), run_dir)
+    output = Path(config.exports) / f"{setup.served_name(found)}{step}-hf"
+    signals.listen_in_a_job()
+    convert(ConvertConfig(source=str(found), output=str(output), to="hf", base=config.base), run_dir)
     return output
 
 
@@ -92,7 +92,7 @@ class Child:
         environment: Mapping[str, str] = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
         self.told = False
         self._process = subprocess.Popen(argv, env=environment, start_new_session=True)
-        job.on_signal(self._stop)
+        setup.on_signal(self._stop)
 
     def _stop(self) -> None:
         self.told = True

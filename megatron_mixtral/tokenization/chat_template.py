@@ -27,6 +27,17 @@ GUARD, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
 OWN = "mistral"  # the name of the form that needs no template
 ROLES = (*chat.ROLES, "tool")
 
+# Mixtral-8x7B-Instruct's format, equal to mistral-common's token for token: `[INST] question [/INST] answer</s>`.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message.role == 'user') != (loop.index0 is even) %}"
+    "{{ raise_exception('messages must alternate: user, assistant, user, ...') }}{% endif %}"
+    "{% if message.role == 'user' %}{{ '[INST] ' ~ message.content ~ ' [/INST]' }}"
+    "{% elif message.role == 'assistant' %}{{ ' ' ~ message.content ~ eos_token }}"
+    "{% else %}{{ raise_exception('Mixtral knows the roles user and assistant') }}{% endif %}"
+    "{% endfor %}"
+)
+
 
 def form(tokenizer: Tokenizer, asked: str | None = None) -> "Template | chat.Instruct":
     """How conversations are written: as `asked` (a file, or `mistral`), else by the tokenizer's own template.

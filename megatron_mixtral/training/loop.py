@@ -1,45 +1,42 @@
-"""The job `finetune`: the loop around megatron-core's parts, its log, its saves, and its way out.
+"""Training: the loop around megatron-core's parts, its log, its saves, and its way out.
 
 All ranks run the same code and agree on everything that decides where to go next (stop, skip) by one reduction a
 step. A run started again goes on from its newest complete checkpoint, with the same data as if never stopped.
 """
 
+import dataclasses
+import gc
+import math
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
 from megatron_mixtral import signals
+from megatron_mixtral.checkpoint.saver import Saver
+from megatron_mixtral.data import dataset
+from megatron_mixtral.data.loader import Batch, Feed
+from megatron_mixtral.distributed import collectives
+from megatron_mixtral.distributed.watchdog import Watchdog
+from megatron_mixtral.errors import JobError, Requeue
+from megatron_mixtral.mcore import compat
+from megatron_mixtral.observability import plot
+from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.training import megatron_options, meters, optimizer, recorders, replicas, setup
+from megatron_mixtral.training.report import Outcome, Reporter
+from megatron_mixtral.training.setup import Progress
 
-signals.listen()  # before the slow imports: a signal that comes while they run must not kill the rank
-
-import dataclasses  # noqa: E402
-import gc  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from megatron_mixtral.checkpoint.saver import Saver  # noqa: E402
-from megatron_mixtral.data import dataset  # noqa: E402
-from megatron_mixtral.data.loader import Batch, Feed  # noqa: E402
-from megatron_mixtral.distributed import collectives  # noqa: E402
-from megatron_mixtral.distributed.watchdog import Watchdog  # noqa: E402
-from megatron_mixtral.errors import JobError, Requeue  # noqa: E402
-from megatron_mixtral.mcore import compat  # noqa: E402
-from megatron_mixtral.observability import chart, plot  # noqa: E402
-from megatron_mixtral.observability.events import EventLog  # noqa: E402
-from megatron_mixtral.spec.jobs import FinetuneConfig  # noqa: E402
-from megatron_mixtral.training import megatron_options, meters, optimizer, recorders, replicas, setup  # noqa: E402
-from megatron_mixtral.training.report import Outcome, Reporter  # noqa: E402
-from megatron_mixtral.training.setup import Progress  # noqa: E402
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
-def run(config: FinetuneConfig, run_dir: Path) -> None:
+def train(config: FinetuneConfig, run_dir: Path) -> None:
     """Train to `config.steps`; `Requeue` when asked to leave early, with everything saved."""
     megatron_options.check(config)
     recorders.check(config)
@@ -120,7 +117,7 @@ class Trainer:
     def _end(self) -> None:
         self.events.write("exit", code=0, reason="done")
         if self.rank == 0:
-            self._say(chart.loss(self.run_dir))
+            self._say(plot.loss_chart(self.run_dir))
             self._say(plot.at_the_end(self.run_dir))
 
     def close(self) -> None:

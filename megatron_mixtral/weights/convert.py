@@ -1,4 +1,4 @@
-"""The job `convert`: weights between the hub's layout and Megatron's `torch_dist`, streamed, by one or many.
+"""Weights between the hub's layout and Megatron's `torch_dist`, streamed, by one process or by many.
 
 No model is built and no GPU needed; memory stays at a few buffers whatever the model's size. The output has its
 name only when it is complete, and a run killed at any point goes on where it was.
@@ -6,10 +6,10 @@ name only when it is complete, and a run killed at any point goes on where it wa
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,35 @@ from megatron_mixtral.weights.plan import Conversion, plan
 from megatron_mixtral.weights.shared_work import Crew, Published, Work, rough_name
 
 
-def run(config: ConvertConfig, run_dir: Path) -> None:
-    """Convert, as the one of `WORLD_SIZE` processes that `RANK` says."""
-    if "MIXLAUNCH_ATTEMPT" in os.environ:  # as a job, which the batch script warns of its end
-        signals.listen()
-    crew = Crew.from_environment()
-    conversion = plan(config)
+def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str] | None = None) -> None:
+    """Convert, as the one of `WORLD_SIZE` processes that `RANK` says.
+
+    `compare` computes the logits of both folders, where `config.check_logits` asks for it: a function of the layers
+    above, which need what this module doesn't.
+    """
+    crew, conversion = Crew.from_environment(), plan(config)
     checks = [name for name in ("verify", "check_finite") if getattr(config, name)]
     work = Work(Path(config.output).expanduser().absolute(), identity(config, conversion), checks)
-    if work.is_published(conversion.marker):
+    there = work.is_published(conversion.marker)
+    task = Task(
+        config=config,
+        conversion=conversion,
+        work=work,
+        crew=crew,
+        events=EventLog(run_dir / "events.jsonl" if crew.rank == 0 and not there else None),
+        leaving=Leaving(work.records, run_dir.name),
+        compare=compare,
+    )
+    if there:
         print(f"{work.output}: done already", flush=True)
-        check_again(config, conversion, work, crew)
-        return
-    events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
+        return task.check_again()
     try:
-        write(config, conversion, work, crew, events, Leaving(work.records, run_dir.name))
+        return task.write()
     except OSError as error:
         raise JobError(f"{error.filename or work.output}: {error.strerror or error}") from error
     except Published:
         if not work.is_published(conversion.marker):
             raise JobError(f"{work.partial}: was removed while it was being written") from None
-
-
-def check_again(config: ConvertConfig, conversion: Conversion, work: Work, crew: Crew) -> None:
-    """Put an output that is there already to the checks that are asked for: it may have been made without them."""
-    folder, units = work.output / conversion.subfolder, conversion.units
-    recorded = weights_folder.read_marker(folder)["digests"]
-    copier, nowhere = Copier(conversion.source, check_finite=True), os.open(os.devnull, os.O_WRONLY)
-    for unit in (units[place] for place in crew.mine([u.nbytes for u in units])):
-        if config.check_finite:
-            copier.write(unit, nowhere)
-        found = digests(unit, folder / unit.file) if config.verify else {}
-        if wrong := sorted(name for name in found if found[name] != recorded[name]):
-            raise CheckpointError(f"{folder / unit.file}: tensor {wrong[0]}: not what was converted")
-    copier.close()
-    os.close(nowhere)
-    if config.check_logits and crew.rank == 0:
-        check_logits(config, conversion, work, folder)
 
 
 class Leaving:
@@ -79,88 +71,148 @@ class Leaving:
             raise Requeue("asked to stop; the next attempt goes on with the files that are missing")
 
 
-def write(
-    config: ConvertConfig, conversion: Conversion, work: Work, crew: Crew, events: EventLog, leaving: Leaving
-) -> None:
-    """This process's units; then, in the first one, the rest of the folder and its name."""
-    folder = work.partial / conversion.subfolder
-    units = conversion.units
-    work.begin(sum(u.nbytes for u in units), crew, folder)
-    places = set(crew.mine([u.nbytes for u in units]))
-    mine = [units[place] for place in sorted(places)]
-    others = [unit for place, unit in enumerate(units) if place not in places]
-    progress = Progress(
-        sum(u.nbytes for u in mine),
-        label=f"rank {crew.rank}",
-        events=events,
-        whole=sum(u.nbytes for u in units),
-        elsewhere=lambda: sum(u.nbytes for u in others if work.is_recorded(u.file)) if crew.rank == 0 else 0,
-    )
-    write_units(config, conversion, work, mine, progress, leaving)
-    if crew.rank > 0:
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A conversion, as one of its processes has a part in it."""
+
+    config: ConvertConfig
+    conversion: Conversion
+    work: Work
+    crew: Crew
+    events: EventLog
+    leaving: Leaving
+    compare: Callable[..., str] | None
+
+    def check_again(self) -> None:
+        """Put an output that is there already to the checks that are asked for: it may be from before them."""
+        config, conversion = self.config, self.conversion
+        folder, units = self.work.output / conversion.subfolder, conversion.units
+        recorded = weights_folder.read_marker(folder)["digests"]
+        copier, nowhere = Copier(conversion.source, check_finite=True), os.open(os.devnull, os.O_WRONLY)
+        for unit in (units[place] for place in self.crew.mine([u.nbytes for u in units])):
+            if config.check_finite:
+                copier.write(unit, nowhere)
+            found = digests(unit, folder / unit.file) if config.verify else {}
+            if wrong := sorted(name for name in found if found[name] != recorded[name]):
+                raise CheckpointError(f"{folder / unit.file}: tensor {wrong[0]}: not what was converted")
+        copier.close()
+        os.close(nowhere)
+        if config.check_logits and self.crew.rank == 0:
+            self._compare_logits(folder)
+
+    def write(self) -> None:
+        """This process's units; then, in the first one, the rest of the folder and its name."""
+        work, crew, units = self.work, self.crew, self.conversion.units
+        folder = work.partial / self.conversion.subfolder
+        work.begin(sum(u.nbytes for u in units), crew, folder)
+        places = set(crew.mine([u.nbytes for u in units]))
+        mine = [units[place] for place in sorted(places)]
+        others = [unit for place, unit in enumerate(units) if place not in places]
+        progress = Progress(
+            sum(u.nbytes for u in mine),
+            label=f"rank {crew.rank}",
+            events=self.events,
+            whole=sum(u.nbytes for u in units),
+            elsewhere=lambda: sum(u.nbytes for u in others if work.is_recorded(u.file)) if crew.rank == 0 else 0,
+        )
+        self._write_units(mine, folder, progress)
+        if crew.rank > 0:
+            progress.finish()
+            return work.wait_published(self.conversion.marker, self.leaving.if_asked)
+        work.wait([unit.file for unit in units], lambda: (self.leaving.if_asked(), progress.wait()))
         progress.finish()
-        return work.wait_published(conversion.marker, leaving.if_asked)
-    work.wait([unit.file for unit in units], lambda: (leaving.if_asked(), progress.wait()))
-    progress.finish()
-    complete(config, conversion, work, folder, events)
-    print(f"{work.output}: complete", flush=True)
-    return None
+        self._complete(folder)
+        print(f"{work.output}: complete", flush=True)
+        return None
 
-
-def write_units(
-    config: ConvertConfig,
-    conversion: Conversion,
-    work: Work,
-    units: list[Unit],
-    progress: Progress,
-    leaving: Leaving,
-) -> None:
-    """Write each unit that has no record yet; while one goes to the disk, the next is being copied."""
-    folder = work.partial / conversion.subfolder
-    copier = Copier(conversion.source, check_finite=config.check_finite, progress=progress.add)
-    with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper:
-        kept = None
-        for unit in units:
-            leaving.if_asked()
-            if work.record(unit.file) is not None:
-                progress.skip(unit.nbytes)
-                continue
-            path = folder / unit.file
-            descriptor = work.claim(path)
-            try:
-                written = copier.write(unit, descriptor)
-            except BaseException:
-                os.close(descriptor)  # and with it the lock
-                raise
+    def _write_units(self, units: list[Unit], folder: Path, progress: Progress) -> None:
+        """Write each unit that has no record yet; while one goes to the disk, the next is being copied."""
+        copier = Copier(self.conversion.source, check_finite=self.config.check_finite, progress=progress.add)
+        with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper:
+            kept = None
+            for unit in units:
+                self.leaving.if_asked()
+                if self.work.record(unit.file) is not None:
+                    progress.skip(unit.nbytes)
+                    continue
+                path = folder / unit.file
+                descriptor = self.work.claim(path)
+                try:
+                    written = copier.write(unit, descriptor)
+                except BaseException:
+                    os.close(descriptor)  # and with it the lock
+                    raise
+                if kept:
+                    kept.result()
+                kept = keeper.submit(self._keep, unit, path, descriptor, written)
             if kept:
                 kept.result()
-            kept = keeper.submit(keep, conversion, work, unit, path, descriptor, written, verify=config.verify)
-        if kept:
-            kept.result()
-    copier.close()
+        copier.close()
 
+    def _keep(self, unit: Unit, path: Path, descriptor: int, written: dict[str, str]) -> None:
+        """Frame a copied unit, have it on the disk, compare it with all that is known of it, and record it."""
+        refuse_changed(self.conversion, unit, written)
+        for place, data in self.conversion.framing(unit):
+            write_all(descriptor, data, place)
+        if self.config.verify:
+            os.fsync(descriptor)
+            found = digests(unit, rough_name(path))
+            if wrong := sorted(name for name in written if found[name] != written[name]):
+                raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")
+        spans = [(place, target.nbytes) for place, target in zip(unit.places, unit.targets, strict=True)]
+        self.work.keep(unit.file, path, descriptor, {"digests": written, "around": around(rough_name(path), spans)})
 
-def keep(
-    conversion: Conversion,
-    work: Work,
-    unit: Unit,
-    path: Path,
-    descriptor: int,
-    written: dict[str, str],
-    *,
-    verify: bool,
-) -> None:
-    """Frame a copied unit, have it on the disk, compare it with all that is known of it, and record it."""
-    refuse_changed(conversion, unit, written)
-    for place, data in conversion.framing(unit):
-        write_all(descriptor, data, place)
-    if verify:
-        os.fsync(descriptor)
-        found = digests(unit, rough_name(path))
-        if wrong := sorted(name for name in written if found[name] != written[name]):
-            raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")
-    spans = [(place, target.nbytes) for place, target in zip(unit.places, unit.targets, strict=True)]
-    work.keep(unit.file, path, descriptor, {"digests": written, "around": around(rough_name(path), spans)})
+    def _complete(self, folder: Path) -> None:
+        """Everything that isn't weights, the marker last, and the folder's name."""
+        conversion = self.conversion
+        conversion.complete(folder)
+        copy_assets(conversion.source_folder, folder, self.config.dtype, without=conversion.without)
+        weights_folder.write_marker(folder, self._marker(folder))
+        if self.config.check_logits:
+            self.events.write("note", text=self._compare_logits(folder))
+        if conversion.subfolder:
+            weights_folder.replace_text(self.work.partial / weights_folder.LATEST, conversion.subfolder)
+        self.work.publish()
+
+    def _marker(self, folder: Path) -> dict[str, Any]:
+        """What `mixlaunch.json` says of a folder that is whole but for it."""
+        conversion, units = self.conversion, self.conversion.units
+        records = {unit.file: self.work.record(unit.file) or {} for unit in units}
+        found = {name: digest for record in records.values() for name, digest in record["digests"].items()}
+        types = sorted({t.dtype for unit in units for t in unit.targets}, key=lambda d: ITEMSIZE[d])
+        return {
+            "format": weights_folder.FORMAT,
+            "kind": conversion.kind,
+            "step": None,
+            "dtype": types[0],
+            "source": {"path": str(conversion.source_folder), "revision": hub.revision(conversion.source_folder)},
+            "layout": asdict(self.config.layout),
+            "shape": asdict(conversion.shape),
+            **conversion.about,
+            "conversion": self.work.plan,
+            "digest": "blake3",
+            "digests": dict(sorted(found.items())),
+            "around": {file: record["around"] for file, record in records.items()},
+            "others": {p.name: around(p) for p in sorted(folder.iterdir()) if is_other(p, records)},
+        }
+
+    def _compare_logits(self, folder: Path) -> str:
+        """Compute with what was read and with what was written, while the other processes are told to wait."""
+        assert self.compare is not None, "whoever asks for the comparison hands it in"
+        config, conversion = self.config, self.conversion
+        hub_side, megatron_side = conversion.source_folder, folder
+        if config.to == "hf":
+            hub_side, megatron_side = folder, conversion.source_folder
+        merged = isinstance(conversion.source, merging.Merged)
+        with self.work.alive():
+            return self.compare(
+                hub_side,
+                megatron_side,
+                dtype=config.dtype or (conversion.units[0].targets[0].dtype if merged else None),
+                prompt=config.prompt,
+                tolerance=config.tolerance,
+                base=config.base,
+            )
 
 
 def refuse_changed(conversion: Conversion, unit: Unit, written: dict[str, str]) -> None:
@@ -171,58 +223,9 @@ def refuse_changed(conversion: Conversion, unit: Unit, written: dict[str, str]) 
             raise CheckpointError(f"{file}: tensor {run.digest}: damaged: not what was once written here")
 
 
-def complete(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path, events: EventLog) -> None:
-    """Everything that isn't weights, the marker last, and the folder's name."""
-    conversion.complete(folder)
-    copy_assets(conversion.source_folder, folder, config.dtype, without=conversion.without)
-    records = {unit.file: work.record(unit.file) or {} for unit in conversion.units}
-    found = {name: digest for record in records.values() for name, digest in record["digests"].items()}
-    types = sorted({t.dtype for unit in conversion.units for t in unit.targets}, key=lambda d: ITEMSIZE[d])
-    marker = {
-        "format": weights_folder.FORMAT,
-        "kind": conversion.kind,
-        "step": None,
-        "dtype": types[0],
-        "source": {"path": str(conversion.source_folder), "revision": hub.revision(conversion.source_folder)},
-        "layout": asdict(config.layout),
-        "shape": asdict(conversion.shape),
-        **conversion.about,
-        "conversion": work.plan,
-        "digest": "blake3",
-        "digests": dict(sorted(found.items())),
-        "around": {file: record["around"] for file, record in records.items()},
-        "others": {p.name: around(p) for p in sorted(folder.iterdir()) if is_other(p, records)},
-    }
-    weights_folder.write_marker(folder, marker)
-    if config.check_logits:
-        events.write("note", text=check_logits(config, conversion, work, folder))
-    if conversion.subfolder:
-        weights_folder.replace_text(work.partial / weights_folder.LATEST, conversion.subfolder)
-    work.publish()
-
-
 def is_other(path: Path, units: Collection[str]) -> bool:
     """Whether it's a file of the finished folder that is neither weights nor the marker."""
     return path.is_file() and path.name not in (*units, weights_folder.MARKER) and path.suffix != ".rough"
-
-
-def check_logits(config: ConvertConfig, conversion: Conversion, work: Work, folder: Path) -> str:
-    """Compute with what was read and with what was written; the other processes are told that it takes a while."""
-    from megatron_mixtral.checkpoint import compare_logits  # imports torch
-
-    hub_side, megatron_side = conversion.source_folder, folder
-    if config.to == "hf":
-        hub_side, megatron_side = folder, conversion.source_folder
-    merged = isinstance(conversion.source, merging.Merged)
-    with work.alive():
-        return compare_logits.check(
-            hub_side,
-            megatron_side,
-            dtype=config.dtype or (conversion.units[0].targets[0].dtype if merged else None),
-            prompt=config.prompt,
-            tolerance=config.tolerance,
-            base=config.base,
-        )
 
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:

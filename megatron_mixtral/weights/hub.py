@@ -4,6 +4,7 @@ Every header is checked against its file and the model's shape before a byte of 
 folder is refused at once, by the name of the file and the tensor.
 """
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights.copying import ITEMSIZE, Files, Target, Unit
-from megatron_mixtral.weights.mapping import Names, Rows, hub_shapes
+from megatron_mixtral.weights.mapping import Names, Rows, hub_shapes, links
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -289,3 +290,47 @@ def revision(folder: Path) -> str | None:
         return note.read_text().split("\n", 1)[0]
     except OSError:
         return None
+
+
+class HubRows:
+    """A hub folder read by Megatron's names; what is stored is checked against the shape at once."""
+
+    def __init__(self, folder: Path, shape: MixtralShape) -> None:
+        self.hub, names = open_model(folder, shape)
+        self._parts: dict[tuple[str, tuple[int, ...]], list[tuple[Rows, Rows]]] = {}
+        for link in links(shape, names):
+            self._parts.setdefault((link.megatron.name, link.megatron.index), []).append((link.megatron, link.hub))
+        self._some = {name: parts[0][1].name for (name, _), parts in self._parts.items()}
+        for (name, _), parts in self._parts.items():
+            if other := [own.name for _, own in parts if self.hub.dtype(own.name) != self.dtype(name)]:
+                raise InputError(f"{folder}: {other[0]} and {self._some[name]} differ in type; convert it first")
+
+    def dtype(self, name: str) -> str:
+        return self.hub.dtype(self._some[name])
+
+    def row_bytes(self, name: str) -> int:
+        return self.hub.row_bytes(self._some[name])
+
+    def read(self, rows: Rows, out: memoryview) -> None:
+        width = self.row_bytes(rows.name)
+        for here, there in self._parts[rows.name, rows.index]:
+            start, stop = max(rows.start, here.start), min(rows.stop, here.stop)
+            if start < stop:
+                shift = there.start - here.start
+                part = Rows(there.name, there.index, start + shift, stop + shift)
+                self.hub.read(part, out[(start - rows.start) * width : (stop - rows.start) * width])
+
+    def file_of(self, rows: Rows) -> Path:
+        parts = self._parts[rows.name, rows.index]
+        return self.hub.file_of(next(there for here, there in parts if rows.start < here.stop))
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Of every file read."""
+        return self.hub.fingerprint()
+
+    def apart(self) -> "HubRows":
+        """For another thread: with files of its own."""
+        mine = copy.copy(self)
+        mine.hub = copy.copy(self.hub)
+        mine.hub.files = Files()
+        return mine

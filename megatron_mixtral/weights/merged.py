@@ -15,7 +15,7 @@ from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import legacy
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import ITEMSIZE, Source, read_rows
-from megatron_mixtral.weights.hub_rows import HubRows
+from megatron_mixtral.weights.hub import HubRows
 from megatron_mixtral.weights.lora import Lora, Pair
 from megatron_mixtral.weights.mapping import Rows
 from megatron_mixtral.weights.torch_dist import TorchDistFolder

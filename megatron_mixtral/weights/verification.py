@@ -1,4 +1,4 @@
-"""The job `verify`: whether every tensor of a converted folder still has the digest it had as it was written.
+"""Whether every tensor of a converted folder still has the digest it had as it was written.
 
 Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
 """
@@ -10,41 +10,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from megatron_mixtral.errors import CheckpointError, InputError
-from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.observability.progress import Progress
-from megatron_mixtral.spec.jobs import MixtralShape, VerifyConfig
-from megatron_mixtral.weights import folder as weights_folder
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import hub, legacy
 from megatron_mixtral.weights.copying import BLOCK, Run, Source, around, read_rows
 from megatron_mixtral.weights.mapping import Rows, hub_shapes
 from megatron_mixtral.weights.plan import hub_runs
 from megatron_mixtral.weights.shared_work import Crew
-
-
-def run(config: VerifyConfig, run_dir: Path) -> None:
-    """Check this process's share of the tensors; `CheckpointError` names those that differ."""
-    crew = Crew.from_environment()
-    given = Path(config.folder).expanduser().absolute()
-    folder = weights_folder.resolve(given)
-    marker = weights_folder.read_marker(folder)
-    recorded = marker.get("digests")
-    if not recorded:
-        raise InputError(f"{folder}: records no digests; convert writes them, training doesn't")
-    if crew.rank == 0:
-        check_others(folder, marker)
-        if folder.parent == given:
-            check_latest(given / weights_folder.LATEST, folder.name)
-    mine = share(folder, marker, crew)
-    if crew.rank == 0:
-        check_around(folder, marker, mine.source)
-    events = EventLog(run_dir / "events.jsonl" if crew.rank == 0 else None)
-    progress = Progress(mine.bytes, label=f"rank {crew.rank}", events=events)
-    mine.check(progress.add)
-    progress.finish()
-    verdict = f"{folder}: {len(mine.runs)} tensors as they were converted"
-    print(verdict, flush=True)
-    events.write("note", text=verdict if crew.size == 1 else f"rank 0: {verdict}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ SYLLABLES = (
 PREPARE = """
 import resource, sys, time
 from pathlib import Path
-from megatron_mixtral.data import prepare
+from megatron_mixtral.jobs import prepare
 from megatron_mixtral.spec.jobs import PrepareConfig
 begun = time.process_time()
 source, tokenizer, output = sys.argv[1:]

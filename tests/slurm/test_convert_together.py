@@ -11,8 +11,8 @@ from launcher.common import processes
 from launcher.planning import jobs
 from launcher.runs import logs, record
 from launcher.slurm import client
+from megatron_mixtral.jobs import convert as converter
 from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
-from megatron_mixtral.weights import convert as converter
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub
 from megatron_mixtral.weights.copying import Target
@@ -33,8 +33,8 @@ SHAPE = {
 DIES = """
 import os, pathlib, signal, sys, time
 from megatron_mixtral import __main__
-from megatron_mixtral.weights import convert
-write, files = convert.Copier.write, []
+from megatron_mixtral.weights.copying import Copier
+write, files = Copier.write, []
 def once(self, unit, descriptor):
     files.append(unit)
     if len(files) == 2:
@@ -44,7 +44,7 @@ def once(self, unit, descriptor):
         os.write(descriptor, b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
     return write(self, unit, descriptor)
-convert.Copier.write = once
+Copier.write = once
 sys.exit(__main__.main(sys.argv[sys.argv.index("megatron_mixtral") + 1:]))
 """
 

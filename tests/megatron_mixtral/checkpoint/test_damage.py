@@ -13,8 +13,8 @@ import pytest
 import torch
 from spawn_ranks import ranks
 
+from megatron_mixtral.jobs import convert
 from megatron_mixtral.spec.jobs import ConvertConfig
-from megatron_mixtral.weights import convert
 
 
 def config_of(world):
@@ -42,7 +42,7 @@ def train_on(raw, run_dir):
 
     compat.shutdown = lambda: None
     try:
-        loop.run(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(run_dir))
+        loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(run_dir))
     except JobError as error:
         return error.exit_code, str(error)
     return 0, ""

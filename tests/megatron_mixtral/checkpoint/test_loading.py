@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from spawn_ranks import ranks
 
+from megatron_mixtral.jobs import convert
 from megatron_mixtral.spec.jobs import ConvertConfig
-from megatron_mixtral.weights import convert
 
 FUSED = "fused"  # as transformers 5 names experts
 LAYOUTS = {

@@ -36,7 +36,7 @@ def train_here(raw, run_dir):
     from megatron_mixtral.spec import jobs as config
     from megatron_mixtral.training import loop
 
-    loop.run(config.parse(config.FinetuneConfig, raw, where="config"), Path(run_dir))
+    loop.train(config.parse(config.FinetuneConfig, raw, where="config"), Path(run_dir))
 
 
 def test_saved_while_training_goes_on_is_what_a_pause_would_have_saved(world, tmp_path):

@@ -100,7 +100,7 @@ def finetuned(raw, variants, folder):
     for name, change in variants.items():
         run_dir = Path(folder) / name
         run_dir.mkdir(exist_ok=True)
-        loop.run(jobs.parse(jobs.FinetuneConfig, raw | change, where="config"), run_dir)
+        loop.train(jobs.parse(jobs.FinetuneConfig, raw | change, where="config"), run_dir)
         if os.environ["RANK"] == "0":
             told[name] = events.read(run_dir / "events.jsonl")
     return told

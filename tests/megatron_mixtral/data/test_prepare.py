@@ -19,6 +19,7 @@ from megatron_mixtral.data import documents
 from megatron_mixtral.data import prepare as data
 from megatron_mixtral.data.dataset import Documents
 from megatron_mixtral.errors import InputError, JobError
+from megatron_mixtral.jobs.prepare import run
 from megatron_mixtral.spec.jobs import PrepareConfig
 from megatron_mixtral.tokenization import chat, tokenizer
 
@@ -44,7 +45,7 @@ def prepare(tmp_path, tokenizer_folder, *inputs, **options):
         tokenizer=str(tokenizer_folder),
         **{"workers": 1, **options},
     )
-    data.run(config, tmp_path)
+    run(config, tmp_path)
     return tmp_path / "out"
 
 
@@ -416,7 +417,7 @@ def test_replaced_config_is_a_new_preparation(tmp_path, tokenizer_folder):
     config = PrepareConfig(
         inputs=[str(file)], output=str(tmp_path / "out"), tokenizer=str(tokenizer_folder), workers=1
     )
-    data.run(config, tmp_path)
+    run(config, tmp_path)
     one = (tmp_path / "out.bin").read_bytes()
-    data.run(replace(config, text_key="body"), tmp_path)
+    run(replace(config, text_key="body"), tmp_path)
     assert (tmp_path / "out.bin").read_bytes() != one

@@ -34,7 +34,7 @@ def outcomes(cases, folder):
         run_dir = Path(folder) / name
         run_dir.mkdir()
         try:
-            loop.run(jobs.parse(jobs.FinetuneConfig, raw, where="config"), run_dir)
+            loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), run_dir)
             said[name] = (0, "")
         except JobError as error:
             said[name] = (error.exit_code, str(error))
@@ -109,7 +109,7 @@ def on_all_ranks(raw, folder):
     from megatron_mixtral.training import loop
 
     with pytest.raises(JobError) as said:
-        loop.run(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
+        loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
     return str(said.value)
 
 
@@ -134,7 +134,7 @@ def resume_changed(raw, changes, folder):
     from megatron_mixtral.training import loop
 
     def go(values):
-        loop.run(jobs.parse(jobs.FinetuneConfig, values, where="config"), Path(folder))
+        loop.train(jobs.parse(jobs.FinetuneConfig, values, where="config"), Path(folder))
 
     go(raw)
     said = []

@@ -68,7 +68,7 @@ def get_stuck(raw, folder):
         return take(self, first, **more)
 
     loader.Feed.take = slow_take
-    loop.run(config.parse(config.FinetuneConfig, raw, where="config"), Path(folder))
+    loop.train(config.parse(config.FinetuneConfig, raw, where="config"), Path(folder))
 
 
 def test_every_rank_shows_its_stacks_and_the_slow_one_is_named(world, tmp_path):

@@ -9,8 +9,8 @@ import small_world
 from spawn_ranks import ranks
 
 from megatron_mixtral.errors import CheckpointError, InputError
+from megatron_mixtral.jobs import convert, verify
 from megatron_mixtral.spec.jobs import ConvertConfig, FinetuneConfig, MixtralShape, VerifyConfig
-from megatron_mixtral.weights import convert, verification
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights import merged as merging
@@ -190,12 +190,12 @@ def test_peft_and_the_merged_export_compute_what_the_model_does(world, tmp_path,
 
 def test_adapters_alone_are_proven_too(world, tmp_path):
     alone = converted(world / "experts_base", tmp_path / "peft", "peft")
-    verification.run(VerifyConfig(folder=str(alone)), tmp_path)
+    verify.run(VerifyConfig(folder=str(alone)), tmp_path)
     for name, words in (("adapter_model.safetensors", "lora_B.weight: not"), ("adapter_config.json", "written")):
         data = (alone / name).read_bytes()
         (alone / name).write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
         with pytest.raises(CheckpointError, match=rf"{name}: .*{words}"):
-            verification.run(VerifyConfig(folder=str(alone)), tmp_path)
+            verify.run(VerifyConfig(folder=str(alone)), tmp_path)
         (alone / name).write_bytes(data)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_mixtral.observability import chart, events, plot
+from megatron_mixtral.observability import events, plot
 from megatron_mixtral.observability.events import EventLog
 
 
@@ -31,7 +31,7 @@ def test_what_a_lost_node_leaves_in_it_ends_no_run(tmp_path):
         3.0,
         2.0,
     ]
-    assert "2.000" in chart.loss(tmp_path)
+    assert "2.000" in plot.loss_chart(tmp_path)
     assert plot.draw(tmp_path, tmp_path / "plot.png").stat().st_size > 0
     (tmp_path / "e").mkdir()
     assert events.read(tmp_path / "e") == []
@@ -44,7 +44,7 @@ def test_ranks_without_a_path_write_nothing(tmp_path, monkeypatch):
 
 
 def test_the_chart_falls_where_the_loss_falls():
-    lines = chart.draw([(n, 10 - n) for n in range(10)], title="loss", width=10, height=5).splitlines()
+    lines = plot.chart([(n, 10 - n) for n in range(10)], title="loss", width=10, height=5).splitlines()
     heights = [sum(line[10 + column] != " " for line in lines[1:6]) for column in range(10)]
     assert lines[0] == "loss"
     assert lines[1].startswith("  10.000 ┤█")
@@ -56,7 +56,7 @@ def test_the_chart_falls_where_the_loss_falls():
 
 def test_more_points_than_columns_are_averaged():
     noisy = [(n, 5 + (-1) ** n) for n in range(1000)]
-    lines = chart.draw(noisy, title="loss", width=10, height=3).splitlines()
+    lines = plot.chart(noisy, title="loss", width=10, height=3).splitlines()
     assert lines[1].split()[0] == "5.000"
 
 
@@ -64,9 +64,9 @@ def test_a_step_done_again_after_a_restart_counts_once(tmp_path):
     log = EventLog(tmp_path / "events.jsonl")
     for step, loss in [(1, 3.0), (2, 9.0), (2, 2.0), (3, 1.0)]:
         log.write("step", step=step, loss=loss)
-    assert "9.000" not in chart.loss(tmp_path)
-    assert chart.loss(tmp_path).splitlines()[1].startswith("   3.000 ┤█")
+    assert "9.000" not in plot.loss_chart(tmp_path)
+    assert plot.loss_chart(tmp_path).splitlines()[1].startswith("   3.000 ┤█")
 
 
 def test_too_few_points_are_said_to_be_too_few(tmp_path):
-    assert chart.loss(tmp_path) == "training loss: 0 points, nothing to draw"
+    assert plot.loss_chart(tmp_path) == "training loss: 0 points, nothing to draw"

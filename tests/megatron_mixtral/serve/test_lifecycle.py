@@ -15,7 +15,7 @@ import small_server
 from run_job import Job
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.serve import server as serve_job
+from megatron_mixtral.serve import setup
 from megatron_mixtral.spec.jobs import ServeConfig
 
 KEY = "s3cret-for-this-test"
@@ -141,7 +141,7 @@ def test_mistakes_end_with_2_and_one_line(served_model, tmp_path, config, says):
 def test_a_key_that_clients_cannot_send_is_refused(monkeypatch, key):
     monkeypatch.setenv("MIXLAUNCH_API_KEY", key)
     with pytest.raises(InputError, match="can't send"):
-        serve_job.checked_key(ServeConfig(model="x"))
+        setup.checked_key(ServeConfig(model="x"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(served_model, tmp_path):
@@ -149,7 +149,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(served_model, tm
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
     with pytest.raises(InputError, match="32000 tokens, but the model knows 999"):
-        serve_job.checked(ServeConfig(model=str(folder)))
+        setup.checked(ServeConfig(model=str(folder)))
 
 
 def test_a_taken_port_is_said_at_once(served_model, tmp_path):

@@ -7,7 +7,6 @@ from transformers import AutoTokenizer
 
 from megatron_mixtral.data import loader
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.jobs import tiny
 from megatron_mixtral.tokenization import chat, chat_template, tokenizer
 from megatron_mixtral.tokenization.chat_template import Template
 from tests.megatron_mixtral.data.test_prepare import TALK, prepare, stored, write_jsonl
@@ -41,10 +40,10 @@ def written(source, words, talk):
     return template.encode(words, template.from_messages(talk))
 
 
-@pytest.mark.parametrize("source", [ROUNDS, PLAIN, tiny.CHAT_TEMPLATE])
+@pytest.mark.parametrize("source", [ROUNDS, PLAIN, chat_template.CHAT_TEMPLATE])
 def test_ids_are_those_of_transformers(words, tokenizer_folder, source):
     reference = AutoTokenizer.from_pretrained(tokenizer_folder)
-    talk = TALK[1:] if source == tiny.CHAT_TEMPLATE else TALK
+    talk = TALK[1:] if source == chat_template.CHAT_TEMPLATE else TALK
     wanted = reference.apply_chat_template(talk, chat_template=source, return_dict=False)
     assert written(source, words, talk)[0] == wanted
     template = Template(source, words, where="x")

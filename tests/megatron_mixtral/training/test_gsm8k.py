@@ -20,8 +20,8 @@ import numpy as np
 import openai
 import pytest
 
-from megatron_mixtral.data import prepare
 from megatron_mixtral.data.dataset import Documents
+from megatron_mixtral.jobs import prepare
 from megatron_mixtral.spec.jobs import PrepareConfig
 
 NAMES = ("Ann", "Bo", "Cleo", "Dan")

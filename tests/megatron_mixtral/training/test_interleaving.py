@@ -114,8 +114,8 @@ def test_a_run_goes_on_bit_for_bit_and_at_any_other_layout(trained):
 def test_it_exports_what_whole_stages_export(trained):
     from safetensors.torch import load_file
 
+    from megatron_mixtral.jobs import convert
     from megatron_mixtral.spec.jobs import ConvertConfig
-    from megatron_mixtral.weights import convert
 
     _, _, folder = trained
     exported = {}

@@ -255,7 +255,7 @@ def spoil_one_replica(raw, folder):
     loop.Trainer._step = step_and_spoil
     compat.shutdown = lambda: None
     try:
-        loop.run(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
+        loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
     except JobError as error:
         return error.exit_code, str(error)
     return 0, ""

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from spawn_ranks import ranks
 
 from megatron_mixtral.errors import InputError
+from megatron_mixtral.jobs import convert
 from megatron_mixtral.spec.jobs import ConvertConfig, Layout, MixtralShape
-from megatron_mixtral.weights import convert, tensors
+from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.copying import read_rows
 from megatron_mixtral.weights.mapping import Names, Rows, hub_shapes
 from megatron_mixtral.weights.torch_dist import TorchDistFolder

@@ -11,9 +11,12 @@ import run_job
 import torch
 
 from megatron_mixtral.errors import CheckpointError, InputError, JobError
+from megatron_mixtral.jobs import convert
 from megatron_mixtral.spec.jobs import ConvertConfig
-from megatron_mixtral.weights import convert, shared_work
+from megatron_mixtral.weights import convert as converting
+from megatron_mixtral.weights import shared_work
 from megatron_mixtral.weights.copying import digests
+from megatron_mixtral.weights.hub import HubFolder
 
 TENSOR = "model.layers.1.self_attn.k_proj.weight"
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
@@ -508,7 +511,7 @@ def test_checks_asked_for_later_are_made_later(hub, tmp_path, monkeypatch, capsy
     with pytest.raises(CheckpointError, match=r"logits.*largest difference nan"):
         run(hub, whole, check_logits=True)
     read_back = []
-    monkeypatch.setattr(convert, "digests", lambda *args: read_back.append(args[1]) or digests(*args))
+    monkeypatch.setattr(converting, "digests", lambda *args: read_back.append(args[1]) or digests(*args))
     for out in (part, whole):
         run(hub, out, verify=True)
         assert len(read_back) == 1
@@ -528,13 +531,13 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(hub, out, monkey
 
 
 def test_a_file_lost_halfway_is_a_fault_that_names_it(hub, tmp_path, monkeypatch):
-    checked = convert.hub.HubFolder.check
+    checked = HubFolder.check
 
     def lose(self, wanted):
         checked(self, wanted)
         os.truncate(hub / SECOND, 5000)
 
-    monkeypatch.setattr(convert.hub.HubFolder, "check", lose)
+    monkeypatch.setattr(HubFolder, "check", lose)
     with pytest.raises(JobError, match=rf"{SECOND}: ends at 5000, \d+ bytes short; .* in tensor model") as raised:
         run(hub, tmp_path / "out")
     assert raised.value.exit_code == 1

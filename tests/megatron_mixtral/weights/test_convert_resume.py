@@ -16,9 +16,11 @@ import pytest
 import run_job
 
 from megatron_mixtral import errors
+from megatron_mixtral.jobs import convert
 from megatron_mixtral.spec.jobs import ConvertConfig, Layout
-from megatron_mixtral.weights import convert, shared_work
 from megatron_mixtral.weights import folder as weights_folder
+from megatron_mixtral.weights import shared_work
+from megatron_mixtral.weights.copying import Copier
 from tests.megatron_mixtral.weights.test_convert import contents, run
 
 KILLS = 20
@@ -28,7 +30,7 @@ KILLS = 20
 def fresh_processes():
     """Processes that have everything loaded already, so that a kill falls into the conversion, not into imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_mixtral.weights.convert"])
+    context.set_forkserver_preload(["megatron_mixtral.jobs.convert"])
     with pytest.MonkeyPatch.context() as patched:
         for name in ("__file__", "__spec__"):  # or each of them would import pytest first
             patched.setattr(sys.modules["__main__"], name, None, raising=False)
@@ -155,7 +157,7 @@ def test_the_same_conversion_twice_at_once_is_refused(source, tmp_path, monkeypa
         monkeypatch.undo()
         return self.write(unit, descriptor)
 
-    monkeypatch.setattr(convert.Copier, "write", second)
+    monkeypatch.setattr(Copier, "write", second)
     run(source / "hub", output, tmp_path)
     assert "another process is writing it" in str(seen["error"])
     assert contents(output).keys() == contents(source / "megatron").keys()

@@ -12,8 +12,9 @@ import torch
 from spawn_ranks import ranks
 
 from megatron_mixtral.errors import CheckpointError, InputError, LayoutError
+from megatron_mixtral.jobs import verify
 from megatron_mixtral.spec.jobs import Layout, MixtralShape, VerifyConfig
-from megatron_mixtral.weights import legacy, torch_archive, verification
+from megatron_mixtral.weights import legacy, torch_archive
 from tests.megatron_mixtral.weights.test_convert import contents, run
 
 VOCABULARY = 37  # padded to 40 below, more under tensor parallelism
@@ -208,7 +209,7 @@ def test_the_vocabulary_is_padded_as_upstream_pads_it(tmp_path, tensor, rows):
 def test_any_other_type_and_a_changed_bit_are_seen(tmp_path):
     given = hub_folders.write(tmp_path / "hub", **SHAPE)
     run(tmp_path / "hub", tmp_path / "out", tmp_path, dtype="float16", layout=Layout(expert=2), **OPTIONS)
-    verification.run(VerifyConfig(folder=str(tmp_path / "out")), tmp_path)
+    verify.run(VerifyConfig(folder=str(tmp_path / "out")), tmp_path)
     path = tmp_path / "out" / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
     key = "decoder.layers.2.mlp.experts.local_experts.1.linear_fc2.weight"
     stored = torch.load(path)["model"][key]
@@ -217,7 +218,7 @@ def test_any_other_type_and_a_changed_bit_are_seen(tmp_path):
     data[data.index(stored.view(torch.uint8).numpy().tobytes()) + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"tensor mp_rank_00_001/{key}: not what was converted"):
-        verification.run(VerifyConfig(folder=str(tmp_path / "out")), tmp_path)
+        verify.run(VerifyConfig(folder=str(tmp_path / "out")), tmp_path)
 
 
 def cut_short(path):

@@ -91,6 +91,6 @@ def test_what_we_write_we_read(tmp_path):
 
 
 def test_converting_imports_no_torch():
-    modules = "megatron_mixtral.weights.convert, megatron_mixtral.weights.verification"
+    modules = "megatron_mixtral.jobs.convert, megatron_mixtral.jobs.verify"
     code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

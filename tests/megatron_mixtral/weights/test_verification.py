@@ -12,8 +12,9 @@ import run_job
 import torch
 
 from megatron_mixtral.errors import CheckpointError, InputError
+from megatron_mixtral.jobs import verify
 from megatron_mixtral.spec.jobs import Layout, MixtralShape, VerifyConfig
-from megatron_mixtral.weights import tensors, verification
+from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 from tests.megatron_mixtral.weights.test_convert import run
@@ -29,7 +30,7 @@ def converted(tmp_path):
 
 @pytest.mark.parametrize("name", ["megatron", "back"])
 def test_what_was_converted_is_as_it_was(converted, name, capsys):
-    verification.run(VerifyConfig(folder=str(converted / name)), converted)
+    verify.run(VerifyConfig(folder=str(converted / name)), converted)
     assert "tensors as they were converted" in capsys.readouterr().out
 
 
@@ -43,7 +44,7 @@ def test_one_changed_bit_is_found_wherever_it_is(converted, name, pattern):
     data[data.index(row) + 3] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"tensor {tensor}: not what was converted"):
-        verification.run(VerifyConfig(folder=str(converted / name)), converted)
+        verify.run(VerifyConfig(folder=str(converted / name)), converted)
 
 
 @pytest.mark.parametrize("name", ["megatron", "back", "legacy"])
@@ -56,12 +57,12 @@ def test_whatever_a_folder_loses_or_has_changed_is_found(converted, name):
         for place in {0, len(data) - 1, *(pick.randrange(len(data)) for _ in range(3))}:
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             with pytest.raises(InputError, match="/"):
-                verification.run(VerifyConfig(folder=str(converted / name)), converted)
+                verify.run(VerifyConfig(folder=str(converted / name)), converted)
         path.unlink()
         with pytest.raises(InputError, match=path.name):
-            verification.run(VerifyConfig(folder=str(converted / name)), converted)
+            verify.run(VerifyConfig(folder=str(converted / name)), converted)
         path.write_bytes(data)
-    verification.run(VerifyConfig(folder=str(converted / name)), converted)
+    verify.run(VerifyConfig(folder=str(converted / name)), converted)
 
 
 def test_damage_to_what_tells_where_tensors_lie_is_named(converted):
@@ -102,4 +103,4 @@ def test_two_processes_share_the_work(converted):
 def test_a_folder_without_digests_says_so(tmp_path):
     (tmp_path / "mixlaunch.json").write_text('{"format": 1, "kind": "training"}')
     with pytest.raises(InputError, match="records no digests"):
-        verification.run(VerifyConfig(folder=str(tmp_path)), tmp_path)
+        verify.run(VerifyConfig(folder=str(tmp_path)), tmp_path)

@@ -1,0 +1,28 @@
+"""The job `serve`: a model behind HTTP, computed by our engine or by vLLM."""
+
+import os
+from pathlib import Path
+
+from megatron_mixtral.errors import InputError
+from megatron_mixtral.serve import setup, vllm
+from megatron_mixtral.spec.jobs import ServeConfig
+
+ENGINES = ("megatron", "vllm")
+
+
+def run(config: ServeConfig, run_dir: Path) -> None:
+    """Serve `config.model` until told to stop; `InputError` before anything is loaded when it can't."""
+    if config.engine not in ENGINES:
+        raise InputError(f"engine {config.engine!r} isn't one of {', '.join(ENGINES)}")
+    if config.engine == "vllm":
+        vllm.run(config, run_dir)
+        return
+    checked = setup.checked(config)
+    listener = setup.listener(config) if checked.rank == 0 else None
+    if listener and config.port and (port := listener.getsockname()[1]) != config.port:
+        print(f"port {config.port} is taken; this server takes {port}", flush=True)
+    setup.on_signal(lambda: os._exit(0))  # while it imports and loads, nobody waits for anything
+    # Not above: where vLLM serves, there needn't be the torch and megatron-core that this imports.
+    from megatron_mixtral.serve import server
+
+    server.run(checked, run_dir, listener)
