@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mixtral.checkpoint import save_load
 from megatron_mixtral.errors import CheckpointError, InputError, JobError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.model import build
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 from megatron_mixtral.tokenization import tokenizer
@@ -94,10 +94,10 @@ def alone() -> Iterator[None]:
     """As a job of one process, whatever job this process is one of."""
     world = os.environ.pop("WORLD_SIZE", None)
     try:
-        compat.initialize(Layout())
+        ranks.initialize(Layout())
         yield
     finally:
-        compat.shutdown()
+        ranks.shutdown()
         if world is not None:
             os.environ["WORLD_SIZE"] = world
 
@@ -184,7 +184,7 @@ def whole_model(folder: Path, shape: MixtralShape, tokens: Tensor, dtype: str | 
     if dtype:
         for parameter in built.parameters():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
-    tokens = tokens.to(compat.device())
+    tokens = tokens.to(ranks.device())
     return built(tokens, _positions(tokens), None).float().cpu()
 
 
@@ -194,7 +194,7 @@ def model_by_layers(weights: Weights, shape: MixtralShape, tokens: Tensor) -> Te
     built = build.build(shape_of_one, Layout(), precision="fp32", random_weights=False, fuse=False).eval()
     around, within = _shards(built)
     _fill(around, weights)
-    tokens = tokens.to(compat.device())
+    tokens = tokens.to(ranks.device())
     hidden = built.embedding(input_ids=tokens, position_ids=_positions(tokens))
     rotary = built.rotary_pos_emb(tokens.shape[1])
     for layer in range(shape.num_hidden_layers):
@@ -238,7 +238,7 @@ def available() -> int:
     import psutil
 
     left = [psutil.virtual_memory().available]
-    if compat.HAVE_GPU:
+    if cpu.HAVE_GPU:
         left.append(torch.cuda.mem_get_info()[0])
     return min(left + _left_in_groups())
 

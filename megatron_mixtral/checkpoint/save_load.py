@@ -16,10 +16,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mixtral import mcore
 from megatron_mixtral.checkpoint import digests, writer
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import CheckpointError, SaveError
-from megatron_mixtral.mcore import compat
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights import tensors
@@ -27,34 +27,16 @@ from megatron_mixtral.weights.folder import (
     FORMAT,
     LATEST,
     MARKER,
-    complete,
     hub_assets,
-    newest,
-    prune,
     read_marker,
     refuse_foreign,
     replace_text,
-    resolve,
-    step_folder,
     write_marker,
 )
 from megatron_mixtral.weights.lora import Lora
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-__all__ = [
-    "complete",
-    "load_training",
-    "load_weights",
-    "newest",
-    "prune",
-    "read_assets",
-    "resolve",
-    "save",
-    "step_folder",
-    "verify",
-]
 
 # The optimizer's state as tensors of the model's own shapes: any layout can load it.
 _CONTENT = {
@@ -206,7 +188,7 @@ def _verify_together(folder: Path, shape: MixtralShape, lora: Lora | None = None
 
 def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
-        with compat.quiet():
+        with mcore.quiet():
             return dist_checkpointing.load(asked, str(folder), validate_access_integrity=False)
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_mixtral.checkpoint import save_load
 from megatron_mixtral.errors import SaveError
 from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.weights.folder import prune, step_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Saver:
         begun = time.monotonic()
         self.finish()
         self._events.write("saving", step=step)
-        folder = save_load.step_folder(self._root, step)
+        folder = step_folder(self._root, step)
         copied = self._thread is not None and not wait
         unwritten = save_load.begin(folder, *parts, step=step, group=self._group, copied=copied, **more)
         if self._thread is None or wait:
@@ -90,4 +91,4 @@ class Saver:
         )
         self._say(f"step {step} | saved {folder} in {seconds:.2f} s")
         if dist.get_rank() == 0:
-            save_load.prune(self._root, self._keep)
+            prune(self._root, self._keep)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mixtral import mcore
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import SaveError
 from megatron_mixtral.mcore import compat
@@ -38,7 +39,7 @@ class Content:
 
 def content(state: dict[str, Any], metadata: dict[str, Any], *, copied: bool) -> Content:
     """`state` as torch's writer takes it; all ranks call it. `copied` where it may change before it's written."""
-    with compat.quiet():
+    with mcore.quiet():
         sharded, common = state_dict_utils.save_preprocess({**state, "content_metadata": metadata}, True)
     if compat.COMMON_AMONG_TENSORS:  # ours has the file too, so that either reads it
         sharded["common_state"] = mapping.ShardedObject("common_state", common, (1,), (0,), dist.get_rank())
@@ -55,7 +56,7 @@ def write(folder: Path, what: Content, group: Any = None) -> None:
     """All ranks write their shards into `folder`; `SaveError` on each of them names the first that couldn't."""
     collectives.on_first_rank(lambda: _write_common(folder, what.common), failure=SaveError, group=group)
     try:
-        with compat.quiet():
+        with mcore.quiet():
             checkpoint.save(
                 what.shards,
                 storage_writer=checkpoint.FileSystemWriter(folder),

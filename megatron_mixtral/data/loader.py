@@ -17,7 +17,7 @@ from megatron_mixtral.data.dataset import Documents, Sample, Samples
 from megatron_mixtral.data.packing import PackedSamples
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import InputError, LayoutError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
 from megatron_mixtral.tokenization import chat_template, tokenizer
 
@@ -58,7 +58,7 @@ class Batch:
     packed: PackedSeqParams | None
 
     def on_device(self) -> "Batch":
-        place = compat.device()
+        place = ranks.device()
         if place.type == "cpu":
             return self
         moved = {n: getattr(self, n).to(place, non_blocking=True) for n in ("ids", "labels", "mask", "positions")}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 def on_first_rank(action: Callable[[], T], *, failure: type[JobError] = JobError, group: Any = None) -> T:
     """What `action` returned on rank 0, on every rank; its error is everyone's, an OSError as `failure`."""
     told = [_tried(action, failure) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(told, src=0, group=group, device=None if group else compat.device())
+    dist.broadcast_object_list(told, src=0, group=group, device=None if group else ranks.device())
     return _result(told[0])
 
 
@@ -44,14 +44,14 @@ def gathered(mine: T, group: Any = None) -> list[T]:
 
 def summed(values: list[float]) -> list[float]:
     """Each number's sum over all ranks."""
-    everyone = torch.tensor(values, dtype=torch.float64, device=compat.device())
+    everyone = torch.tensor(values, dtype=torch.float64, device=ranks.device())
     dist.all_reduce(everyone)
     return everyone.tolist()
 
 
 def largest(values: list[float]) -> list[float]:
     """Each number's largest over all ranks."""
-    everyone = torch.tensor(values, dtype=torch.float64, device=compat.device())
+    everyone = torch.tensor(values, dtype=torch.float64, device=ranks.device())
     dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
     return everyone.tolist()
 

@@ -10,10 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mixtral.mcore import compat
-
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
 BLOCK = 4096
 
 
@@ -38,28 +34,12 @@ def _update(  # noqa: ANN202
         tl.store(model + at, value.to(model.dtype.element_ty), mask=mask)
 
 
-class FusedDistributedOptimizer(DistributedOptimizer):
-    """Its inner optimizer has written the model's parameters already."""
-
-    def _copy_main_params_to_model_params(self) -> None: ...
-
-
-def take_over(optimizer: DistributedOptimizer) -> bool:
-    """Give `optimizer`, made with torch's AdamW for a bf16 model, the update below; False leaves it as it was."""
-    inner = optimizer.optimizer
-    plain = type(optimizer) is DistributedOptimizer and type(inner) is torch.optim.AdamW
-    if not plain or any(optimizer.model_fp32_groups):
-        return False
-    inner.__class__, inner.copies = FusedAdamW, compat.model_shards(optimizer)
-    optimizer.__class__ = FusedDistributedOptimizer
-    return True
-
-
 class FusedAdamW(torch.optim.AdamW):
     """torch's AdamW with another `step`: `scale` multiplies gradients, `copies` has parameters' bf16 twins."""
 
-    scale: float = 1.0
-    copies: dict[Tensor, Tensor]
+    def __init__(self, groups: list[dict[str, Any]], copies: dict[Tensor, Tensor]) -> None:
+        super().__init__(groups)
+        self.scale, self.copies = 1.0, copies
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

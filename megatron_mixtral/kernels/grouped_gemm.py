@@ -164,11 +164,6 @@ def describe() -> str:
     return "experts by torch's grouped product" if grouped_mm_serves() else "experts one by one"
 
 
-def describe_forward() -> str:
-    """Likewise, of those that are served."""
-    return "experts by our grouped products" if _have_tiles() else describe()
-
-
 def best(counts: Tensor, *weights: Tensor) -> Products:
     """The fastest way for these weights to be trained.
 

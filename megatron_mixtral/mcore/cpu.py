@@ -12,23 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+HAVE_GPU = torch.cuda.is_available()
 CPU = torch.device("cpu")
 _FACTORIES = (
-    *(
-        "arange",
-        "as_tensor",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "eye",
-        "full",
-        "full_like",
-        "linspace",
-        "ones",
-    ),
-    *("ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor"),
-    *("tril_indices", "triu_indices", "zeros", "zeros_like"),
-)
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones",
+    "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor",
+    "tril_indices", "triu_indices", "zeros", "zeros_like",
+)  # fmt: skip
 
 
 class _Stream:

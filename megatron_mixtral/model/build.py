@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from megatron_mixtral import kernels
+from megatron_mixtral import kernels, mcore
 from megatron_mixtral.errors import LayoutError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import compat, cpu, ranks
 from megatron_mixtral.model import fp8, layers
 from megatron_mixtral.model import lora as adapting
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
@@ -62,7 +62,7 @@ def build(
     if layout.context > 1 and not split_sequence:
         raise LayoutError(f"context parallel {layout.context}: only training splits the sequence; use 1")
     kind, parts = _kind(fuse, lora=lora, fp8_experts=fp8_experts)
-    with compat.quiet():
+    with mcore.quiet():
         settings = transformer_config(
             shape, layout, precision=precision, aux_loss=aux_loss, perform_initialization=random_weights, **config
         )
@@ -80,7 +80,7 @@ def build(
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
             vp_stage=vp_stage,
-        ).to(compat.device())
+        ).to(ranks.device())
     model.shape, model.fused = shape, kind is not GPTModel
     model.lora, model.base = lora, {}  # of `base` a trainer says which weights the adapters belong to
     _mark_cut(model)
@@ -94,7 +94,7 @@ def build(
 def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], layers.Parts]:
     """The model's class and what its layers are made of."""
     if fuse is None:
-        fuse = compat.HAVE_GPU and kernels.missing() is None
+        fuse = cpu.HAVE_GPU and kernels.missing() is None
     kind, parts = GPTModel, layers.Parts()
     if fuse:
         from megatron_mixtral.model import fused as modules  # imports triton

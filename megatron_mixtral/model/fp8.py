@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mixtral.kernels import grouped_gemm
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import cpu
 from megatron_mixtral.model import layers
 
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -58,7 +58,7 @@ def quantize(rows: Tensor, into: Tensor, scale: Tensor) -> None:
 
 def missing() -> str | None:
     """Why FP8 can't be had on this GPU; None where it can, and without a GPU, slowly."""
-    if not compat.HAVE_GPU or (found := torch.cuda.get_device_capability()) >= NEEDS:
+    if not cpu.HAVE_GPU or (found := torch.cuda.get_device_capability()) >= NEEDS:
         return None
     has, wants = (".".join(map(str, capability)) for capability in (found, NEEDS))
     return f"{torch.cuda.get_device_name()} has compute capability {has}; FP8 needs {wants} or newer"

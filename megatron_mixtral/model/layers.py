@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mixtral.kernels.grouped_gemm import grouped_mm_serves
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import compat, ranks
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -52,7 +52,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square normalisation over H, replicated on tensor-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, device=compat.device(), dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, device=ranks.device(), dtype=config.params_dtype)
         # Under sequence parallelism each rank sees its share of the tokens: gradients are then summed over ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -193,7 +193,7 @@ class Experts(MegatronModule):
 
     def _stacked(self, rows: int, columns: int, *, dim: int) -> torch.nn.Parameter:
         dtype = self.weight_dtype or self.config.params_dtype
-        weight = torch.nn.Parameter(torch.empty(self.count, rows, columns, dtype=dtype, device=compat.device()))
+        weight = torch.nn.Parameter(torch.empty(self.count, rows, columns, dtype=dtype, device=ranks.device()))
         set_tensor_model_parallel_attributes(weight, True, dim, 1)  # every rank counts its own part of the norm
         return weight
 

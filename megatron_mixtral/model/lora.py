@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mixtral.kernels.grouped_gemm import grouped_mm_serves
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import layers
 from megatron_mixtral.weights.lora import SIDES, Lora
 
@@ -77,7 +77,7 @@ class Pair(torch.nn.Module):
 
     def __init__(self, lora_a: Tensor, out: int, dtype: torch.dtype) -> None:
         super().__init__()
-        place: dict[str, Any] = {"device": compat.device(), "dtype": dtype}
+        place: dict[str, Any] = {"device": ranks.device(), "dtype": dtype}
         rank = lora_a.shape[-2]
         self.lora_A = torch.nn.Parameter(lora_a.to(**place).contiguous())
         self.lora_B = torch.nn.Parameter(torch.zeros(*lora_a.shape[:-2], out, rank, **place))

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_mixtral.checkpoint import loading
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import build, fp8
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import Progress
@@ -45,7 +45,7 @@ def run(setup: Setup, run_dir: Path, listener: socket.socket | None) -> None:
 def load(setup: Setup, log: EventLog) -> Any:
     """This rank's replica of the model."""
     config, started = setup.config, time.monotonic()
-    compat.initialize(config.layout)
+    ranks.initialize(config.layout)
     part = build.build(
         setup.shape,
         config.layout,
@@ -93,7 +93,7 @@ class Server:
             for link in connections.values():
                 link.close()
         self._log.write("exit", code=0, reason="stopped")
-        compat.shutdown()
+        ranks.shutdown()
 
     def _serve(self, replica: Any, connections: dict[int, Any]) -> None:
         places = leader.Places.survey()
@@ -160,7 +160,7 @@ def _follow(setup: Setup) -> None:
     connections.update(links.meet(setup.rank, setup.world, on_lost=lambda _: _leave_soon()))
     places = leader.Places.survey()
     leader.follow(replica, connections[0], speaks=places.speaks[setup.rank])
-    compat.shutdown()
+    ranks.shutdown()
 
 
 def _leave_soon() -> None:

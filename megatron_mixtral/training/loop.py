@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mixtral import signals
+from megatron_mixtral import mcore, signals
 from megatron_mixtral.checkpoint.saver import Saver
 from megatron_mixtral.data import dataset
 from megatron_mixtral.data.loader import Batch, Feed
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.distributed.watchdog import Watchdog
 from megatron_mixtral.errors import JobError, Requeue
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import compat, ranks
 from megatron_mixtral.observability import plot
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.spec.jobs import FinetuneConfig
@@ -41,7 +41,7 @@ def train(config: FinetuneConfig, run_dir: Path) -> None:
     megatron_options.check(config)
     recorders.check(config)
     limits = (config.setup_timeout, config.step_timeout, config.save_timeout)
-    compat.initialize(
+    ranks.initialize(
         config.layout, seed=config.seed, timeout=max(limits) + 120, virtual_pipeline=config.virtual_pipeline
     )
     # Beside the ranks' logs, where there are such; ranks that hang name each other there.
@@ -49,7 +49,7 @@ def train(config: FinetuneConfig, run_dir: Path) -> None:
     watch = Watchdog(folder, rank=dist.get_rank(), world=dist.get_world_size())
     watch.enter("setting up", config.setup_timeout)
     try:
-        with compat.quiet():
+        with mcore.quiet():
             trainer = Trainer(config, run_dir, watch)
             try:
                 trainer.run()
@@ -57,7 +57,7 @@ def train(config: FinetuneConfig, run_dir: Path) -> None:
                 trainer.close()
     finally:
         watch.close()
-        compat.shutdown()
+        ranks.shutdown()
 
 
 class Trainer:
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(self, config: FinetuneConfig, run_dir: Path, watch: Watchdog) -> None:
         self.config, self.run_dir, self.watch = config, run_dir, watch
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.replica, self.replicas = compat.data_parallel()
+        self.replica, self.replicas = ranks.data_parallel()
         dataset.check_batch(config.global_batch, config.micro_batch, self.replicas)
         megatron_options.check_rounds(config, self.replicas)
         self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
@@ -262,7 +262,7 @@ class Trainer:
             self.parts.optimizer,
             wait=wait,
             common={"progress": dataclasses.asdict(self.progress), "data": self.corpus.identity},
-            rank_state=compat.random_state(),
+            rank_state=ranks.random_state(),
             assets=self.started.assets,
             source={"model": self.config.model, "data": self.config.data},
         )

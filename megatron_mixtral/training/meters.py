@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.spec.jobs import MixtralShape
 
 from megatron.core.transformer.moe.router import TopKRouter
@@ -49,7 +49,7 @@ def flops_per_token(shape: MixtralShape, sequence_length: int) -> float:
 
 def peak() -> float | None:
     """This GPU's dense bf16 TFLOP/s; None for one that isn't in the table, and without a GPU."""
-    if not compat.HAVE_GPU:
+    if not cpu.HAVE_GPU:
         return None
     name = torch.cuda.get_device_name()
     return next((float(rate) for part, rate in PEAKS.items() if part in name), None)
@@ -57,7 +57,7 @@ def peak() -> float | None:
 
 def memory() -> float:
     """GiB that this rank has held at most: of its GPU, or of the process without one."""
-    if compat.HAVE_GPU:
+    if cpu.HAVE_GPU:
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -67,7 +67,7 @@ class ExpertLoad:
 
     def __init__(self, chunks: list[torch.nn.Module], shape: MixtralShape) -> None:
         self._counts = torch.zeros(
-            shape.num_hidden_layers, shape.num_local_experts, dtype=torch.float64, device=compat.device()
+            shape.num_hidden_layers, shape.num_local_experts, dtype=torch.float64, device=ranks.device()
         )
         for module in (m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)):
             module.register_forward_hook(self._count)

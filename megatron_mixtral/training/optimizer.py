@@ -17,6 +17,7 @@ from megatron_mixtral.spec.jobs import FinetuneConfig
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
@@ -82,13 +83,16 @@ def _allocate_state(optimizer: Any) -> None:
 
 def _speed_up(chunks: list[DistributedDataParallel], optimizer: Any) -> None:
     """Weight gradients added where they are kept, and an update in one pass over memory."""
-    from megatron_mixtral.kernels import adam, wgrad  # imports triton
+    from megatron_mixtral.kernels import adam, wgrad  # needs triton, which is there wherever a model is fused
 
     for chunk in chunks:
         compat.accumulate_in_place(chunk, wgrad.extension)
     compat.norms_without_waiting()
     for part in optimizer.chained_optimizers:
-        adam.take_over(part)
+        plain = type(part) is DistributedOptimizer and type(part.optimizer) is torch.optim.AdamW
+        if plain and not any(part.model_fp32_groups):
+            part.optimizer = adam.FusedAdamW(part.optimizer.param_groups, compat.model_shards(part))
+            part._copy_main_params_to_model_params = lambda: None  # the update has written them already
 
 
 def _scheduler(config: FinetuneConfig, optimizer: Any) -> OptimizerParamScheduler:

@@ -14,13 +14,13 @@ from megatron_mixtral.checkpoint import loading, save_load
 from megatron_mixtral.data import loader
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.model import build
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
 from megatron_mixtral.training import megatron_options, optimizer
+from megatron_mixtral.weights import folder, merged
 from megatron_mixtral.weights import lora as adapters
-from megatron_mixtral.weights import merged
 from megatron_mixtral.weights.lora import Lora
 
 
@@ -48,7 +48,7 @@ class Started:
 
     def notes(self, config: FinetuneConfig) -> list[str]:
         """What the user should hear before the first step."""
-        said = [build.ways(self.parts.chunks[0].module)] if compat.HAVE_GPU else []
+        said = [build.ways(self.parts.chunks[0].module)] if cpu.HAVE_GPU else []
         if self.lora:
             said.append(adapters.share(self.shape, self.lora))
         said += self.corpus.notes
@@ -80,7 +80,7 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
         progress = Progress(**state.common["progress"])
         loader.same(config, corpus.identity, state.common["data"])
         if state.rank:
-            compat.restore_random_state(state.rank)
+            ranks.restore_random_state(state.rank)
     else:
         loading.start(chunks, source)
         parts = optimizer.build(config, *chunks)
@@ -102,7 +102,7 @@ def _source(config: FinetuneConfig, checkpoints: Path) -> Path:
     """The weights to start from, decided by rank 0: this run's newest checkpoint, or the given model."""
 
     def find() -> Path:
-        return save_load.newest(checkpoints) or save_load.resolve(Path(config.model).expanduser())
+        return folder.newest(checkpoints) or folder.resolve(Path(config.model).expanduser())
 
     return collectives.on_first_rank(find)
 
@@ -154,7 +154,7 @@ def _load_training(parts: optimizer.Optimization, source: Path) -> save_load.Sta
     try:
         return save_load.load_training(parts.chunks, parts.optimizer, source)
     except CheckpointError as error:
-        older = [p.name for p in save_load.complete(source.parent) if p.name < source.name]
+        older = [p.name for p in folder.complete(source.parent) if p.name < source.name]
         hint = f"; to go on from {older[-1]} instead, remove {source}" if older else ""
         raise CheckpointError(f"{error}{hint}") from error
 

@@ -64,14 +64,14 @@ def resolve(path: Path) -> Path:
 def find(path: Path) -> Path:
     """As `resolve`, but a model in the hub's layout is found as well."""
     hub_like = (path / "config.json").is_file() and not (path / ".metadata").exists()
-    if hub_like and is_hub(path) and not complete(path):
-        return path
-    return resolve(path)
+    return path if hub_like and is_hub(path) else resolve(path)
 
 
 def is_hub(folder: Path) -> bool:
-    """Whether a folder that `find` found is in the hub's layout: one that `convert` wrote has a marker as well."""
-    return not (folder / MARKER).is_file() or read_marker(folder).get("kind") == "hub"
+    """Whether a folder says of itself that it's in the hub's layout, or could be; its weights aren't looked at."""
+    if (folder / MARKER).is_file():
+        return read_marker(folder).get("kind") == "hub"
+    return not complete(folder) and not complete(folder / "checkpoints")
 
 
 def read_marker(folder: Path) -> dict[str, Any]:

@@ -62,15 +62,8 @@ def plan(config: ConvertConfig) -> Conversion:
     return directions[config.to](config, source)
 
 
-def is_hub(folder: Path) -> bool:
-    """Whether a folder says of itself that it's in the hub's layout, or could be; its weights aren't looked at."""
-    if (folder / MARKER).is_file():
-        return weights_folder.read_marker(folder).get("kind") == "hub"
-    return not weights_folder.complete(folder) and not weights_folder.complete(folder / "checkpoints")
-
-
 def plan_to_megatron(config: ConvertConfig, folder: Path) -> Conversion:
-    if not is_hub(folder):
+    if not weights_folder.is_hub(folder):
         raise InputError(f"{folder}: in Megatron's layout already; --to hf converts it back")
     shape = MixtralShape.from_folder(folder)
     config.layout.check(shape)
@@ -179,7 +172,7 @@ def empty_objects(shape: MixtralShape) -> Iterator[str]:
 
 
 def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
-    if is_hub(folder) and any(folder.glob("*.safetensors")):
+    if weights_folder.is_hub(folder) and any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: in the hub's layout already")
     newest = weights_folder.resolve(folder)
     shape = MixtralShape.from_folder(newest)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import build
 from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
 from megatron_mixtral.training import optimizer
@@ -61,7 +61,7 @@ class Ours:
     def __init__(
         self, fuse: bool, *, precision: Any = "bf16", shape: MixtralShape = SHAPE, nudge: bool = False
     ) -> None:
-        compat.seed_ranks(1)
+        ranks.seed_ranks(1)
         built = build.build(
             shape, Layout(), precision=precision, fuse=fuse, max_sequence_length=8192, random_weights=False
         )

@@ -24,7 +24,7 @@ import numpy as np
 from bench_convert import MIXTRAL_8X7B, make
 from bench_convert import convert as converted
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.jobs import Layout, MixtralShape
 from megatron_mixtral.weights.copying import Target
 
 TINY = MIXTRAL_8X7B | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "vocab_size": 999}
@@ -59,20 +59,20 @@ def load(source: Path, folder: Path) -> None:
     """Load the converted folder by the megatron-core that is found first, and prove what it holds and computes."""
     begun = time.perf_counter()
     from megatron_mixtral.checkpoint import compare_logits, save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import cpu
     from megatron_mixtral.model import build
     from megatron_mixtral.weights import folder as weights_folder
 
     import megatron.core
 
-    where = "the GPU" if compat.HAVE_GPU else "the CPU"
+    where = "the GPU" if cpu.HAVE_GPU else "the CPU"
     print(
         f"\nmegatron-core {megatron.core.__version__}, imported in {time.perf_counter() - begun:.1f} s", flush=True
     )
     shape, release = MixtralShape.from_folder(source), folder / "release"
     with compare_logits.alone():
         begun = time.perf_counter()
-        built = build.build(shape, compat.Layout(), precision="bf16", random_weights=False, fuse=False)
+        built = build.build(shape, Layout(), precision="bf16", random_weights=False, fuse=False)
         save_load.load_weights(built, release)
         print(f"  loaded onto {where} in {time.perf_counter() - begun:.1f} s", flush=True)
         begun = time.perf_counter()

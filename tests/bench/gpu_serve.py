@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from gpu_candidates import SHAPE as TWO_LAYERS
 
 from megatron_mixtral import kernels as fused
-from megatron_mixtral.mcore import compat
+from megatron_mixtral import mcore
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import build as model
 from megatron_mixtral.model import fp8
 from megatron_mixtral.serve.engine.replica import Replica, Sizes
@@ -331,7 +332,7 @@ def main() -> None:
 
     import megatron.core
 
-    compat.initialize(LAYOUT)
+    ranks.initialize(LAYOUT)
     if torch.distributed.get_rank():  # the first stage tells for all
         sys.stdout, options.json = io.StringIO(), None
     shape = dataclasses.replace(TWO_LAYERS, num_hidden_layers=options.layers)
@@ -341,7 +342,7 @@ def main() -> None:
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "ways": grouped_gemm.describe_forward(),
+        "ways": "experts by our grouped products" if grouped_gemm._have_tiles() else grouped_gemm.describe(),
         "layers": options.layers,
         "stages": LAYOUT.pipeline,
         "copy_tb_s": rate / 1e12,
@@ -349,7 +350,7 @@ def main() -> None:
     clean()
     kept: dict[str, torch.Tensor] = {}
     for kind in options.weights:
-        with compat.quiet():
+        with mcore.quiet():
             report[KINDS[kind]], kept[kind] = ours(options, shape, rate, in_fp8=kind == "fp8")
         clean()
         if len(kept) == 2:
@@ -364,7 +365,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     show(report)
-    compat.shutdown()
+    ranks.shutdown()
 
 
 if __name__ == "__main__":

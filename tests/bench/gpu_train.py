@@ -19,7 +19,8 @@ import torch
 from gpu_candidates import SHAPE, Ours, Task, Transformers
 
 from megatron_mixtral import kernels as fused
-from megatron_mixtral.mcore import compat
+from megatron_mixtral import mcore
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
 WARM_UP = 3
@@ -277,14 +278,14 @@ def main() -> None:
     options = parser.parse_args()
     if reason := fused.missing():
         sys.exit(f"this needs a GPU and triton: {reason}")
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     task = Task(sequence=options.sequence, rows=options.micro_batch, repeats=options.repeats)
-    with compat.quiet():
+    with mcore.quiet():
         report = measure_all(options, task)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     show(report, options.passes)
-    compat.shutdown()
+    ranks.shutdown()
 
 
 def measure_all(options: argparse.Namespace, task: Task) -> dict[str, Any]:

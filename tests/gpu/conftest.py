@@ -33,14 +33,14 @@ def tiles(device):
 @pytest.fixture
 def one_rank(device):
     """megatron-core with one rank, for an engine that our own forward pass can serve."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import compat, ranks
     from megatron_mixtral.spec.jobs import Layout
 
     if not compat.ENGINE_COUNTS_ON_DEVICE:
         pytest.skip("megatron-core before 0.19 keeps its bookkeeping elsewhere")
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     yield
     from megatron.core.inference.utils import InferenceMode
 
     InferenceMode.unset_active()  # for the tests of training in this process
-    compat.shutdown()
+    ranks.shutdown()

@@ -67,14 +67,14 @@ def core_shape(shape):
 
 def step_bytes(shape, rows, sequence, config, dispatch):
     """Two steps of two micro batches: (peak, what stands between steps)."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build, fused
     from megatron_mixtral.spec.jobs import FinetuneConfig, Layout
     from megatron_mixtral.training import optimizer
 
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     if dispatch:
         fused.MoE.forward = MoELayer.forward
     before = torch.cuda.memory_allocated()
@@ -128,13 +128,13 @@ def test_the_way_through_the_dispatcher(measure):
 
 def server_bytes(shape, work):
     """A server that reads a prompt for each request it can hold."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.serve.engine.replica import Replica, Sizes
     from megatron_mixtral.serve.messages import Request
     from megatron_mixtral.spec.jobs import Layout
 
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     before = torch.cuda.memory_allocated()
     options = {"random_weights": not work.fp8_experts, "fp8_experts": work.fp8_experts}
     built = build.build(core_shape(shape), Layout(), precision="bf16", **options)

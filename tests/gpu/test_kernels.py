@@ -302,8 +302,8 @@ def test_adam_beside_torchs(scale, device):
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     copy = torch.empty(10_000, dtype=torch.bfloat16, device=device)
-    mine, plain = FusedAdamW([ours], **settings), torch.optim.AdamW([theirs], **settings)
-    mine.copies, mine.scale = {ours: copy}, scale
+    mine = FusedAdamW([{"params": [ours], **settings}], {ours: copy})
+    mine.scale, plain = scale, torch.optim.AdamW([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn_like(start)
         theirs.grad = ours.grad * scale

@@ -27,12 +27,12 @@ SHAPE = MixtralShape(
 
 def replica(shape, layout, *, ours, in_fp8=False):
     """Of a random model, the same in the GPU's own precision and with experts in FP8."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import cpu
     from megatron_mixtral.model import build, fp8
     from megatron_mixtral.serve.engine import forward
     from megatron_mixtral.serve.engine.replica import Replica, Sizes
 
-    precision = "bf16" if compat.HAVE_GPU else "fp32"
+    precision = "bf16" if cpu.HAVE_GPU else "fp32"
     built = build.build(shape, layout, precision=precision, random_weights=False, fuse=False, fp8_experts=in_fp8)
     experts = [layer.mlp.experts for layer in built.decoder.layers]
     scales = {w: s for e in experts for w, s in zip((e.linear_fc1, e.linear_fc2), e.scales, strict=True)}
@@ -114,11 +114,11 @@ def test_logits_are_the_engines_own(window, tied):
 
 
 def on_each_stage(shape, layout):
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
-    compat.initialize(layout)
+    ranks.initialize(layout)
     found = distances(shape, layout, (1, 70, 5), tokens=3)
-    compat.shutdown()
+    ranks.shutdown()
     return found
 
 

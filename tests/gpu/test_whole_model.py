@@ -25,11 +25,11 @@ CONFIG = FinetuneConfig(model="", data="", global_batch=1, warmup_steps=1, steps
 
 @pytest.fixture(autouse=True)
 def _one_rank(device):
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     yield
-    compat.shutdown()
+    ranks.shutdown()
 
 
 LORAS = [None, Lora(rank=8, alpha=16), Lora(rank=8, alpha=16, experts=True)]

@@ -51,12 +51,12 @@ SHAPE = {
 WEIGHTS = """
 import sys
 from pathlib import Path
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.checkpoint import save_load
 from megatron_mixtral.model import build
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 folder = Path(sys.argv[1])
-compat.initialize(Layout(), seed=5)
+ranks.initialize(Layout(), seed=5)
 built = build.build(MixtralShape.from_folder(folder), Layout(), precision="fp32")
 save_load.save(folder / "release", built, assets=folder)
 """

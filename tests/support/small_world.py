@@ -24,11 +24,11 @@ def make_weights(folder, poison="", value=float("nan")):
     import torch
 
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
-    compat.initialize(Layout(), seed=5)
+    ranks.initialize(Layout(), seed=5)
     built = build.build(MixtralShape.from_folder(folder), Layout(), precision="fp32")
     for name, parameter in built.named_parameters():
         if poison and poison in name:

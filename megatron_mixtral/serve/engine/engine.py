@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mixtral.mcore import compat
+from megatron_mixtral import mcore
+from megatron_mixtral.mcore import compat, cpu
 from megatron_mixtral.serve.engine import forward
 from megatron_mixtral.serve.engine.attention import use_paged_attention
 from megatron_mixtral.serve.engine.forward import Step
@@ -27,7 +28,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-with compat.without_recorders():
+with mcore.without_recorders():
     from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 
 GIB = 1024**3
@@ -35,7 +36,7 @@ for _number in (signal.SIGTERM, signal.SIGINT):
     faulthandler.unregister(_number)  # importing the engine makes them print stacks; here they mean a drain
 # The context, the wrapped model, and what else the controller and the engine are made with.
 Parts = tuple[DynamicInferenceContext, GPTInferenceWrapper, dict[str, Any], dict[str, Any]]
-if not compat.HAVE_GPU:
+if not cpu.HAVE_GPU:
     communication_utils._is_cuda = lambda _: None  # it asserts where it could just send
     dynamic_context.triton_append_key_value_cache = None  # Triton may be installed where no GPU is
 
@@ -195,7 +196,7 @@ def build(
     )
     controller = Controller(wrapper, _NoTokenizer(), sampler=Sampler(vocabulary), **controller_options)
     engine = Engine(controller, context, **engine_options)
-    if compat.HAVE_GPU:
+    if cpu.HAVE_GPU:
         _speed_up(controller, model)
     return engine
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_mixtral import kernels
 from megatron_mixtral.kernels import grouped_gemm
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import compat, ranks
 from megatron_mixtral.model.layers import Experts, window_of
 
 from megatron.core import parallel_state
@@ -125,14 +125,14 @@ class Step:
         )
         self.model, self.context, self.config = model, context, model.config
         size = self.config.kv_channels
-        exponent = torch.arange(0, size, 2, dtype=torch.float32, device=compat.device()) / size
+        exponent = torch.arange(0, size, 2, dtype=torch.float32, device=ranks.device()) / size
         self.frequency = model.shape.rope_theta**-exponent
         self.scale = self.config.softmax_scale or size**-0.5
         self.window = window_of(self.config)
         self.stage, self.head = Stage(), _head(model)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of decoding, by requests
         self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of prompts among them, by tokens
-        kind = {"dtype": self.config.params_dtype, "device": compat.device()}
+        kind = {"dtype": self.config.params_dtype, "device": ranks.device()}
         self.residual = torch.zeros(context.max_tokens, self.config.hidden_size, **kind)
         self.logits = torch.empty(context.max_requests, model.vocab_size, **kind)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_mixtral.distributed import collectives
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import ranks
 from megatron_mixtral.serve.admission import Cancel, Order, Stop
 from megatron_mixtral.serve.engine.links import Link
 from megatron_mixtral.serve.messages import Event, Request, Token, event_from_json
@@ -48,7 +48,7 @@ class Places:
         """Ask all ranks; every rank calls it."""
         state = parallel_state
         mine = (
-            compat.data_parallel()[0],
+            ranks.data_parallel()[0],
             state.get_tensor_model_parallel_rank() == 0 and state.get_pipeline_model_parallel_rank() == 0,
         )
         replicas, speaks = zip(*collectives.gathered(mine), strict=True)

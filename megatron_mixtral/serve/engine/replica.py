@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.serve.engine import engine
 from megatron_mixtral.serve.engine.sampling import Choice
 from megatron_mixtral.serve.messages import Event, Request, Token
@@ -84,12 +84,12 @@ class Replica:
     def idle_step(self) -> None:
         """Take part in the experts' exchange with one token of no request, while other replicas have work."""
         count = self._model.config.tensor_model_parallel_size
-        tokens = torch.zeros((1, count), dtype=torch.long, device=compat.device())
+        tokens = torch.zeros((1, count), dtype=torch.long, device=ranks.device())
         if not parallel_state.is_pipeline_first_stage():
             share = 1 if self._model.config.sequence_parallel else count
             shape = (share, 1, self._model.config.hidden_size)
             self._model.set_input_tensor(
-                torch.zeros(shape, dtype=self._model.config.params_dtype, device=compat.device())
+                torch.zeros(shape, dtype=self._model.config.params_dtype, device=ranks.device())
             )
         self._model(tokens, tokens, None, runtime_gather_output=True)
 
@@ -110,6 +110,6 @@ def _cache_bytes(model: GPTModel, sizes: Sizes) -> int:
     tokens = sizes.cache_tokens or sizes.requests * pages * sizes.page
     pages_asked = max(-(-tokens // sizes.page), pages) + 1  # one page belongs to padding
     wanted = pages_asked * sizes.page * a_token
-    if compat.HAVE_GPU:
+    if cpu.HAVE_GPU:
         wanted = min(wanted, int(torch.cuda.mem_get_info()[0] * 0.85))
     return wanted

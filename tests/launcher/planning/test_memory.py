@@ -62,7 +62,7 @@ def allocated(monkeypatch):
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_mixtral.mcore import compat, cpu
+    from megatron_mixtral.mcore import cpu, ranks
     from megatron_mixtral.model import build as model
     from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
     from megatron_mixtral.training import optimizer as optimize
@@ -77,17 +77,17 @@ def allocated(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         try:
-            compat.initialize(Layout(**layout))
+            ranks.initialize(Layout(**layout))
             with monkeypatch.context() as patch:
                 patch.setattr(cpu, "CPU", meta)  # what torch.cuda.current_device() returns here
-                patch.setattr(compat, "device", lambda: meta)
+                patch.setattr(ranks, "device", lambda: meta)
                 patch.setattr(torch.Tensor, "type", lambda tensor: kind(tensor).replace(".meta", ""))
                 patch.setattr(dist, "all_gather_object", _everyone_says_the_same)
                 if fp8_experts:
                     return _served(core_shape(shape), Layout(**layout))
                 return _bytes(core_shape(shape), Layout(**layout), precision, lora)
         finally:
-            compat.shutdown()
+            ranks.shutdown()
 
     def core_shape(shape):
         return MixtralShape(
@@ -194,13 +194,13 @@ def bytes_after_a_step(expert):
 
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build as model
     from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
     from megatron_mixtral.training import optimizer as optimize
 
     layout = Layout(expert=expert)
-    compat.initialize(layout)
+    ranks.initialize(layout)
     shape = MixtralShape(
         num_hidden_layers=TRAINED.layers,
         hidden_size=TRAINED.hidden,
@@ -284,12 +284,12 @@ def bytes_of_a_layer(axes):
     """What autograd keeps for one more layer of our fused kernels, parameters left out."""
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build as model
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
     layout = Layout(**axes)
-    compat.initialize(layout)
+    ranks.initialize(layout)
 
     def kept(layers):
         shape = MixtralShape(
@@ -320,7 +320,7 @@ def bytes_of_a_layer(axes):
         return sum(found.values())
 
     told = kept(2) - kept(1)
-    compat.shutdown()
+    ranks.shutdown()
     return told
 
 

@@ -36,11 +36,11 @@ def config_of(world):
 def train_on(raw, run_dir):
     """(exit code, words) of `finetune` in this process, whose ranks stay together for the next one."""
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.spec import jobs
     from megatron_mixtral.training import loop
 
-    compat.shutdown = lambda: None
+    ranks.shutdown = lambda: None
     try:
         loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(run_dir))
     except JobError as error:

@@ -24,7 +24,7 @@ def differences(folder, layouts):
     import torch
 
     from megatron_mixtral.checkpoint import loading, save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
     from megatron_mixtral.weights import folder as weights_folder
@@ -34,7 +34,7 @@ def differences(folder, layouts):
     for name, layout in layouts.items():
         for source in sorted(Path(folder).iterdir()):
             weights, layout_now = source / "megatron" / "release", Layout(**layout)
-            compat.initialize(layout_now, timeout=60, seed=5)
+            ranks.initialize(layout_now, timeout=60, seed=5)
             shape = MixtralShape.from_folder(weights)
             part = build.build(shape, layout_now, precision="fp32", random_weights=False)
             save_load.load_weights(part, weights)
@@ -46,7 +46,7 @@ def differences(folder, layouts):
                 loading.load(part, weights_folder.find(path), progress=told.append)
                 off = [key for key, value in part.named_parameters() if not torch.equal(value, wanted[key])]
                 found[name, source.name, path.name] = (off, sum(told) <= loading.size(part), len(told) > 20)
-    compat.shutdown()
+    ranks.shutdown()
     return found
 
 
@@ -55,7 +55,7 @@ def differences_in_fp8(folder, layouts):
     import torch
 
     from megatron_mixtral.checkpoint import loading
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build, fp8
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
     from megatron_mixtral.weights import folder as weights_folder
@@ -63,7 +63,7 @@ def differences_in_fp8(folder, layouts):
     loading.BLOCK = 200
     found = {}
     for (name, layout), path in itertools.product(layouts.items(), ("hub", "megatron")):
-        compat.initialize(Layout(**layout), timeout=60, seed=5)
+        ranks.initialize(Layout(**layout), timeout=60, seed=5)
         weights, parts = weights_folder.find(Path(folder) / "plain" / path), []
         for kept_in_fp8 in (False, True):
             shape = MixtralShape.from_folder(weights)
@@ -80,7 +80,7 @@ def differences_in_fp8(folder, layouts):
                 same = torch.equal(expected.float(), values.float()) and torch.equal(its_scale, scale)
                 off += [] if same and values.dtype == torch.float8_e4m3fn else [(number, fc)]
         found[name, path] = (off, loading.size(parts[1]) < 0.6 * loading.size(parts[0]))
-    compat.shutdown()
+    ranks.shutdown()
     return found
 
 

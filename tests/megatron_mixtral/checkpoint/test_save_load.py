@@ -24,19 +24,19 @@ TRAINED_ON = {"expert": 2, "pipeline": 2}  # and two data-parallel replicas of a
 
 
 def start(folder, layout, **options):
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
     layout, shape = Layout(**layout), MixtralShape.from_folder(Path(folder))
-    compat.initialize(layout, timeout=60, seed=5)
+    ranks.initialize(layout, timeout=60, seed=5)
     return build.build(shape, layout, precision="fp32", **options)
 
 
 def write_random(folder):
     """One rank: random weights into `folder/release`."""
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.weights import tensors
 
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -46,26 +46,26 @@ def write_random(folder):
     kinds = {"tensors": {}, "objects": {}}
     for value in nested_values(model.sharded_state_dict()):
         kinds["tensors" if hasattr(value, "dtype") else "objects"][value.key] = value.global_shape
-    compat.shutdown()
+    ranks.shutdown()
     return kinds, tensors.shapes(model.shape), tensors.extra_states(model.shape)
 
 
 def save_at(folder, layouts):
     """Load the release at each layout and save it again from there."""
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     for name, layout in layouts.items():
         model = start(folder, layout, random_weights=False)
         save_load.load_weights(model, Path(folder) / "release")
         save_load.save(Path(folder) / name, model)
-    compat.shutdown()
+    ranks.shutdown()
 
 
 def read_back(folder, names):
     """One rank: all parameters of each of the weights folders."""
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     model, read = start(folder, {}, random_weights=False), {}
     for name in names:
@@ -73,7 +73,7 @@ def read_back(folder, names):
             parameter.data.fill_(float("nan"))
         save_load.load_weights(model, Path(folder) / name)
         read[name] = {key: value.detach().clone().numpy() for key, value in model.named_parameters()}
-    compat.shutdown()
+    ranks.shutdown()
     return read
 
 
@@ -105,7 +105,7 @@ def test_weights_keep_their_bits_through_every_layout(release):
 
 def load_as_upstream(folder):
     """megatron-core's own loader at its strictest, asking for all that a Transformer Engine model asks for."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     from megatron.core import dist_checkpointing
 
@@ -113,7 +113,7 @@ def load_as_upstream(folder):
     asked = {"model": model.sharded_state_dict()}
     loaded = dist_checkpointing.load(asked, str(Path(folder) / "release"), strict="raise_all")
     objects = [key for key, value in loaded["model"].items() if value is None]
-    compat.shutdown()
+    ranks.shutdown()
     return loaded["checkpoint_version"], len(objects)
 
 
@@ -135,13 +135,13 @@ def train(parts, first, count):
     """Mean losses of `count` steps on made-up tokens, the same whatever the layout."""
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.training import optimizer
 
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    rank, replicas = compat.data_parallel()
+    rank, replicas = ranks.data_parallel()
     losses = []
     for number in range(first, first + count):
         tokens = torch.randint(0, 67, (4, 17), generator=torch.Generator().manual_seed(number % 2))
@@ -173,7 +173,7 @@ def train(parts, first, count):
 def train_and_save(folder):
     """Four ranks: three steps, a save, three more."""
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     from megatron.core import parallel_state
 
@@ -190,19 +190,19 @@ def train_and_save(folder):
         assets=Path(folder),
     )
     after = train(parts, 3, 3)
-    compat.shutdown()
+    ranks.shutdown()
     return before, after
 
 
 def resume(folder, layout):
     """Load that save at `layout` and go on for three steps."""
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     parts = trainer(folder, layout)
     state = save_load.load_training(parts.chunks[0], parts.optimizer, Path(folder) / "iter_0000003")
     losses = train(parts, 3, 3)
-    compat.shutdown()
+    ranks.shutdown()
     return losses, state.step, state.common, state.rank
 
 
@@ -304,7 +304,7 @@ def errors_of(folder, names):
     """What loading says of each weights folder; one rank."""
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.errors import CheckpointError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     model, said = start(folder, {}), {}
     for name in names:
@@ -315,7 +315,7 @@ def errors_of(folder, names):
             said[name] = str(error)
         same = zip(before, model.parameters(), strict=True)
         assert all((old == new).all() for old, new in same), "an error after parameters had changed"
-    compat.shutdown()
+    ranks.shutdown()
     return said
 
 
@@ -341,7 +341,7 @@ def test_damage_is_refused_by_name_before_anything_changes(release, tmp_path):
 def save_twice(folder):
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.errors import CheckpointError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     model, target = start(folder, {"pipeline": 2}), Path(folder) / "checkpoints" / "iter_0000007"
     if os.environ["RANK"] == "0":
@@ -353,7 +353,7 @@ def save_twice(folder):
     except CheckpointError as error:
         return sorted(path.name for path in target.iterdir()), str(error)
     finally:
-        compat.shutdown()
+        ranks.shutdown()
 
 
 def test_a_save_clears_what_a_killed_one_left_and_is_never_overwritten(tmp_path):

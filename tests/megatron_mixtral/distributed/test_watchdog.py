@@ -55,15 +55,16 @@ def test_where_a_save_is_stuck_is_told_of_the_thread_that_saves():
 
 def get_stuck(raw, folder):
     """Rank 1 sleeps in its data at step 3, as on a file system that doesn't answer."""
+    import torch.distributed as dist
+
     from megatron_mixtral.data import loader
-    from megatron_mixtral.mcore import compat
     from megatron_mixtral.spec import jobs as config
     from megatron_mixtral.training import loop
 
     take = loader.Feed.take
 
     def slow_take(self, first, **more):
-        if compat.dist.get_rank() == 1 and first >= 2 * raw["global_batch"]:
+        if dist.get_rank() == 1 and first >= 2 * raw["global_batch"]:
             time.sleep(1000)
         return take(self, first, **more)
 

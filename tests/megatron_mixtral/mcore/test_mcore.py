@@ -12,14 +12,14 @@ from spawn_ranks import free_port, ranks
 def mistakes():
     """What `initialize` says of environments and layouts that can't be."""
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.spec.jobs import Layout
 
     said = []
     for layout, forgotten in ((Layout(pipeline=2), None), (Layout(expert=3), None), (Layout(), "MASTER_PORT")):
         kept = os.environ.pop(forgotten) if forgotten else None
         try:
-            compat.initialize(layout)
+            ranks.initialize(layout)
         except JobError as error:
             said.append((str(error), error.exit_code))
         if kept:
@@ -50,9 +50,9 @@ def on_cpu():
     """Every way to name CUDA, on a machine without; where the tensors lie."""
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import cpu
 
-    assert not compat.HAVE_GPU
+    assert not cpu.HAVE_GPU
     made = [
         torch.zeros(2, device="cuda"),
         torch.tensor([1.0], device=torch.device("cuda", 0)),
@@ -89,11 +89,11 @@ def test_a_device_context_still_reaches_every_factory():
 def test_torchrun_starts_ranks_too(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from megatron_mixtral.mcore import compat\n"
+        "from megatron_mixtral.mcore import ranks\n"
         "from megatron_mixtral.spec.jobs import Layout\n"
-        "compat.initialize(Layout(pipeline=2), timeout=60)\n"
-        "print('place', *compat.data_parallel())\n"
-        "compat.shutdown()\n"
+        "ranks.initialize(Layout(pipeline=2), timeout=60)\n"
+        "print('place', *ranks.data_parallel())\n"
+        "ranks.shutdown()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     done = subprocess.run(
@@ -103,11 +103,20 @@ def test_torchrun_starts_ranks_too(tmp_path):
     assert done.stdout.count("place 0 1") == 2
 
 
+def test_what_is_patched_is_there_to_be_patched():
+    import pkgutil
+
+    from megatron_mixtral.mcore import compat
+
+    for patch in compat.PATCHES:
+        pkgutil.resolve_name(patch.what)  # AttributeError names what upstream has renamed
+
+
 def late():
     importlib.import_module("megatron.core")
     importlib.import_module("megatron_mixtral.mcore.compat")
 
 
 def test_importing_megatron_first_is_an_error_and_not_a_slow_surprise():
-    with pytest.raises(AssertionError, match=r"import megatron_mixtral\.mcore\.compat before megatron\.core"):
+    with pytest.raises(AssertionError, match=r"import megatron_mixtral\.mcore before megatron\.core"):
         ranks(1, late, env={"CUDA_VISIBLE_DEVICES": ""})

@@ -92,12 +92,12 @@ def megatron_tensors(given, config):
 
 def start(folder, layout, **options):
     """Join the ranks and build the model of `folder` at `layout`."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
     layout, shape = Layout(**layout), MixtralShape.from_folder(Path(folder))
-    compat.initialize(layout, timeout=60)
+    ranks.initialize(layout, timeout=60)
     return build.build(shape, layout, precision="fp32", **options)
 
 
@@ -218,21 +218,21 @@ def gradient_errors(model, expected):
 
 def on_one_rank(folders):
     """Write the weights of every shape, and compare those of the first."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     for folder in folders:
         write_weights(folder)
     off = compare(folders[0], {})
-    compat.shutdown()
+    ranks.shutdown()
     return off
 
 
 def on_two_ranks(cases):
     """One layout after another over the same ranks: name -> differences."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     off = {name: compare(folder, layout) for name, folder, layout in cases}
-    compat.shutdown()
+    ranks.shutdown()
     return off
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.mcore import compat
+from megatron_mixtral.mcore import compat, cpu
 from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
 from megatron_mixtral.training import megatron_options
 
@@ -15,7 +15,7 @@ def card(monkeypatch):
 
     def pretend(name="H100", capability=(9, 0), engine=True):
         monkeypatch.setattr(compat, "have_transformer_engine", lambda: engine)
-        monkeypatch.setattr(compat, "HAVE_GPU", bool(name))
+        monkeypatch.setattr(cpu, "HAVE_GPU", bool(name))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 

@@ -8,7 +8,7 @@ def attention_errors():
     """Largest differences of the attention from softmax written out, for whole sequences, decoding and windows."""
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model.build import transformer_config
     from megatron_mixtral.model.layers import Attention
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
@@ -24,7 +24,7 @@ def attention_errors():
                 scores[:, :, i, : max(at - window + 1, 0)] = -torch.inf
         return torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), v).flatten(2)
 
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     off = {}
     for window in (None, 3, 100):
         shape = MixtralShape(
@@ -44,7 +44,7 @@ def attention_errors():
             q = torch.randn(queries, 2, 4, 8)
             k, v = torch.randn(2, keys, 2, 2, 8)
             off[window, queries, keys] = float((attention(q, k, v) - written_out(q, k, v, window)).abs().max())
-    compat.shutdown()
+    ranks.shutdown()
     return off
 
 
@@ -58,11 +58,11 @@ def experts_with(counts):
     """Output and gradients of four experts given `counts` tokens each, and those of the formula."""
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     shape = MixtralShape(
         num_hidden_layers=1,
         hidden_size=8,
@@ -84,7 +84,7 @@ def experts_with(counts):
         gate, up = (x[rows] @ experts.linear_fc1[expert].t()).chunk(2, dim=-1)
         inner = torch.nn.functional.silu(gate) * up * probs[rows, None]
         wanted.append(inner @ experts.linear_fc2[expert].t())
-    compat.shutdown()
+    ranks.shutdown()
     idle = [i for i, count in enumerate(counts) if not count]
     gradients = [w.grad[idle].abs().sum().item() for w in (experts.linear_fc1, experts.linear_fc2)]
     return out.shape, float((out - torch.cat(wanted)).abs().sum()), gradients

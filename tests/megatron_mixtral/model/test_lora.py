@@ -37,7 +37,7 @@ def make_world(folder, made):
     """Random weights as `base`, `other` and, in bf16, `half`; adapters on them, and what is then computed."""
 
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
     from megatron_mixtral.weights import merged as merging
@@ -45,7 +45,7 @@ def make_world(folder, made):
     folder = Path(folder)
     shape = MixtralShape.from_folder(folder)
     for name, precision, seed in (("base", "fp32", 5), ("other", "fp32", 6), ("half", "bf16", 5)):
-        compat.initialize(Layout(), seed=seed)
+        ranks.initialize(Layout(), seed=seed)
         save_load.save(folder / name / "release", build.build(shape, Layout(), precision=precision), assets=folder)
     for name, lora in made.items():
         for base, precision in (("base", "fp32"), ("half", "bf16")):
@@ -56,7 +56,7 @@ def make_world(folder, made):
             save_load.save(folder / f"{name}_{base}" / "release", built, assets=folder)
             if precision == "fp32":
                 write_expected(built, folder / f"{name}.pt")
-    compat.shutdown()
+    ranks.shutdown()
 
 
 def randomize(built):
@@ -143,10 +143,10 @@ def difference(logits, expected):
 
 
 def on_two_ranks(folder, layouts):
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     off = {name: compare(folder, "experts", layout) for name, layout in layouts.items()}
-    compat.shutdown()
+    ranks.shutdown()
     return off
 
 

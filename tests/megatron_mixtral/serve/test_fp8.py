@@ -52,10 +52,10 @@ def test_answers_are_those_of_the_rounded_weights(served_model, tmp_path):
 def test_a_gpu_that_is_too_old_is_named(monkeypatch, capability, says):
     import torch
 
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import cpu
     from megatron_mixtral.model import fp8
 
-    monkeypatch.setattr(compat, "HAVE_GPU", True)
+    monkeypatch.setattr(cpu, "HAVE_GPU", True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert fp8.missing() == says

@@ -35,7 +35,7 @@ def train_all(raw, folder):
 
     from megatron_mixtral.distributed import collectives
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.observability import events
     from megatron_mixtral.spec import jobs
     from megatron_mixtral.training import loop
@@ -55,7 +55,7 @@ def train_all(raw, folder):
         return backward(*args, **kwargs)
 
     loop._forward, schedules.backward_step = counted, counted_back
-    compat.shutdown = lambda: None
+    ranks.shutdown = lambda: None
     for name, source, change in RUNS:
         run_dir = Path(folder) / name
         if source == "stopped_plain":

@@ -77,7 +77,7 @@ def counted(folder):
     import torch
 
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout, MixtralShape
     from megatron_mixtral.training import meters
@@ -85,7 +85,7 @@ def counted(folder):
     from megatron.core.transformer.moe.router import TopKRouter
 
     folder, found = Path(folder) / "release", []
-    compat.initialize(Layout())
+    ranks.initialize(Layout())
     shape = MixtralShape.from_folder(folder)
     for factor, padded, policy in (
         (0.6, False, "probs"),
@@ -109,7 +109,7 @@ def counted(folder):
         ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
         built(ids, torch.arange(32).expand(2, -1), None)
         found.append((meter.take(), wanted))
-    compat.shutdown()
+    ranks.shutdown()
     return found
 
 
@@ -219,9 +219,9 @@ def test_stages_of_uneven_length_change_nothing(world, tmp_path):
 def finetuned_together(raw, variants, folder):
     """As `finetuned`, by ranks that stay together; of a run that is refused, why."""
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
-    compat.shutdown = lambda: None
+    ranks.shutdown = lambda: None
     told = {}
     for name, change in variants.items():
         try:
@@ -238,7 +238,7 @@ def spoil_one_replica(raw, folder):
     import torch
 
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.spec import jobs
     from megatron_mixtral.training import loop
 
@@ -253,7 +253,7 @@ def spoil_one_replica(raw, folder):
         return outcome
 
     loop.Trainer._step = step_and_spoil
-    compat.shutdown = lambda: None
+    ranks.shutdown = lambda: None
     try:
         loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
     except JobError as error:

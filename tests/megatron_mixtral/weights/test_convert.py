@@ -140,7 +140,7 @@ def test_torchs_own_reader_finds_every_tensor_where_megatron_has_it(tmp_path):
 def layouts_load(folder, layouts):
     """On each rank: whether every part of the model loaded at each layout is the part that it should be."""
     from megatron_mixtral.checkpoint import save_load
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout
     from tests.megatron_mixtral.model.test_build import local_part, sharded_tensors
@@ -149,14 +149,14 @@ def layouts_load(folder, layouts):
     expected = torch.load(Path(folder, "expected.pt"))
     wrong = []
     for layout in layouts:
-        compat.initialize(Layout(**layout), timeout=60)
+        ranks.initialize(Layout(**layout), timeout=60)
         built = build.build(shape, Layout(**layout), precision="fp32", random_weights=False)
         save_load.load_weights(built, Path(folder, "megatron", "release"))
         wrong += [
             (layout, t.key) for t in sharded_tensors(built) if not torch.equal(t.data, local_part(t, expected))
         ]
         save_load.save(Path(folder, "_".join(f"{k}{v}" for k, v in layout.items()) or "alone"), built)
-    compat.shutdown()
+    ranks.shutdown()
     return wrong
 
 

@@ -67,14 +67,14 @@ def own_model(shape, layout):
 
 def loads(cases):
     """For each case the rank's logits, None on a stage before the last, after a strict load of its file."""
-    from megatron_mixtral.mcore import compat
+    from megatron_mixtral.mcore import ranks
 
     from megatron.core import parallel_state as state
 
     found = []
     for folder, axes in cases:
         shape, layout = MixtralShape.from_folder(Path(folder, "hub")), Layout(**axes)
-        compat.initialize(layout, timeout=60)
+        ranks.initialize(layout, timeout=60)
         model = own_model(shape, layout)
         name = f"mp_rank_{state.get_tensor_model_parallel_rank():02d}"
         if layout.pipeline > 1:
@@ -86,7 +86,7 @@ def loads(cases):
         assert (file["checkpoint_version"], file["iteration"]) == (3.0, 0)
         model.load_state_dict(file["model"], strict=True)
         found.append(logits_of(model, shape, layout))
-    compat.shutdown()
+    ranks.shutdown()
     return found
 
 
