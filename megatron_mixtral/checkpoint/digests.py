@@ -13,7 +13,7 @@ from blake3 import blake3
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import verification
-from megatron_mixtral.weights.shared_work import Crew
+from megatron_mixtral.weights.shared_work import Workers
 
 
 def of(path: Path) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def check(folder: Path, marker: dict[str, Any]) -> None:
     if "files" in marker:
         _check_files(folder, marker["files"])
     elif "digests" in marker:
-        crew = Crew(rank=dist.get_rank(), size=dist.get_world_size())
-        collectives.everywhere(lambda: verification.share(folder, marker, crew).check(), failure=CheckpointError)
+        workers = Workers(rank=dist.get_rank(), size=dist.get_world_size())
+        collectives.everywhere(lambda: verification.share(folder, marker, workers).check(), failure=CheckpointError)
 
 
 def _check_files(folder: Path, recorded: dict[str, dict[str, Any]]) -> None:

@@ -37,7 +37,7 @@ READERS = 4  # threads: a parallel file system or a page cache gives more to sev
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ParameterRows:
     """Some rows of a stored tensor, and the rows and columns of a parameter that they are for.
 
     A parameter in FP8 has a scale for each of its rows.
@@ -99,7 +99,7 @@ def _open(folder: Path, shape: MixtralShape, base: str | None) -> tuple[Any, dic
     return source, {name: stored.tensors[name].shape[0] for name in PADDED if name in stored.tensors}
 
 
-def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> Iterator[Block]:
+def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> Iterator[ParameterRows]:
     """The shard plane by plane (layer, expert), each in runs of rows; rows that only pad become zero."""
     axes = megatron_axes(shard.key)
     offset, data = tuple(shard.global_offset), shard.data
@@ -115,7 +115,7 @@ def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> It
             stop = min(start + step, count)
             rows = Rows(shard.key, index, first + start, first + stop)
             scale = None if scales is None else scales[number, start:stop]
-            yield Block(rows, slice(column, column + matrix.shape[1]), matrix[start:stop], scale)
+            yield ParameterRows(rows, slice(column, column + matrix.shape[1]), matrix[start:stop], scale)
 
 
 def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -129,19 +129,19 @@ def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tu
 
 
 def _fill(
-    source: Any, blocks: Iterable[Block], readers: ThreadPoolExecutor, progress: Callable[[int], Any]
+    source: Any, blocks: Iterable[ParameterRows], readers: ThreadPoolExecutor, progress: Callable[[int], Any]
 ) -> None:
     """Read ahead by as many blocks as there are readers, and put each where it belongs."""
     own = threading.local()
 
-    def read(block: Block) -> Tensor:
+    def read(block: ParameterRows) -> Tensor:
         if not hasattr(own, "source"):
             own.source = source.apart()
         rows = block.rows
         stored = torch.frombuffer(read_rows(own.source, rows), dtype=getattr(torch, source.dtype(rows.name)))
         return stored.view(len(rows), -1)[:, block.columns]
 
-    waiting: list[tuple[Block, Future[Tensor]]] = []
+    waiting: list[tuple[ParameterRows, Future[Tensor]]] = []
 
     def put() -> None:
         block, values = waiting.pop(0)

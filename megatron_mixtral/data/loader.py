@@ -48,7 +48,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class MicroBatch:
     """One micro batch: ids, labels and positions (int64) and mask (float32), all alike in shape."""
 
     ids: torch.Tensor
@@ -57,7 +57,7 @@ class Batch:
     positions: torch.Tensor
     packed: PackedSeqParams | None
 
-    def on_device(self) -> "Batch":
+    def on_device(self) -> "MicroBatch":
         place = ranks.device()
         if place.type == "cpu":
             return self
@@ -66,7 +66,7 @@ class Batch:
         if packed:
             ends = packed.cu_seqlens_q.to(place)
             packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
-        return Batch(**moved, packed=packed)
+        return MicroBatch(**moved, packed=packed)
 
 
 def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
@@ -207,9 +207,9 @@ class Feed:
     def __init__(self, samples: Sequences, config: FinetuneConfig, replica: int, replicas: int) -> None:
         self._samples, self._config, self._place = samples, config, (replica, replicas)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
-    def take(self, first: int, *, ahead: bool = False) -> list[Batch]:
+    def take(self, first: int, *, ahead: bool = False) -> list[MicroBatch]:
         """The micro batches of the step that begins at sample `first`; with `ahead` the next step's are begun."""
         known = self._ahead and self._ahead[0] == first
         made = self._ahead[1].result() if self._ahead and known else self._make(first)
@@ -221,7 +221,7 @@ class Feed:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _make(self, first: int) -> list[Batch]:
+    def _make(self, first: int) -> list[MicroBatch]:
         config, (replica, replicas) = self._config, self._place
         chosen = dataset.numbers(
             first,
@@ -234,20 +234,20 @@ class Feed:
         return made if config.layout.context == 1 else [_stretches(batch) for batch in made]
 
 
-def _batch(samples: list[Sample]) -> Batch:
+def _batch(samples: list[Sample]) -> MicroBatch:
     ids, labels, mask = (
         torch.from_numpy(np.stack([getattr(s, n) for s in samples])) for n in ("ids", "labels", "mask")
     )
     stretches = [length for s in samples for length in s.lengths]
     if len(stretches) == len(samples):
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        return Batch(ids=ids, labels=labels, mask=mask.float(), positions=positions, packed=None)
+        return MicroBatch(ids=ids, labels=labels, mask=mask.float(), positions=positions, packed=None)
     flat = {"ids": ids.view(1, -1), "labels": labels.view(1, -1), "mask": mask.float().view(1, -1)}
     positions = torch.cat([torch.arange(length) for length in stretches])[None]
-    return Batch(**flat, positions=positions, packed=_params(stretches))
+    return MicroBatch(**flat, positions=positions, packed=_params(stretches))
 
 
-def _stretches(whole: Batch) -> Batch:
+def _stretches(whole: MicroBatch) -> MicroBatch:
     """This context-parallel rank's two stretches of each sequence, one from either end."""
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
 
@@ -256,7 +256,7 @@ def _stretches(whole: Batch) -> Batch:
         return torch.cat([parts[rank], parts[2 * size - 1 - rank]], dim=1)
 
     fields = {name: mine(getattr(whole, name)) for name in ("ids", "labels", "mask", "positions")}
-    return Batch(**fields, packed=None)
+    return MicroBatch(**fields, packed=None)
 
 
 def _params(stretches: list[int]) -> PackedSeqParams:

@@ -23,7 +23,7 @@ from megatron_mixtral.data import dataset, documents, indexed
 from megatron_mixtral.data.documents import Bad, Document, Fields, Piece
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.observability.progress import Progress
+from megatron_mixtral.observability.progress import CopyProgress
 from megatron_mixtral.spec.jobs import PrepareConfig
 from megatron_mixtral.tokenization import chat, chat_template, tokenizer
 
@@ -134,7 +134,7 @@ def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path
     task = partial(convert_piece, fields=fields, work=work, **ways)
     parts: list[Part] = []
     bad, named = 0, list[tuple[Piece, Bad]]()
-    progress = Progress(sum(p.end - p.start for p in cut), label="prepare", events=events)
+    progress = CopyProgress(sum(p.end - p.start for p in cut), label="prepare", events=events)
     with _mapper(workers) as run_all:
         for piece, part in zip(cut, run_all(task, enumerate(cut)), strict=True):
             parts.append(part)

@@ -18,7 +18,7 @@ BLOCK = 64 << 20  # bytes that one rank reads at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class TokenBlock:
     """What one stretch of tokens holds; `stranger` is an id that the model doesn't know, and its place."""
 
     number: int
@@ -44,7 +44,7 @@ def check(documents: Documents, vocab_size: int) -> str:
     return collectives.on_first_rank(lambda: _joined(documents.prefix, blocks))
 
 
-def _joined(prefix: Path, blocks: list[Block]) -> str:
+def _joined(prefix: Path, blocks: list[TokenBlock]) -> str:
     """One digest of the index and of all blocks, whoever read them."""
     whole = blake3(Path(f"{prefix}.idx").read_bytes())
     for block in blocks:
@@ -62,7 +62,7 @@ def _count(documents: Documents) -> int:
     return -(-documents.tokens.nbytes // BLOCK)
 
 
-def _block(documents: Documents, number: int, vocab_size: int) -> Block:
+def _block(documents: Documents, number: int, vocab_size: int) -> TokenBlock:
     step = BLOCK // documents.tokens.itemsize
     span = slice(number * step, (number + 1) * step)
     tokens = np.ascontiguousarray(documents.tokens[span])
@@ -74,4 +74,4 @@ def _block(documents: Documents, number: int, vocab_size: int) -> Block:
     if tokens.max() >= vocab_size or tokens.min() < 0:
         place = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
         stranger = int(tokens[place]), number * step + place
-    return Block(number=number, digest=digest.hexdigest(), learnt=learnt, stranger=stranger)
+    return TokenBlock(number=number, digest=digest.hexdigest(), learnt=learnt, stranger=stranger)

@@ -91,11 +91,11 @@ def build(
     return model
 
 
-def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], layers.Parts]:
+def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], layers.LayerParts]:
     """The model's class and what its layers are made of."""
     if fuse is None:
         fuse = cpu.HAVE_GPU and kernels.missing() is None
-    kind, parts = GPTModel, layers.Parts()
+    kind, parts = GPTModel, layers.LayerParts()
     if fuse:
         from megatron_mixtral.model import fused as modules  # imports triton
 

@@ -120,7 +120,7 @@ class Model(GPTModel):
         return losses.transpose(0, 1).contiguous()
 
 
-PARTS = layers.Parts(
+PARTS = layers.LayerParts(
     norm=RMSNorm,
     block_norm=BlockNorm,
     self_attention=RotarySelfAttention,

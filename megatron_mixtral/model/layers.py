@@ -287,7 +287,7 @@ def products(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, grouped: b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class LayerParts:
     """What the layers are made of; `fused.modules` has another set of these, with the same parameters."""
 
     norm: type = RMSNorm
@@ -299,7 +299,7 @@ class Parts:
 
 
 def decoder_spec(
-    config: TransformerConfig, *, parts: Parts = Parts(), vp_stage: int | None = None, own: bool = False
+    config: TransformerConfig, *, parts: LayerParts = LayerParts(), vp_stage: int | None = None, own: bool = False
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm after the last; `own` ones even beside Transformer Engine."""
     if compat.have_transformer_engine() and not own:

@@ -11,7 +11,7 @@ LINE_EVERY = 10.0
 EVENT_EVERY = 2.0
 
 
-class Progress:
+class CopyProgress:
     """Counts the bytes of this process, `total` of them; called from one thread.
 
     Events tell of all processes: `whole` is the bytes of all, `elsewhere` how many of them others have done.

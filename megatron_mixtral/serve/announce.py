@@ -18,7 +18,7 @@ def reachable(host: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Address:
     """A server's address, and the port that it was to take."""
 
     run_dir: Path

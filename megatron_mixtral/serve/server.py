@@ -18,7 +18,7 @@ from megatron_mixtral.errors import InputError
 from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import build, fp8
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.observability.progress import Progress
+from megatron_mixtral.observability.progress import CopyProgress
 from megatron_mixtral.serve import admission, announce, metrics
 from megatron_mixtral.serve.engine import json_grammar, leader, links
 from megatron_mixtral.serve.engine.replica import Replica, Sizes
@@ -55,7 +55,7 @@ def load(setup: Setup, log: EventLog) -> Any:
     )
     if config.fp8_experts and setup.rank == 0:
         print(fp8.describe(part.decoder.layers[0].mlp.experts), flush=True)
-    progress = Progress(loading.size(part), label="loading", events=log)
+    progress = CopyProgress(loading.size(part), label="loading", events=log)
     loading.load(part, setup.folder, base=config.base, progress=progress.add)
     progress.finish()
     sizes = Sizes(requests=config.max_batch, context_tokens=config.max_tokens)
@@ -69,7 +69,7 @@ class Server:
 
     def __init__(self, setup: Setup, run_dir: Path, listener: socket.socket) -> None:
         self._setup, self._listener = setup, listener
-        self._place = announce.Place(
+        self._address = announce.Address(
             run_dir=run_dir,
             host=setup.config.host,
             port=listener.getsockname()[1],
@@ -78,7 +78,7 @@ class Server:
         )
         self._log = EventLog(run_dir / "events.jsonl")
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._site: Any = None
+        self._http: Any = None
         self._lost = threading.Event()
 
     def run(self) -> None:
@@ -89,27 +89,27 @@ class Server:
         try:
             self._serve(replica, connections)
         finally:
-            self._place.remove()
+            self._address.remove()
             for link in connections.values():
                 link.close()
         self._log.write("exit", code=0, reason="stopped")
         ranks.shutdown()
 
     def _serve(self, replica: Any, connections: dict[int, Any]) -> None:
-        places = leader.Places.survey()
-        self._site = self._build_site(places.replicas)
-        self._site.start()
-        self._place.announce(self._log, model=self._setup.name, weights=self._setup.folder)
-        engine = leader.Leader(replica, places, connections, inbox=self._inbox, sink=self._site.deliver)
+        places = leader.RankMap.survey()
+        self._http = self._http_thread(places.replicas)
+        self._http.start()
+        self._address.announce(self._log, model=self._setup.name, weights=self._setup.folder)
+        engine = leader.Leader(replica, places, connections, inbox=self._inbox, sink=self._http.deliver)
         try:
             engine.run()
         except Exception as error:
             logging.exception("the engine failed")
             self._give_up(f"the engine failed: {type(error).__name__}: {error}")
             threading.Event().wait()  # `_give_up` ends the process
-        self._site.join()
+        self._http.join()
 
-    def _build_site(self, replicas: int) -> Any:
+    def _http_thread(self, replicas: int) -> Any:
         config, running = self._setup.config, self._setup.config.max_batch * replicas
         limits = admission.Limits(
             context=config.max_tokens,
@@ -118,7 +118,7 @@ class Server:
             tokens=running * config.max_tokens + config.queue_tokens,
         )
         room = admission.Service(limits, self._inbox.put, metrics.Metrics())
-        model = requests.Model(
+        model = requests.ServedModel(
             name=self._setup.name,
             tokenizer=self._setup.words,
             form=self._setup.form,
@@ -126,15 +126,15 @@ class Server:
             created=int((self._setup.folder / "config.json").stat().st_mtime),
         )
         application = app.application(model, room, key=self._setup.key)
-        return uvicorn_thread.Site(self._listener, room, application, inbox=self._inbox)
+        return uvicorn_thread.HttpThread(self._listener, room, application, inbox=self._inbox)
 
     def _told_to_stop(self) -> None:
         """SIGTERM or the early warning, here or on another rank."""
-        if self._site is None:
+        if self._http is None:
             os._exit(0)  # still loading: nobody waits for anything
         if self._lost.is_set():
             return  # `_give_up` ends it; whoever starts the ranks tells all of them to go when one has died
-        self._site.drain(self._setup.config.drain_seconds)
+        self._http.drain(self._setup.config.drain_seconds)
 
     def _rank_lost(self, rank: int) -> None:
         self._give_up(f"rank {rank} of the engine is gone")
@@ -145,11 +145,11 @@ class Server:
             return
         self._lost.set()
         logging.error("%s", reason)
-        if self._site is not None:
-            self._site.fail(reason)
-        self._place.remove()
+        if self._http is not None:
+            self._http.fail(reason)
+        self._address.remove()
         self._log.write("exit", code=1, reason=reason)
-        threading.Timer(GRACE_SECONDS if self._site is not None else 0, os._exit, (1,)).start()
+        threading.Timer(GRACE_SECONDS if self._http is not None else 0, os._exit, (1,)).start()
 
 
 def _follow(setup: Setup) -> None:
@@ -158,7 +158,7 @@ def _follow(setup: Setup) -> None:
     on_signal(lambda: connections[0].send({"terminate": True}) if connections else os._exit(0))
     replica = load(setup, EventLog(None))
     connections.update(links.meet(setup.rank, setup.world, on_lost=lambda _: _leave_soon()))
-    places = leader.Places.survey()
+    places = leader.RankMap.survey()
     leader.follow(replica, connections[0], speaks=places.speaks[setup.rank])
     ranks.shutdown()
 

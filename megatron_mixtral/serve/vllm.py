@@ -46,13 +46,15 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     listener.close()  # vLLM binds it again in a moment
     name = config.name or setup.served_name(found)
     server = Child([program, *arguments(folder, config, name=name, port=port)], key=key)
-    place = announce.Place(run_dir=run_dir, host=config.host, port=port, wanted=config.port, key=key is not None)
+    address = announce.Address(
+        run_dir=run_dir, host=config.host, port=port, wanted=config.port, key=key is not None
+    )
     try:
         if server.until_healthy(f"http://{announce.reachable(config.host)}:{port}/health"):
-            place.announce(log, model=name, weights=folder)
+            address.announce(log, model=name, weights=folder)
         code = server.wait(config.drain_seconds)
     finally:
-        place.remove()
+        address.remove()
     log.write("exit", code=0 if server.told else 1, reason="stopped" if server.told else f"{PROGRAM} ended: {code}")
     if not server.told:
         raise JobError(f"{PROGRAM} ended by itself with {code}; its own words are above")

@@ -20,7 +20,7 @@ AFTER_A_WORD = re.compile(r"(?<=[^ \n])(?= )")
 PROBES = ("", "a", " a", "a ", "a  b", "   b", "\n", "a\nb", "\n\n a\n", "a \n b", "\t a", "Ab.c, d")
 
 
-class Model(Protocol):
+class SentencePiece(Protocol):
     """What is asked of SentencePiece's processor."""
 
     def vocab_size(self) -> int: ...
@@ -30,7 +30,7 @@ class Model(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def serves(model: Model) -> bool:
+def serves(model: SentencePiece) -> bool:
     """Whether words can be encoded apart: by the vocabulary, and by what is done to text before it is looked up."""
     pieces = (model.id_to_piece(index) for index in range(model.vocab_size()))
     if any(SPACE in piece.lstrip(SPACE) or "\n" in piece for piece in pieces):
@@ -42,7 +42,7 @@ def serves(model: Model) -> bool:
 class Words:
     """`encode` as `model.encode`, for one that `serves`."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: SentencePiece) -> None:
         self._encode: Callable[[str], list[int]] = model.encode
         self._line = len(model.encode("\n"))
         self._known: dict[str, list[int]] = {}

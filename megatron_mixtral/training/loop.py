@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_mixtral import mcore, signals
 from megatron_mixtral.checkpoint.saver import Saver
 from megatron_mixtral.data import dataset
-from megatron_mixtral.data.loader import Batch, Feed
+from megatron_mixtral.data.loader import Feed, MicroBatch
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.distributed.watchdog import Watchdog
 from megatron_mixtral.errors import JobError, Requeue
@@ -30,7 +30,7 @@ from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.spec.jobs import FinetuneConfig
 from megatron_mixtral.training import megatron_options, meters, optimizer, recorders, replicas, setup
 from megatron_mixtral.training.report import Outcome, Reporter
-from megatron_mixtral.training.setup import Progress
+from megatron_mixtral.training.setup import TrainingProgress
 
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -176,7 +176,7 @@ class Trainer:
         if failures:
             self.saver.finish()
         wait, memory = collectives.largest([waited, meters.memory()])
-        self.progress = Progress(
+        self.progress = TrainingProgress(
             step=number,
             samples=self.progress.samples + config.global_batch,
             skipped=self.progress.skipped + (not updated),
@@ -198,14 +198,14 @@ class Trainer:
             dropped=max(0.0, 1 - sum(counts) / routed),
         )
 
-    def _share_learnt(self, made: list[Batch]) -> float:
+    def _share_learnt(self, made: list[MicroBatch]) -> float:
         """Learnt tokens among all of this step's; every rank of a replica counts the same."""
         learnt, everything = collectives.summed(
             [sum(float(getattr(b.mask, what)()) for b in made) for what in ("sum", "numel")]
         )
         return learnt / everything
 
-    def _pass(self, made: list[Batch], *, forward_only: bool) -> tuple[float, float]:
+    def _pass(self, made: list[MicroBatch], *, forward_only: bool) -> tuple[float, float]:
         """Forward (and backward) over one global batch; this rank's part of (sum of losses, tokens learnt)."""
         rows, length = made[0].ids.shape
         losses = get_forward_backward_func()(
@@ -272,7 +272,7 @@ class Trainer:
             print(text, flush=True)
 
 
-def _forward(waiting: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(waiting: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(waiting).on_device()
     output = chunk(batch.ids, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
     return output, partial(_loss, batch.mask)

@@ -25,7 +25,7 @@ from megatron_mixtral.weights.lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands; with the weights and the optimizer, all that a resume needs."""
 
     step: int = 0  # steps done
@@ -44,7 +44,7 @@ class Started:
     assets: dict[str, bytes]
     corpus: loader.Corpus
     parts: optimizer.Optimization
-    progress: Progress
+    progress: TrainingProgress
 
     def notes(self, config: FinetuneConfig) -> list[str]:
         """What the user should hear before the first step."""
@@ -71,13 +71,13 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
     base = _base(config, source, shape, lora, resumes=resumes)
     for chunk in chunks:
         chunk.base = base
-    progress = Progress()
+    progress = TrainingProgress()
     if resumes:
         if base:
             loading.start(chunks, Path(base["path"]))
         parts = optimizer.build(config, *chunks)
         state = _load_training(parts, source)
-        progress = Progress(**state.common["progress"])
+        progress = TrainingProgress(**state.common["progress"])
         loader.same(config, corpus.identity, state.common["data"])
         if state.rank:
             ranks.restore_random_state(state.rank)

@@ -16,14 +16,14 @@ from typing import Any
 from megatron_mixtral import signals
 from megatron_mixtral.errors import CheckpointError, JobError, Requeue
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.observability.progress import Progress
+from megatron_mixtral.observability.progress import CopyProgress
 from megatron_mixtral.spec.jobs import ConvertConfig
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy
 from megatron_mixtral.weights import merged as merging
 from megatron_mixtral.weights.copying import ITEMSIZE, Copier, Unit, around, digests, write_all
 from megatron_mixtral.weights.plan import Conversion, plan
-from megatron_mixtral.weights.shared_work import Crew, Published, Work, rough_name
+from megatron_mixtral.weights.shared_work import Published, Work, Workers, rough_name
 
 
 def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str] | None = None) -> None:
@@ -32,7 +32,7 @@ def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str]
     `compare` computes the logits of both folders, where `config.check_logits` asks for it: a function of the layers
     above, which need what this module doesn't.
     """
-    crew, conversion = Crew.from_environment(), plan(config)
+    workers, conversion = Workers.from_environment(), plan(config)
     checks = [name for name in ("verify", "check_finite") if getattr(config, name)]
     work = Work(Path(config.output).expanduser().absolute(), identity(config, conversion), checks)
     there = work.is_published(conversion.marker)
@@ -40,8 +40,8 @@ def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str]
         config=config,
         conversion=conversion,
         work=work,
-        crew=crew,
-        events=EventLog(run_dir / "events.jsonl" if crew.rank == 0 and not there else None),
+        workers=workers,
+        events=EventLog(run_dir / "events.jsonl" if workers.rank == 0 and not there else None),
         leaving=Leaving(work.records, run_dir.name),
         compare=compare,
     )
@@ -78,7 +78,7 @@ class Task:
     config: ConvertConfig
     conversion: Conversion
     work: Work
-    crew: Crew
+    workers: Workers
     events: EventLog
     leaving: Leaving
     compare: Callable[..., str] | None
@@ -89,7 +89,7 @@ class Task:
         folder, units = self.work.output / conversion.subfolder, conversion.units
         recorded = weights_folder.read_marker(folder)["digests"]
         copier, nowhere = Copier(conversion.source, check_finite=True), os.open(os.devnull, os.O_WRONLY)
-        for unit in (units[place] for place in self.crew.mine([u.nbytes for u in units])):
+        for unit in (units[place] for place in self.workers.mine([u.nbytes for u in units])):
             if config.check_finite:
                 copier.write(unit, nowhere)
             found = digests(unit, folder / unit.file) if config.verify else {}
@@ -97,26 +97,26 @@ class Task:
                 raise CheckpointError(f"{folder / unit.file}: tensor {wrong[0]}: not what was converted")
         copier.close()
         os.close(nowhere)
-        if config.check_logits and self.crew.rank == 0:
+        if config.check_logits and self.workers.rank == 0:
             self._compare_logits(folder)
 
     def write(self) -> None:
         """This process's units; then, in the first one, the rest of the folder and its name."""
-        work, crew, units = self.work, self.crew, self.conversion.units
+        work, workers, units = self.work, self.workers, self.conversion.units
         folder = work.partial / self.conversion.subfolder
-        work.begin(sum(u.nbytes for u in units), crew, folder)
-        places = set(crew.mine([u.nbytes for u in units]))
+        work.begin(sum(u.nbytes for u in units), workers, folder)
+        places = set(workers.mine([u.nbytes for u in units]))
         mine = [units[place] for place in sorted(places)]
         others = [unit for place, unit in enumerate(units) if place not in places]
-        progress = Progress(
+        progress = CopyProgress(
             sum(u.nbytes for u in mine),
-            label=f"rank {crew.rank}",
+            label=f"rank {workers.rank}",
             events=self.events,
             whole=sum(u.nbytes for u in units),
-            elsewhere=lambda: sum(u.nbytes for u in others if work.is_recorded(u.file)) if crew.rank == 0 else 0,
+            elsewhere=lambda: sum(u.nbytes for u in others if work.is_recorded(u.file)) if workers.rank == 0 else 0,
         )
         self._write_units(mine, folder, progress)
-        if crew.rank > 0:
+        if workers.rank > 0:
             progress.finish()
             return work.wait_published(self.conversion.marker, self.leaving.if_asked)
         work.wait([unit.file for unit in units], lambda: (self.leaving.if_asked(), progress.wait()))
@@ -125,7 +125,7 @@ class Task:
         print(f"{work.output}: complete", flush=True)
         return None
 
-    def _write_units(self, units: list[Unit], folder: Path, progress: Progress) -> None:
+    def _write_units(self, units: list[Unit], folder: Path, progress: CopyProgress) -> None:
         """Write each unit that has no record yet; while one goes to the disk, the next is being copied."""
         copier = Copier(self.conversion.source, check_finite=self.config.check_finite, progress=progress.add)
         with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper:

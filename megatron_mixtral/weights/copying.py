@@ -46,7 +46,7 @@ def read_rows(source: Source, rows: Rows) -> memoryview:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowRun:
     """Rows to read, the tensor in whose digest they count, and which of their columns to write if not all."""
 
     rows: Rows
@@ -62,7 +62,7 @@ class Target:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: str
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
     @property
     def nbytes(self) -> int:
@@ -83,10 +83,10 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CopyBlock:
     """Rows that fit a buffer, their place in the file, and the type to write."""
 
-    run: Run
+    run: RowRun
     rows: Rows
     place: int
     dtype: str
@@ -162,7 +162,7 @@ class Copier:
     def close(self) -> None:
         self._writer.shutdown()
 
-    def _blocks(self, unit: Unit) -> Iterator[Block]:
+    def _blocks(self, unit: Unit) -> Iterator[CopyBlock]:
         """Each run cut into rows that fit a buffer."""
         for target, first in zip(unit.targets, unit.places, strict=True):
             place = first
@@ -174,10 +174,10 @@ class Copier:
                 first, last = run.columns or (0, width)
                 for start in range(run.rows.start, run.rows.stop, step):
                     rows = Rows(name, run.rows.index, start, min(start + step, run.rows.stop))
-                    yield Block(run, rows, place, target.dtype)
+                    yield CopyBlock(run, rows, place, target.dtype)
                     place += len(rows) * (last - first) * written
 
-    def _read(self, block: Block, number: int) -> memoryview:
+    def _read(self, block: CopyBlock, number: int) -> memoryview:
         """The block's rows in the type to write, in buffer `number` or, converted, in memory of their own."""
         rows, dtype = block.rows, block.dtype
         length = len(rows) * self.source.row_bytes(rows.name)

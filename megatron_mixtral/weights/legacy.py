@@ -14,10 +14,10 @@ from typing import Any
 from megatron_mixtral.errors import CheckpointError, InputError, LayoutError
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 from megatron_mixtral.weights import tensors, torch_archive
-from megatron_mixtral.weights.copying import Files, Run, Target, Unit
+from megatron_mixtral.weights.copying import Files, RowRun, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.hub import Stored
-from megatron_mixtral.weights.mapping import Link, Names, Rows, links, megatron_axes
+from megatron_mixtral.weights.mapping import Names, RowLink, Rows, links, megatron_axes
 from megatron_mixtral.weights.tensors import EXPERTS, LAYER
 from megatron_mixtral.weights.torch_archive import ITEMSIZE, Call, Chunk, Tensor
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
@@ -58,7 +58,7 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ModelRank:
     """One model-parallel rank."""
 
     tensor: int
@@ -72,7 +72,7 @@ class Place:
         return f"mp_rank_{self.tensor:02d}{stage}" + (f"_{self.expert:03d}" if layout.expert > 1 else "")
 
 
-def places(layout: Layout) -> list[Place]:
+def model_ranks(layout: Layout) -> list[ModelRank]:
     """Every rank whose file differs from all others'; `LayoutError` when two of them would have one name."""
     experts: dict[tuple[int, int], int] = {}
     for rank in range(lcm(layout.tensor, layout.expert * layout.expert_tensor)):
@@ -83,7 +83,7 @@ def places(layout: Layout) -> list[Place]:
                 f"and expert rank, and two that differ would have one name; use expert-tensor {layout.tensor}"
             )
     return [
-        Place(tensor=tensor, pipeline=stage, expert=expert, expert_tensor=part)
+        ModelRank(tensor=tensor, pipeline=stage, expert=expert, expert_tensor=part)
         for stage in range(layout.pipeline)
         for (tensor, expert), part in sorted(experts.items())
     ]
@@ -104,7 +104,7 @@ class Part:
         return (sum(map(len, self.rows)), *rest)
 
 
-def parts(cut: Cut, place: Place) -> Iterator[Part]:
+def parts(cut: Cut, place: ModelRank) -> Iterator[Part]:
     """What a rank's model holds."""
     stages = cut.layout.stages(cut.shape.num_hidden_layers)
     each = cut.vocabulary // cut.layout.tensor
@@ -125,7 +125,7 @@ def parts(cut: Cut, place: Place) -> Iterator[Part]:
             yield Part(key="output_layer.weight", rows=(Rows(embedding, (), *mine),))
 
 
-def _layer(cut: Cut, place: Place, prefix: str, layer: int) -> Iterator[Part]:
+def _layer(cut: Cut, place: ModelRank, prefix: str, layer: int) -> Iterator[Part]:
     """Attention, norms and router; the projection back is cut by columns."""
     hidden, parallel = cut.shape.hidden_size, cut.layout.tensor
     whole = tensors.shapes(cut.shape)
@@ -147,7 +147,7 @@ def _layer(cut: Cut, place: Place, prefix: str, layer: int) -> Iterator[Part]:
     yield Part(key=f"{prefix}.mlp.router.weight", rows=(router,))
 
 
-def _experts(cut: Cut, place: Place, prefix: str, layer: int) -> Iterator[Part]:
+def _experts(cut: Cut, place: ModelRank, prefix: str, layer: int) -> Iterator[Part]:
     """This rank's experts: its share of the gate above its share of up (linear_fc1), and columns of down (fc2)."""
     width, count = cut.shape.intermediate_size, cut.shape.num_local_experts // cut.layout.expert
     parallel = cut.layout.expert_tensor
@@ -177,13 +177,13 @@ def _share(columns: int, rank: int, of: int) -> tuple[int, int] | None:
 
 def files(cut: Cut, names: Names, types: dict[str, str]) -> list[Unit]:
     """A unit for each rank, to be read from a hub folder that has these names; `types` by Megatron's names."""
-    planes: dict[tuple[str, tuple[int, ...]], list[Link]] = {}
+    planes: dict[tuple[str, tuple[int, ...]], list[RowLink]] = {}
     for link in links(cut.shape, names):
         planes.setdefault((link.megatron.name, link.megatron.index), []).append(link)
-    return [_unit(cut, place, planes, types) for place in places(cut.layout)]
+    return [_unit(cut, place, planes, types) for place in model_ranks(cut.layout)]
 
 
-def _unit(cut: Cut, place: Place, planes: dict[Any, list[Link]], types: dict[str, str]) -> Unit:
+def _unit(cut: Cut, place: ModelRank, planes: dict[Any, list[RowLink]], types: dict[str, str]) -> Unit:
     whole, folder = tensors.shapes(cut.shape), place.folder(cut.layout)
     targets = []
     for part in parts(cut, place):
@@ -197,16 +197,16 @@ def _unit(cut: Cut, place: Place, planes: dict[Any, list[Link]], types: dict[str
     return Unit(f"{folder}/{FILE}", tuple(targets), tuple(offsets))
 
 
-def _runs(rows: Rows, plane: list[Link], digest: str, columns: tuple[int, int] | None) -> Iterator[Run]:
+def _runs(rows: Rows, plane: list[RowLink], digest: str, columns: tuple[int, int] | None) -> Iterator[RowRun]:
     """The hub's rows that are Megatron's `rows`, and for those beyond the vocabulary its last one again."""
     for link in plane:
         start, stop = max(rows.start, link.megatron.start), min(rows.stop, link.megatron.stop)
         if start < stop:
             first = link.hub.start + start - link.megatron.start
-            yield Run(Rows(link.hub.name, link.hub.index, first, first + stop - start), digest, columns)
+            yield RowRun(Rows(link.hub.name, link.hub.index, first, first + stop - start), digest, columns)
     last = plane[-1]
     for _ in range(max(rows.start, last.megatron.stop), rows.stop):
-        yield Run(Rows(last.hub.name, last.hub.index, last.hub.stop - 1, last.hub.stop), digest, columns)
+        yield RowRun(Rows(last.hub.name, last.hub.index, last.hub.stop - 1, last.hub.stop), digest, columns)
 
 
 def frames(unit: Unit) -> list[tuple[int, bytes]]:
@@ -254,13 +254,13 @@ class LegacyFolder(TorchDistFolder):
             whole[name] = (cut.vocabulary, *whole[name][1:])
         self.tensors: dict[str, Tensor] = {}
         seen: set[tuple[Any, ...]] = set()  # several ranks hold the same
-        for place in places(cut.layout):
+        for place in model_ranks(cut.layout):
             for name, dtype, chunk in self._chunks(place, whole):
                 if (box := (name, chunk.offsets, chunk.sizes)) not in seen:
                     seen.add(box)
                     self.tensors.setdefault(name, Tensor(dtype, whole[name])).chunks.append(chunk)
 
-    def _chunks(self, place: Place, whole: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str, Chunk]]:
+    def _chunks(self, place: ModelRank, whole: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str, Chunk]]:
         """Each run of rows in a rank's file, as a box of the whole tensor."""
         folder = place.folder(self.cut.layout)
         path = self.folder / folder / FILE

@@ -28,7 +28,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class RowLink:
     """The same rows, in the hub's files and in Megatron's."""
 
     hub: Rows
@@ -79,7 +79,7 @@ def hub_shapes(shape: MixtralShape, names: Names = Names()) -> dict[str, tuple[i
     return result
 
 
-def links(shape: MixtralShape, names: Names = Names()) -> Iterator[Link]:
+def links(shape: MixtralShape, names: Names = Names()) -> Iterator[RowLink]:
     """Every row of the model once, in the order of Megatron's planes, and of each hub tensor's own rows as well."""
     hidden, vocabulary = shape.hidden_size, shape.vocab_size
     yield whole("model.embed_tokens.weight", "embedding.word_embeddings.weight", (), vocabulary)
@@ -99,12 +99,12 @@ def links(shape: MixtralShape, names: Names = Names()) -> Iterator[Link]:
         yield whole("lm_head.weight", "output_layer.weight", (), vocabulary)
 
 
-def whole(hub: str, megatron: str, index: tuple[int, ...], rows: int) -> Link:
+def whole(hub: str, megatron: str, index: tuple[int, ...], rows: int) -> RowLink:
     """A hub tensor that is one plane of a Megatron tensor as it stands."""
-    return Link(Rows(hub, (), 0, rows), Rows(megatron, index, 0, rows))
+    return RowLink(Rows(hub, (), 0, rows), Rows(megatron, index, 0, rows))
 
 
-def _attention(shape: MixtralShape, prefix: str, layer: int) -> Iterator[Link]:
+def _attention(shape: MixtralShape, prefix: str, layer: int) -> Iterator[RowLink]:
     """Query, key and value rows, interleaved by query group, then the output projection."""
     head = shape.head_dim
     group = shape.num_attention_heads // shape.num_key_value_heads * head  # query rows of one group
@@ -113,13 +113,13 @@ def _attention(shape: MixtralShape, prefix: str, layer: int) -> Iterator[Link]:
     for number in range(shape.num_key_value_heads):
         for name, rows in (("q_proj", group), ("k_proj", head), ("v_proj", head)):
             hub = Rows(f"{prefix}.{name}.weight", (), number * rows, (number + 1) * rows)
-            yield Link(hub, Rows(qkv, (layer,), row, row + rows))
+            yield RowLink(hub, Rows(qkv, (layer,), row, row + rows))
             row += rows
     projection = f"{LAYER}.self_attention.linear_proj.weight"
     yield whole(f"{prefix}.o_proj.weight", projection, (layer,), shape.hidden_size)
 
 
-def _expert(shape: MixtralShape, names: Names, prefix: str, layer: int, expert: int) -> Iterator[Link]:
+def _expert(shape: MixtralShape, names: Names, prefix: str, layer: int, expert: int) -> Iterator[RowLink]:
     """Gate (w1) above up (w3) in linear_fc1, down (w2) in linear_fc2."""
     hidden, width = shape.hidden_size, shape.intermediate_size
     if names.fused:
@@ -130,9 +130,9 @@ def _expert(shape: MixtralShape, names: Names, prefix: str, layer: int, expert: 
         gate = Rows(f"{prefix}.{expert}.w1.weight", (), 0, width)
         up = Rows(f"{prefix}.{expert}.w3.weight", (), 0, width)
         down = Rows(f"{prefix}.{expert}.w2.weight", (), 0, hidden)
-    yield Link(gate, Rows(f"{EXPERTS}.linear_fc1.weight", (layer, expert), 0, width))
-    yield Link(up, Rows(f"{EXPERTS}.linear_fc1.weight", (layer, expert), width, 2 * width))
-    yield Link(down, Rows(f"{EXPERTS}.linear_fc2.weight", (layer, expert), 0, hidden))
+    yield RowLink(gate, Rows(f"{EXPERTS}.linear_fc1.weight", (layer, expert), 0, width))
+    yield RowLink(up, Rows(f"{EXPERTS}.linear_fc1.weight", (layer, expert), width, 2 * width))
+    yield RowLink(down, Rows(f"{EXPERTS}.linear_fc2.weight", (layer, expert), 0, hidden))
 
 
 def megatron_axes(name: str) -> int:

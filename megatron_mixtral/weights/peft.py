@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import lora as adapters
-from megatron_mixtral.weights.copying import ITEMSIZE, Run, Target, read_rows
+from megatron_mixtral.weights.copying import ITEMSIZE, RowRun, Target, read_rows
 from megatron_mixtral.weights.lora import Lora
 from megatron_mixtral.weights.mapping import Rows
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
@@ -71,7 +71,7 @@ def targets(shape: MixtralShape, lora: Lora, source: PeftRows, dtype: str | None
 
 
 def _target(name: str, sizes: tuple[int, int], rows: list[Rows], dtype: str) -> Target:
-    return Target(name, (0, 0), sizes, dtype, tuple(Run(part, name) for part in rows))
+    return Target(name, (0, 0), sizes, dtype, tuple(RowRun(part, name) for part in rows))
 
 
 def write_config(folder: Path, lora: Lora, base: str) -> None:

@@ -14,9 +14,9 @@ from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy, merged, peft, tensors, torch_dist
 from megatron_mixtral.weights import lora as adapters
-from megatron_mixtral.weights.copying import ITEMSIZE, Run, Source, Target, Unit
+from megatron_mixtral.weights.copying import ITEMSIZE, RowRun, Source, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
-from megatron_mixtral.weights.mapping import Link, Names, hub_shapes, links
+from megatron_mixtral.weights.mapping import Names, RowLink, hub_shapes, links
 
 UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
 SMALLEST_UNIT_BYTES = 1 << 20
@@ -135,7 +135,7 @@ def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: s
     named = zip(links(shape, names), links(shape), strict=True)
     shapes, types = tensors.shapes(shape), {} if dtype else common_types(links(shape, names), source)
 
-    def chunk(pair: tuple[Link, Link]) -> tuple[Any, ...]:
+    def chunk(pair: tuple[RowLink, RowLink]) -> tuple[Any, ...]:
         rows = pair[0].megatron
         return rows.name, rows.index, rows.start if "linear_fc1" in rows.name else 0
 
@@ -147,11 +147,11 @@ def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: s
             offsets=(*index, start, *(0 for _ in rest)),
             sizes=(*(1 for _ in index), sum(len(link.megatron) for link, _ in pairs), *rest),
             dtype=dtype or types[name],
-            runs=tuple(Run(link.hub, own.hub.name) for link, own in pairs),
+            runs=tuple(RowRun(link.hub, own.hub.name) for link, own in pairs),
         )
 
 
-def common_types(table: Iterable[Link], source: Source) -> dict[str, str]:
+def common_types(table: Iterable[RowLink], source: Source) -> dict[str, str]:
     """Megatron tensor -> the one type of all that goes into it."""
     types: dict[str, str] = {}
     first: dict[str, str] = {}
@@ -222,11 +222,11 @@ def plan_to_peft(config: ConvertConfig, folder: Path) -> Conversion:
     )
 
 
-def hub_runs(shape: MixtralShape) -> dict[str, list[Run]]:
+def hub_runs(shape: MixtralShape) -> dict[str, list[RowRun]]:
     """Every tensor of the hub's layout -> its rows in Megatron's."""
-    runs: dict[str, list[Run]] = {name: [] for name in hub_shapes(shape)}
+    runs: dict[str, list[RowRun]] = {name: [] for name in hub_shapes(shape)}
     for link in links(shape):
-        runs[link.hub.name].append(Run(link.megatron, link.hub.name))
+        runs[link.hub.name].append(RowRun(link.megatron, link.hub.name))
     return runs
 
 

@@ -26,14 +26,14 @@ RECORDS = ".work"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class Workers:
     """Which of how many processes this is."""
 
     rank: int
     size: int
 
     @classmethod
-    def from_environment(cls) -> "Crew":
+    def from_environment(cls) -> "Workers":
         return cls(rank=int(os.environ.get("RANK", 0)), size=int(os.environ.get("WORLD_SIZE", 1)))
 
     def mine(self, sizes: Sequence[int]) -> list[int]:
@@ -81,12 +81,12 @@ class Work:
             raise InputError(f"{self.output}: is where a file system is mounted; give a new folder within it")
         return False
 
-    def begin(self, total: int, crew: Crew, folder: Path) -> None:
+    def begin(self, total: int, workers: Workers, folder: Path) -> None:
         """Make `folder` in the partial one, or go on with it; `InputError` when it's another's or the disk full.
 
         The first process makes it; the others wait for that.
         """
-        if crew.rank > 0:
+        if workers.rank > 0:
             self._wait_begun()
             return self._check_plan()
         if self._plan.exists():

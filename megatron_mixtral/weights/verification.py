@@ -13,10 +13,10 @@ from blake3 import blake3
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import hub, legacy
-from megatron_mixtral.weights.copying import BLOCK, Run, Source, around, read_rows
+from megatron_mixtral.weights.copying import BLOCK, RowRun, Source, around, read_rows
 from megatron_mixtral.weights.mapping import Rows, hub_shapes
 from megatron_mixtral.weights.plan import hub_runs
-from megatron_mixtral.weights.shared_work import Crew
+from megatron_mixtral.weights.shared_work import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Share:
     """The tensors that one of several processes looks at, the rows of each, and the digests they had."""
 
     source: Source
-    runs: dict[str, list[Run]]
+    runs: dict[str, list[RowRun]]
     recorded: dict[str, str]
     bytes: int
 
@@ -41,7 +41,7 @@ class Share:
             )
 
 
-def share(folder: Path, marker: dict[str, Any], crew: Crew) -> Share:
+def share(folder: Path, marker: dict[str, Any], workers: Workers) -> Share:
     """This process's, as many bytes as any other's; `CheckpointError` for a tensor or shape that isn't there."""
     recorded = marker["digests"]
     if marker.get("kind") != "peft":  # which has no config.json
@@ -51,7 +51,7 @@ def share(folder: Path, marker: dict[str, Any], crew: Crew) -> Share:
         raise CheckpointError(f"{folder}: tensor {missing[0]} has a digest and is missing")
     names = sorted(recorded)
     sizes = [sum(len(run.rows) * source.row_bytes(run.rows.name) for run in runs[name]) for name in names]
-    places = crew.mine(sizes)
+    places = workers.mine(sizes)
     mine = {names[place]: runs[names[place]] for place in places}
     return Share(source=source, runs=mine, recorded=recorded, bytes=sum(sizes[place] for place in places))
 
@@ -91,7 +91,7 @@ def _check_shape(folder: Path, recorded: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder / 'config.json'}: {name} is {now}, and was {before} at the conversion")
 
 
-def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[Run]]]:
+def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[RowRun]]]:
     """What the folder holds, and for each hub tensor, or rank's own in legacy files, the rows that make it up."""
     if (kind := marker.get("kind")) == "peft":
         stored = hub.HubFolder(folder)
@@ -105,10 +105,11 @@ def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, 
             if not isinstance(cut, legacy.LegacyFolder):
                 return cut, hub_runs(shape)
             stored = hub.HubFolder(folder, cut.parameters)  # parts of the hub's tensors
-    return stored, {name: [Run(Rows(name, (), 0, found.shape[0]), name)] for name, found in stored.tensors.items()}
+    whole = {name: Rows(name, (), 0, found.shape[0]) for name, found in stored.tensors.items()}
+    return stored, {name: [RowRun(rows, name)] for name, rows in whole.items()}
 
 
-def digest(source: Source, runs: list[Run], progress: Callable[[int], Any]) -> str:
+def digest(source: Source, runs: list[RowRun], progress: Callable[[int], Any]) -> str:
     """BLAKE3 of a hub tensor put together from its rows."""
     found = blake3()
     for run in runs:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import hub
-from megatron_mixtral.weights.copying import Run, Target
+from megatron_mixtral.weights.copying import RowRun, Target
 from megatron_mixtral.weights.mapping import Rows, hub_shapes
 from megatron_mixtral.weights.verification import digest
 
@@ -141,7 +141,7 @@ def measure(folder: Path, layers: int, repeat: int) -> None:
 def digests(folder: Path) -> tuple[tuple[str, str], ...]:
     """Each tensor's name and digest, read from the files as they are."""
     source = hub.HubFolder(folder)
-    runs = {name: Run(Rows(name, (), 0, stored.shape[0]), name) for name, stored in source.tensors.items()}
+    runs = {name: RowRun(Rows(name, (), 0, stored.shape[0]), name) for name, stored in source.tensors.items()}
     return tuple((name, digest(source, [runs[name]], int)) for name in sorted(runs))
 
 

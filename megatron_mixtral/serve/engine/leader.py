@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.mcore import ranks
 from megatron_mixtral.serve.admission import Cancel, Order, Stop
-from megatron_mixtral.serve.engine.links import Link
+from megatron_mixtral.serve.engine.links import RankLink
 from megatron_mixtral.serve.messages import Event, Request, Token, event_from_json
 
 from megatron.core import parallel_state
@@ -36,7 +36,7 @@ class Replica(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class RankMap:
     """Which replica each rank belongs to, and which rank of a replica reports for it."""
 
     replica_of: list[int]
@@ -44,7 +44,7 @@ class Places:
     coupled: bool  # experts lie on several replicas
 
     @classmethod
-    def survey(cls) -> "Places":
+    def survey(cls) -> "RankMap":
         """Ask all ranks; every rank calls it."""
         state = parallel_state
         mine = (
@@ -70,8 +70,8 @@ class Leader:
     def __init__(
         self,
         replica: Replica,
-        places: Places,
-        links: dict[int, Link],
+        places: RankMap,
+        links: dict[int, RankLink],
         *,
         inbox: "queue.SimpleQueue[Order]",
         sink: Callable[[list[Event], float], None],
@@ -144,7 +144,7 @@ class Leader:
         return events
 
 
-def follow(replica: Replica, link: Link, *, speaks: bool) -> None:
+def follow(replica: Replica, link: RankLink, *, speaks: bool) -> None:
     """Any other rank: do what rank 0 says until it says stop."""
     while True:
         order = link.receive()

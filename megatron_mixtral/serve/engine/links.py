@@ -25,7 +25,7 @@ class LinkLost(JobError):
     """The other end is gone."""
 
 
-class Link:
+class RankLink:
     """One connection; a thread of its own reads it, so that the callbacks come even while this rank computes."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Link:
 
 def meet(
     rank: int, world: int, *, on_lost: Callable[[int], None], on_terminate: Callable[[], None] = lambda: None
-) -> dict[int, Link]:
+) -> dict[int, RankLink]:
     """Links by rank: to all others on rank 0, to rank 0 on the others. All ranks call it, once they have a group.
 
     From other threads, `on_lost(rank)` is called when that rank's end closes unannounced, and `on_terminate()` when
@@ -93,14 +93,14 @@ def meet(
     connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=MEETING_SECONDS)
     connection.settimeout(None)
     connection.sendall(json.dumps({"rank": rank, "secret": secret}).encode() + b"\n")
-    return {0: Link(connection, lambda: on_lost(0), on_terminate)}
+    return {0: RankLink(connection, lambda: on_lost(0), on_terminate)}
 
 
-def _listen(world: int, on_lost: Callable[[int], None], on_terminate: Callable[[], None]) -> dict[int, Link]:
+def _listen(world: int, on_lost: Callable[[int], None], on_terminate: Callable[[], None]) -> dict[int, RankLink]:
     address = os.environ["MASTER_ADDR"]
     everywhere = "" if address not in ("127.0.0.1", "localhost") else "127.0.0.1"
     secret = secrets.token_hex(16)
-    links: dict[int, Link] = {}
+    links: dict[int, RankLink] = {}
     with socket.create_server((everywhere, 0), backlog=world) as listener:
         dist.broadcast_object_list([listener.getsockname()[1], secret], src=0)
         listener.settimeout(MEETING_SECONDS)
@@ -110,7 +110,7 @@ def _listen(world: int, on_lost: Callable[[int], None], on_terminate: Callable[[
             except TimeoutError as error:
                 raise JobError(f"{world - 1 - len(links)} ranks didn't connect to rank 0 at {address}") from error
             if (peer := _greeting(connection, secret)) is not None:
-                links[peer] = Link(connection, partial(on_lost, peer), on_terminate)
+                links[peer] = RankLink(connection, partial(on_lost, peer), on_terminate)
     return links
 
 

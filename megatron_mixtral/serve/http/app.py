@@ -26,14 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from megatron_mixtral.serve.admission import Refused, Service, Unavailable
 from megatron_mixtral.serve.http import errors, megatron, openai
 from megatron_mixtral.serve.http.errors import Problem
-from megatron_mixtral.serve.http.requests import Model
+from megatron_mixtral.serve.http.requests import ServedModel
 
 LARGEST_BODY = 32 * 1024 * 1024
 PAGE = Path(__file__).with_name("page.html")
 log = logging.getLogger("mixlaunch.serve")
 
 
-def application(model: Model, service: Service, *, key: str | None) -> ASGIApp:
+def application(model: ServedModel, service: Service, *, key: str | None) -> ASGIApp:
     """The whole site, with the guard around it."""
     app = FastAPI(title="mixlaunch", version=version(), docs_url=None, redoc_url=None)
     # The guard asks for the key; this only says in the server's description that there is one.

@@ -16,7 +16,7 @@ from megatron_mixtral.serve.http import errors, requests
 from megatron_mixtral.serve.http.detokenizer import Detokenizer, token_text
 from megatron_mixtral.serve.http.disconnect import all_or_gone
 from megatron_mixtral.serve.http.errors import Problem
-from megatron_mixtral.serve.http.requests import Model
+from megatron_mixtral.serve.http.requests import ServedModel
 from megatron_mixtral.serve.http.responses import Answer, Scored, finite, whole
 from megatron_mixtral.serve.messages import Request
 
@@ -77,7 +77,7 @@ class GenerateBody(BaseModel):
         return [*self.stop_words, *["\n"] * self.stop_on_eol, *["\n\n"] * self.stop_on_double_eol]
 
 
-def router(model: Model, service: Service) -> APIRouter:
+def router(model: ServedModel, service: Service) -> APIRouter:
     routes = APIRouter(responses=errors.documented(errors.MegatronRefusal))
 
     @routes.api_route("/api", methods=["PUT", "POST"])
@@ -91,7 +91,7 @@ def router(model: Model, service: Service) -> APIRouter:
     return routes
 
 
-async def _requests(body: GenerateBody, model: Model, service: Service) -> list[Request]:
+async def _requests(body: GenerateBody, model: ServedModel, service: Service) -> list[Request]:
     seed = body.random_seed if body.random_seed is not None else secrets.randbits(63)
     made = []
     for index, text in enumerate(body.prompts):
@@ -117,7 +117,7 @@ async def _requests(body: GenerateBody, model: Model, service: Service) -> list[
     return made
 
 
-def _body(body: GenerateBody, model: Model, made: list[Request], answers: list[Answer]) -> dict[str, Any]:
+def _body(body: GenerateBody, model: ServedModel, made: list[Request], answers: list[Answer]) -> dict[str, Any]:
     """Texts begin with their prompts; segments are the text of each token, begin token and all."""
     text, segments, tokens = [], [], []
     for prompt, request, answer in zip(body.prompts, made, answers, strict=True):
@@ -134,12 +134,12 @@ def _body(body: GenerateBody, model: Model, made: list[Request], answers: list[A
     return reply
 
 
-def _segments(model: Model, ids: list[int]) -> list[str]:
+def _segments(model: ServedModel, ids: list[int]) -> list[str]:
     words = Detokenizer(model.tokenizer, [])
     parts = [words.push(token) for token in ids]
     parts[-1] += words.flush()
     return parts
 
 
-def _named(model: Model, scored: Scored) -> dict[str, float | None]:
+def _named(model: ServedModel, scored: Scored) -> dict[str, float | None]:
     return {token_text(model.tokenizer, token): finite(value) for token, value in scored.top}

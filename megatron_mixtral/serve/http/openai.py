@@ -17,7 +17,7 @@ from megatron_mixtral.serve.admission import Service, Stream
 from megatron_mixtral.serve.http import errors, requests
 from megatron_mixtral.serve.http.detokenizer import Detokenizer, readable, token_bytes, token_text
 from megatron_mixtral.serve.http.disconnect import all_or_gone
-from megatron_mixtral.serve.http.requests import Model
+from megatron_mixtral.serve.http.requests import ServedModel
 from megatron_mixtral.serve.http.responses import Answer, Piece, Scored, finite, pieces, whole
 from megatron_mixtral.serve.http.schema import ChatBody, CompletionBody, Sampled
 from megatron_mixtral.tokenization.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ WHOLE_OR_STREAMED: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {}, "text/event-stream": {}},
     }
 }
-Shape = Callable[[int, Piece], dict[str, Any]]  # choice index, piece -> the choice of one chunk
+ChunkShape = Callable[[int, Piece], dict[str, Any]]  # choice index, piece -> the choice of one chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Call:
 
     kind: str  # the object's name
     id: str
-    model: Model
+    model: ServedModel
     body: Sampled
     streams: list[Stream]
     contexts: list[list[int]]  # what each choice's text stands behind
@@ -53,7 +53,7 @@ class Call:
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
-def router(model: Model, service: Service) -> APIRouter:
+def router(model: ServedModel, service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", responses=errors.documented(errors.OpenAIRefusal))
     card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "mixlaunch"}
     card["max_model_len"] = service.limits.context
@@ -86,7 +86,7 @@ def router(model: Model, service: Service) -> APIRouter:
     return routes
 
 
-async def _completion(body: CompletionBody, model: Model, service: Service) -> Call:
+async def _completion(body: CompletionBody, model: ServedModel, service: Service) -> Call:
     """The choices of every prompt, asked for."""
     made = requests.requests(
         body,
@@ -107,7 +107,7 @@ async def _completion(body: CompletionBody, model: Model, service: Service) -> C
     )
 
 
-async def _chat(body: ChatBody, model: Model, service: Service) -> Call:
+async def _chat(body: ChatBody, model: ServedModel, service: Service) -> Call:
     """The choices of a conversation, asked for."""
     made = requests.requests(
         body,

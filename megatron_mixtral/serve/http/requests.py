@@ -16,7 +16,7 @@ LONG = 20_000  # characters that take long enough to tokenize for others to noti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ServedModel:
     """What the HTTP side knows of the served model."""
 
     name: str
@@ -39,7 +39,7 @@ class Model:
             )
 
 
-async def completion_prompts(body: CompletionBody, model: Model) -> list[list[int]]:
+async def completion_prompts(body: CompletionBody, model: ServedModel) -> list[list[int]]:
     """Ids of each prompt: a text's behind the begin token, as transformers encodes it; given ids as they are."""
     given: Any = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
     prompts = []
@@ -55,7 +55,7 @@ async def completion_prompts(body: CompletionBody, model: Model) -> list[list[in
     return prompts
 
 
-async def chat_prompt(body: ChatBody, model: Model) -> list[int]:
+async def chat_prompt(body: ChatBody, model: ServedModel) -> list[int]:
     """The conversation as the model writes it, up to where the assistant speaks."""
     messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
     for message in messages:
@@ -75,7 +75,7 @@ def requests(
     body: Sampled,
     prompts: list[list[int]],
     *,
-    model: Model,
+    model: ServedModel,
     service: Service,
     max_tokens: int | None,
     logprobs: int | None,
@@ -124,7 +124,7 @@ def too_long(prompt: int, answer: int | None, context: int) -> Problem:
     )
 
 
-def _bias(body: Sampled, model: Model) -> dict[int, float]:
+def _bias(body: Sampled, model: ServedModel) -> dict[int, float]:
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     if bias and (largest := max(bias)) >= model.vocab_size:
         raise Problem(400, f"token id {largest} isn't in the vocabulary", param="logit_bias")

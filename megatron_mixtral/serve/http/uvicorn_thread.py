@@ -65,7 +65,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Site:
+class HttpThread:
     """The HTTP side of rank 0. Methods may be called from any thread."""
 
     def __init__(

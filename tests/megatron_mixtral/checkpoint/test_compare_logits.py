@@ -94,7 +94,7 @@ def test_other_weights_are_refused_and_get_no_name(tmp_path, how, monkeypatch):
             if link.megatron.name.endswith("linear_fc2.weight") and link.megatron.index in ((1, 0), (1, 1)):
                 other = (1, 1 - link.megatron.index[1])
                 moved = mapping.Rows(link.megatron.name, other, link.megatron.start, link.megatron.stop)
-                link = mapping.Link(link.hub, moved)
+                link = mapping.RowLink(link.hub, moved)
             yield link
 
     with monkeypatch.context() as patched:

@@ -285,8 +285,8 @@ def test_a_wrong_option_names_the_valid_ones(tmp_path, config, words):
 
 def test_layouts_whose_files_would_share_a_name_are_refused():
     with pytest.raises(LayoutError, match=r"expert-tensor 4, tensor 2: .*use expert-tensor 2"):
-        legacy.places(Layout(tensor=2, expert_tensor=4))
-    assert len(legacy.places(Layout(tensor=2, expert_tensor=2, expert=4, pipeline=3))) == 24
+        legacy.model_ranks(Layout(tensor=2, expert_tensor=4))
+    assert len(legacy.model_ranks(Layout(tensor=2, expert_tensor=2, expert=4, pipeline=3))) == 24
 
 
 def test_several_processes_write_the_same_bytes_and_another_layout_is_another_conversion(tmp_path, monkeypatch):
