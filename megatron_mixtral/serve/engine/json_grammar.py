@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mixtral.tokenization import token_text
 from megatron_mixtral.tokenization.tokenizer import Tokenizer
 
 BLANKS = b" \t\r\n"
@@ -176,12 +177,11 @@ class Writer:
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """What each token adds to the text; None for those that are no text."""
-    from megatron_mixtral.serve.http.detokenizer import token_bytes as bytes_of
-
     silent = {tokenizer.bos, tokenizer.eos}
     pieces = range(tokenizer.vocab_size)
     return [
-        None if n in silent or _is_control(tokenizer.piece(n)) else bytes(bytes_of(tokenizer, n)) for n in pieces
+        None if n in silent or _is_control(tokenizer.piece(n)) else bytes(token_text.token_bytes(tokenizer, n))
+        for n in pieces
     ]
 
 

@@ -13,12 +13,13 @@ from starlette.requests import Request as HttpRequest
 
 from megatron_mixtral.serve.admission import Service
 from megatron_mixtral.serve.http import errors, requests
-from megatron_mixtral.serve.http.detokenizer import Detokenizer, token_text
+from megatron_mixtral.serve.http.detokenizer import Detokenizer
 from megatron_mixtral.serve.http.disconnect import all_or_gone
 from megatron_mixtral.serve.http.errors import Problem
 from megatron_mixtral.serve.http.requests import ServedModel
 from megatron_mixtral.serve.http.responses import Answer, Scored, finite, whole
 from megatron_mixtral.serve.messages import Request
+from megatron_mixtral.tokenization.token_text import token_text
 
 RENAMED = {
     "max_len": "max_len is no longer used. Replace with tokens_to_generate",

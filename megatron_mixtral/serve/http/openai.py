@@ -15,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_mixtral.serve.admission import Service, Stream
 from megatron_mixtral.serve.http import errors, requests
-from megatron_mixtral.serve.http.detokenizer import Detokenizer, readable, token_bytes, token_text
+from megatron_mixtral.serve.http.detokenizer import Detokenizer, readable
 from megatron_mixtral.serve.http.disconnect import all_or_gone
 from megatron_mixtral.serve.http.requests import ServedModel
 from megatron_mixtral.serve.http.responses import Answer, Piece, Scored, finite, pieces, whole
 from megatron_mixtral.serve.http.schema import ChatBody, CompletionBody, Sampled
+from megatron_mixtral.tokenization.token_text import token_bytes, token_text
 from megatron_mixtral.tokenization.tokenizer import Tokenizer
 
 WHOLE_OR_STREAMED: dict[int | str, dict[str, Any]] = {

@@ -89,8 +89,8 @@ def check_json(running):
 
 
 def check_choices(choices, hub, prompts, expected):
-    from megatron_mixtral.serve.http.detokenizer import token_text
     from megatron_mixtral.tokenization import tokenizer
+    from megatron_mixtral.tokenization.token_text import token_text
 
     words = tokenizer.load(hub)
     assert len({token for tokens, _ in expected for token in tokens}) > 500, "the answers are too alike to tell"

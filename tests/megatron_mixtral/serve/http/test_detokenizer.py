@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixtral.serve.http.detokenizer import Detokenizer, StopStrings, token_bytes, token_text
+from megatron_mixtral.serve.http.detokenizer import Detokenizer, StopStrings
 from megatron_mixtral.tokenization import tokenizer
+from megatron_mixtral.tokenization.token_text import token_bytes, token_text
 
 TEXTS = ["Hello  world\n\nnew — ünïcode 😀 日本語 ", " leading", "x" * 50, "a\tb", "1️⃣👩‍👩‍👧", ""]
 
