@@ -280,7 +280,8 @@ def _marked(ids: np.ndarray, mask: np.ndarray, words: tokenizer.Tokenizer) -> st
 
 def _explain(bad: int, named: list[tuple[Piece, Bad]], allowed: int) -> str:
     lines = "\n".join(f"  {p.file}:{_line(p, b)}: {b.reason}" for p, b in named)
-    return f"{bad} bad line{'s' * (bad != 1)} (at most {allowed} allowed, --max-bad):\n{lines}"
+    found = f"{bad} bad line" if bad == 1 else f"{bad} bad lines"
+    return f"{found} (at most {allowed} allowed, --max-bad):\n{lines}"
 
 
 def _line(piece: Piece, bad: Bad) -> int:

@@ -3,6 +3,7 @@
 Ranks share the reading, so that it takes a second a gigabyte and rank; a resumed run compares the digest.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _check_mask(prefix: Path, learnt: int, tokens: int) -> None:
 
 
 def _count(documents: Documents) -> int:
-    return -(-documents.tokens.nbytes // BLOCK)
+    return math.ceil(documents.tokens.nbytes / BLOCK)
 
 
 def _block(documents: Documents, number: int, vocab_size: int) -> TokenBlock:

@@ -3,6 +3,7 @@
 `tensors.shapes` lists the tensors it has in a checkpoint, the same for every layout.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -118,11 +119,12 @@ def ways(model: GPTModel) -> str:
         return f"layers by our kernels; experts with adapters in plain torch{one_by_one}"
     from megatron_mixtral.kernels import grouped_gemm
 
-    routed = "; routing by megatron-core, as experts have a capacity" * bool(
-        model.config.moe_expert_capacity_factor
-    )
-    packed = "" if layers.VARLEN else "; packed conversations one by one, as torch is older than 2.11"
-    return f"layers by our kernels; {grouped_gemm.describe()}{routed}{packed}"
+    said = ["layers by our kernels", grouped_gemm.describe()]
+    if model.config.moe_expert_capacity_factor:
+        said.append("routing by megatron-core, as experts have a capacity")
+    if not layers.VARLEN:
+        said.append("packed conversations one by one, as torch is older than 2.11")
+    return "; ".join(said)
 
 
 def transformer_config(
@@ -184,7 +186,7 @@ def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None
 
 def padded_vocabulary(shape: MixtralShape, layout: Layout) -> int:
     """Rows of the embedding: the vocabulary, and as few more as make it divide over tensor-parallel ranks."""
-    return -(-shape.vocab_size // layout.tensor) * layout.tensor
+    return math.ceil(shape.vocab_size / layout.tensor) * layout.tensor
 
 
 def _mark_cut(model: GPTModel) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_mixtral.serve.messages import Event, PromptScores, Request, Token
+from megatron_mixtral.serve.messages import Cancel, Event, Order, PromptScores, Request, Token
 from megatron_mixtral.serve.metrics import Metrics
 
 
@@ -33,19 +33,6 @@ class Unavailable(Exception):
     """The server is shutting down, or a rank of its engine is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """The order to forget a request."""
-
-    request: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """The order to end all ranks' loops."""
-
-
-Order = Request | Cancel | Stop
 State = Literal["ready", "draining", "failed"]
 
 

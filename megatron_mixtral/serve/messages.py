@@ -39,6 +39,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """The order to forget a request."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The order to end all ranks' loops."""
+
+
+Order = Request | Cancel | Stop
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token of a request; the last one carries why it ended."""
 
@@ -79,3 +94,35 @@ def event_from_json(raw: list[Any]) -> Event:
 
 def _pairs(top: list[list[Any]]) -> Top:
     return [(int(token), float(value)) for token, value in top]
+
+
+@dataclass(slots=True)
+class Work:
+    """What every rank of one replica is to do next: take requests on, let others go, and step."""
+
+    add: list[Request] = field(default_factory=list)
+    cancel: list[int] = field(default_factory=list)
+    step: bool = False  # False: take part idly in a step of the others
+
+    def to_json(self) -> dict[str, Any]:
+        return {"add": [request.to_json() for request in self.add], "cancel": self.cancel, "step": self.step}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "Work":
+        return cls([Request.from_json(request) for request in raw["add"]], raw["cancel"], raw["step"])
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What that brought, as the replica's speaker tells it."""
+
+    events: list[Event]
+    busy: bool
+    cache: float  # share of its cache in use
+
+    def to_json(self) -> dict[str, Any]:
+        return {"events": [event.to_json() for event in self.events], "busy": self.busy, "cache": self.cache}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "Report":
+        return cls([event_from_json(event) for event in raw["events"]], raw["busy"], raw["cache"])

@@ -228,7 +228,7 @@ class Trainer:
         """Mean validation loss over the first `eval_steps` batches, or over all when they are fewer."""
         assert self.validation is not None
         size = self.config.global_batch
-        rounds = min(self.config.eval_steps, -(-self.corpus.validation.per_epoch // size))
+        rounds = min(self.config.eval_steps, math.ceil(self.corpus.validation.per_epoch / size))
         optimizer.settle(self.parts)
         for chunk in self.parts.chunks:
             chunk.eval()

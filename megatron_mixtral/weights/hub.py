@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def shards(targets: Iterable[Target], *, limit: int) -> list[Unit]:
     """The targets, in order, as files of about equal size below `limit`, named as the hub names them."""
     targets = list(targets)
     total = sum(t.nbytes for t in targets)
-    count = min(-(-total // max(limit, 1)), len(targets))
+    count = min(ceil(total / max(limit, 1)), len(targets))
     cuts: list[list[Target]] = [[] for _ in range(count)]
     for target, end in zip(targets, accumulate(t.nbytes for t in targets), strict=True):
         middle = end - target.nbytes // 2

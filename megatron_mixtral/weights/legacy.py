@@ -7,7 +7,7 @@ megatron-core or torch. As upstream's converter does, the vocabulary is padded b
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import lcm, prod
+from math import ceil, lcm, prod
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Cut:
     def vocabulary(self) -> int:
         """Rows of the embedding, padding and all."""
         multiple = self.make_vocab_size_divisible_by * self.layout.tensor
-        return -(-self.shape.vocab_size // multiple) * multiple
+        return ceil(self.shape.vocab_size / multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)

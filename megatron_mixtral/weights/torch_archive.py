@@ -121,7 +121,17 @@ def archive(value: Any) -> bytes:
 def around(description: bytes, sizes: Sequence[int]) -> tuple[list[tuple[int, bytes]], list[int]]:
     """An archive of a pickle and of one record of each size, but for the records' own bytes.
 
-    Place and bytes of the pieces between which those go, and the place of each record.
+    Place and bytes of the pieces between which those go, and the place of each record. As it lies in the file:
+
+        header, data.pkl | header, byteorder | header, version    pieces[0]: all that comes
+        header of data/0, padded so that the record's place       before the first record
+          divides by 64
+        the bytes of data/0                                       places[0], not ours to write
+        header of data/1, padded                                  pieces[1]
+        the bytes of data/1                                       places[1]
+        ...
+        directory: an entry for each of the above                 pieces[-1]
+        extended end (beyond 4 GiB or 65535 records), end
     """
     body, directory = b"", []
     for name, data in (("data.pkl", description), ("byteorder", b"little"), ("version", b"3\n")):

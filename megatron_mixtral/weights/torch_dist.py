@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Iterable, Iterator
 from itertools import product
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Self
 
@@ -183,7 +183,7 @@ def files(targets: Iterable[Target], *, limit: int) -> list[Unit]:
 def _laid_out(name: str, targets: list[Target]) -> Unit:
     places, end = [], 0
     for target in targets:
-        places.append(-(-end // GAP) * GAP + GAP)
+        places.append(ceil(end / GAP) * GAP + GAP)
         end = places[-1] + target.nbytes
     return Unit(name, tuple(targets), tuple(places))
 

@@ -6,13 +6,12 @@ Where experts are spread over replicas every step is a step of all of them; one 
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.mcore import ranks
-from megatron_mixtral.serve.admission import Cancel, Order, Stop
 from megatron_mixtral.serve.engine.links import RankLink
-from megatron_mixtral.serve.messages import Event, Request, Token, event_from_json
+from megatron_mixtral.serve.messages import Cancel, Event, Order, Report, Request, Stop, Token, Work
 
 from megatron.core import parallel_state
 
@@ -108,25 +107,32 @@ class Leader:
             return orders
 
     def _step(self, orders: list[Order]) -> None:
-        tasks: list[dict[str, Any]] = [{"add": [], "cancel": []} for _ in self._busy]
+        work = self._divided(orders)
+        together = self._places.coupled and any(mine.step for mine in work)
+        for rank, link in self._links.items():
+            mine = work[self._places.replica_of[rank]]
+            if mine.step or together:
+                link.send(mine.to_json())
+        events: list[Event] = []
+        if work[0].step or together:
+            events += self._noted(0, perform(self._replica, work[0]))
+        for of in range(1, len(work)):
+            if work[of].step:
+                report = self._links[self._places.speaker(of)].receive()
+                events += self._noted(of, Report.from_json(report))
+        self._sink(events, max(self._cache))
+
+    def _divided(self, orders: list[Order]) -> list[Work]:
+        """What each replica is to do."""
+        work = [Work() for _ in self._busy]
         for order in orders:
             if isinstance(order, Request):
-                tasks[self._assign(order)]["add"].append(order.to_json())
+                work[self._assign(order)].add.append(order)
             elif isinstance(order, Cancel) and order.request in self._replica_of:
-                tasks[self._replica_of.pop(order.request)]["cancel"].append(order.request)
-        works = [busy or any(task.values()) for busy, task in zip(self._busy, tasks, strict=True)]
-        for rank, link in self._links.items():
-            of = self._places.replica_of[rank]
-            if works[of] or (self._places.coupled and any(works)):
-                link.send({**tasks[of], "step": works[of]})
-        events: list[Event] = []
-        if works[0] or (self._places.coupled and any(works)):
-            report = perform(self._replica, {**tasks[0], "step": works[0]})
-            events += self._noted(0, report)
-        for of in range(1, len(works)):
-            if works[of]:
-                events += self._noted(of, self._links[self._places.speaker(of)].receive())
-        self._sink(events, max(self._cache))
+                work[self._replica_of.pop(order.request)].cancel.append(order.request)
+        for mine, busy in zip(work, self._busy, strict=True):
+            mine.step = busy or bool(mine.add or mine.cancel)
+        return work
 
     def _assign(self, request: Request) -> int:
         counts = [0] * len(self._busy)
@@ -135,13 +141,12 @@ class Leader:
         self._replica_of[request.id] = chosen = counts.index(min(counts))
         return chosen
 
-    def _noted(self, of: int, report: dict[str, Any]) -> list[Event]:
-        self._busy[of], self._cache[of] = report["busy"], report["cache"]
-        events = [event_from_json(e) if isinstance(e, list) else e for e in report["events"]]
-        for event in events:
+    def _noted(self, of: int, report: Report) -> list[Event]:
+        self._busy[of], self._cache[of] = report.busy, report.cache
+        for event in report.events:
             if isinstance(event, Token) and event.finish:
                 self._replica_of.pop(event.request, None)
-        return events
+        return report.events
 
 
 def follow(replica: Replica, link: RankLink, *, speaks: bool) -> None:
@@ -151,20 +156,21 @@ def follow(replica: Replica, link: RankLink, *, speaks: bool) -> None:
         if order.get("stop"):
             link.expect_end()
             return
-        report = perform(replica, order)
-        if speaks and order["step"]:
-            link.send({**report, "events": [event.to_json() for event in report["events"]]})
+        work = Work.from_json(order)
+        report = perform(replica, work)
+        if speaks and work.step:
+            link.send(report.to_json())
 
 
-def perform(replica: Replica, order: dict[str, Any]) -> dict[str, Any]:
-    """One order on this rank: take on, let go, and step (idly without work)."""
-    for raw in order["add"]:
-        replica.add(Request.from_json(raw))
-    for request in order["cancel"]:
-        replica.cancel(request)
+def perform(replica: Replica, work: Work) -> Report:
+    """Do it on this rank."""
+    for request in work.add:
+        replica.add(request)
+    for cancelled in work.cancel:
+        replica.cancel(cancelled)
     events: list[Event] = []
-    if order["step"]:
+    if work.step:
         events = replica.step()
     else:
         replica.idle_step()
-    return {"events": events, "busy": replica.busy, "cache": replica.cache_used}
+    return Report(events, replica.busy, replica.cache_used)

@@ -96,7 +96,8 @@ async def _requests(body: GenerateBody, model: ServedModel, service: Service) ->
     seed = body.random_seed if body.random_seed is not None else secrets.randbits(63)
     made = []
     for index, text in enumerate(body.prompts):
-        prompt = [*[model.tokenizer.bos] * body.add_BOS, *await model.encode(text)]
+        begin = [model.tokenizer.bos] if body.add_BOS else []
+        prompt = [*begin, *await model.encode(text)]
         if len(prompt) + max(body.tokens_to_generate, 1) > service.limits.context:
             raise requests.too_long(len(prompt), body.tokens_to_generate, service.limits.context)
         made.append(

@@ -14,8 +14,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.serve.admission import Service, Stop
-from megatron_mixtral.serve.messages import Event
+from megatron_mixtral.serve.admission import Service
+from megatron_mixtral.serve.messages import Event, Stop
 
 MOST_FILES = 65536
 SEND_BUFFER = 64 * 1024  # left alone it grows to megabytes of the kernel's for each client that doesn't read

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from megatron_mixtral.serve.admission import Cancel, Limits, Refused, Service, Unavailable
-from megatron_mixtral.serve.messages import Request, Token
+from megatron_mixtral.serve.admission import Limits, Refused, Service, Unavailable
+from megatron_mixtral.serve.messages import Cancel, Request, Token
 from megatron_mixtral.serve.metrics import Metrics
 
 
