@@ -5,9 +5,8 @@ What it is asked differs between versions here; what it does is mended by the ta
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,100 +81,59 @@ def _weigh_aux_loss() -> None:
     moe_utils.MoEAuxLossAutoScaler.set_loss_scale = staticmethod(lambda scale: set_scale(scale * _aux_share))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Patch:
+class Patch(NamedTuple):
     """A name of somebody else's that is replaced, for the whole process."""
 
     what: str
     why: str
     until: str  # the version that needs it no more
-    needed: bool = True  # here, with these versions
-    apply: Callable[[], None] | None = None  # None: `mcore` applies it, before megatron-core is imported
+    needed: bool = False  # at import, here and with these versions
+    apply: Callable[[], None] = lambda: None  # nothing where `why` says by whom
 
 
-NEVER, ON_CPU = "none yet, 0.19 does the same", "one that runs without a GPU"
+NONE_YET, ON_CPU = "none yet", "one that runs without a GPU"
+# fmt: off
 PATCHES = (
-    Patch(
-        what="torch.cuda",
-        why="streams, events, generators, factories and collectives that name CUDA work on the CPU (`cpu`)",
-        until=ON_CPU,
-        needed=not cpu.HAVE_GPU,
-    ),
-    Patch(
-        what="torch.compile",
-        why="decorates helpers at import: twice the time, and a C++ compiler at the first step; back afterwards",
-        until=ON_CPU,
-        needed=not cpu.HAVE_GPU,
-    ),
-    Patch(
-        what="torch.optim.Adam.step",
-        why="it and all optimizers' methods import torch._dynamo, 1.5 s a rank, to be left alone by it",
-        until=ON_CPU,
-        needed=not cpu.HAVE_GPU,
-    ),
-    Patch(
-        what="torch.utils.tensorboard",
-        why="imported with megatron-core, as wandb is, 0.4 s a rank, and never used; back afterwards",
-        until=NEVER,
-    ),
-    Patch(
-        what="megatron.core.tensor_parallel.random._get_cuda_rng_state",
-        why="the process's generator plays the device's, here and in _set_cuda_rng_state",
-        until=ON_CPU,
-        needed=not cpu.HAVE_GPU,
-        apply=_lend_generator,
-    ),
-    Patch(
-        what="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
-        why="torch's Adam is loaded as it was: `step` isn't looked for among the tensors, where there is none, and "
-        "no two parameters share one, which an update would count up once a parameter",
-        until=NEVER,
-        apply=_mend_loading_of_adam,
-    ),
-    Patch(
-        what="megatron.core.transformer.moe.router.TopKRouter.attach_and_log_load_balancing_loss",
-        why="the balancing loss, a sum over tokens, weighs by those of the whole sequence as all else does, not by "
-        "this tensor-parallel rank's: with 2 ranks a coefficient of 0.01 acted as 0.005",
-        until="0.19",
-        needed=VERSION < (0, 19),
-        apply=_mend_balancing_loss,
-    ),
-    Patch(
-        what="megatron.core.transformer.moe.moe_utils.te_general_gemm",
-        why="without Transformer Engine the name is read and isn't defined",
-        until="0.17",
-        needed=not hasattr(moe_utils, "te_general_gemm"),
-        apply=_define_te_gemm,
-    ),
-    Patch(
-        what="megatron.core.transformer.moe.moe_utils.MoEAuxLossAutoScaler.set_loss_scale",
-        why="what routers add for every token is divided by the learnt ones: with one token in four learnt it "
-        "weighs four times as much as asked for; `weigh_aux_loss` has the share",
-        until=NEVER,
-        apply=_weigh_aux_loss,
-    ),
-    Patch(
-        what="megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
-        why="weight gradients are added in place by our kernel, without Apex (`accumulate_in_place`)",
-        until=NEVER,
-        needed=False,
-    ),
-    Patch(
-        what="megatron.core.optimizer.clip_grads.l2_norm_impl",
-        why="gradient norms in a few kernels; without Transformer Engine each tensor's is waited for "
-        "(`norms_without_waiting`)",
-        until=NEVER,
-        needed=False,
-    ),
-    Patch(
-        what="megatron.core.parallel_state._DATA_PARALLEL_GROUP_GLOO",
-        why="it and its like are made for NCCL's sake; on CPU the groups themselves are gloo (`ranks`)",
-        until=ON_CPU,
-        needed=False,
-    ),
+    Patch("torch.cuda",
+          "streams, events, generators, factories, collectives that name CUDA work on the CPU (by `cpu`)", ON_CPU),
+    Patch("torch.compile",
+          "decorates helpers at import: twice the time, and a C++ compiler at the first step; back afterwards "
+          "(by `mcore`)", ON_CPU),
+    Patch("torch.optim.Adam.step",
+          "it and all optimizers' methods import torch._dynamo, 1.5 s a rank, to be left alone by it (by `mcore`)",
+          ON_CPU),
+    Patch("torch.utils.tensorboard",
+          "imported with megatron-core, as wandb is, 0.4 s a rank, and never used; back afterwards (by `mcore`)",
+          NONE_YET),
+    Patch("megatron.core.tensor_parallel.random._get_cuda_rng_state",
+          "the process's generator plays the device's, here and in _set_cuda_rng_state",
+          ON_CPU, not cpu.HAVE_GPU, _lend_generator),
+    Patch("megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+          "torch's Adam is loaded as it was: `step` isn't looked for among the tensors, where there is none, and "
+          "no two parameters share one, which an update would count up once a parameter",
+          NONE_YET, True, _mend_loading_of_adam),
+    Patch("megatron.core.transformer.moe.router.TopKRouter.attach_and_log_load_balancing_loss",
+          "the balancing loss, a sum over tokens, weighs by those of the whole sequence as all else does, not by "
+          "this tensor-parallel rank's: with 2 ranks a coefficient of 0.01 acted as 0.005",
+          "0.19", VERSION < (0, 19), _mend_balancing_loss),
+    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm",
+          "without Transformer Engine the name is read and isn't defined",
+          "0.17", not hasattr(moe_utils, "te_general_gemm"), _define_te_gemm),
+    Patch("megatron.core.transformer.moe.moe_utils.MoEAuxLossAutoScaler.set_loss_scale",
+          "what routers add for every token is divided by the learnt ones: with one token in four learnt it weighs "
+          "four times as much as asked for; `weigh_aux_loss` has the share",
+          NONE_YET, True, _weigh_aux_loss),
+    Patch("megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
+          "weight gradients are added in place by our kernel, without Apex (by `accumulate_in_place`)", NONE_YET),
+    Patch("megatron.core.optimizer.clip_grads.l2_norm_impl",
+          "gradient norms in a few kernels; without Transformer Engine each tensor's is waited for (by "
+          "`norms_without_waiting`)", NONE_YET),
+    Patch("megatron.core.parallel_state._DATA_PARALLEL_GROUP_GLOO",
+          "it and its like are made for NCCL's sake; on CPU the groups themselves are gloo (by `ranks`)", ON_CPU),
 )
+# fmt: on
 for _patch in PATCHES:
-    if _patch.needed and _patch.apply:
+    if _patch.needed:
         _patch.apply()
 
 
