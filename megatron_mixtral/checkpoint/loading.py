@@ -19,7 +19,7 @@ from megatron_mixtral.model import fp8
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import merged
-from megatron_mixtral.weights.copying import Source, read_rows
+from megatron_mixtral.weights.copying import Source, WeightsFolder, read_rows
 from megatron_mixtral.weights.hub import HubRows
 from megatron_mixtral.weights.mapping import Rows, megatron_axes
 from megatron_mixtral.weights.tensors import PADDED
@@ -63,7 +63,12 @@ def load(model: Any, folder: Path, *, base: str | None = None, progress: Callabl
     )
     apply_factories(state)
     shards: list[ShardedTensor] = []
-    dict_list_map_inplace(lambda shard: shards.append(shard) or shard.data, state)
+
+    def listed(shard: ShardedTensor) -> Tensor:
+        shards.append(shard)
+        return shard.data
+
+    dict_list_map_inplace(listed, state)
     with torch.no_grad(), ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
         _fill(source, (block for shard in shards for block in _blocks(shard, source, lengths)), readers, progress)
     save_load.fill(plain, apply_factory_merges(state, factories), folder)
@@ -88,12 +93,12 @@ def size(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in save_load.unwrap(model).parameters())
 
 
-def _open(folder: Path, shape: MixtralShape, base: str | None) -> tuple[Any, dict[str, int]]:
+def _open(folder: Path, shape: MixtralShape, base: str | None) -> tuple[WeightsFolder, dict[str, int]]:
     """Where to read, checked; and how many rows the tensors have there that tensor parallelism may pad."""
     if not weights_folder.is_hub(folder) and not merged.is_adapter(folder):
         save_load.verify(folder, shape)
     source = merged.open_weights(folder, shape, base=base)
-    stored = source.base if isinstance(source, merged.Merged) else source
+    stored: Any = source.base if isinstance(source, merged.Merged) else source
     if isinstance(stored, HubRows):
         return source, dict.fromkeys(PADDED, shape.vocab_size)
     return source, {name: stored.tensors[name].shape[0] for name in PADDED if name in stored.tensors}

@@ -21,7 +21,7 @@ BLOCK = 1 << 12  # samples whose parts are found at a time
 def parse(data: str | list[str]) -> list[tuple[str, float | None]]:
     """Prefixes with the weights that are written behind them, PREFIX:WEIGHT; all have one or none."""
     entries = [data] if isinstance(data, str) else data
-    parts = [_entry(entry) for entry in entries] if len(entries) > 1 else [(entry, None) for entry in entries]
+    parts = [_entry(entry) if len(entries) > 1 else (entry, None) for entry in entries]
     if not parts:
         raise InputError("data: no prefix of prepared data")
     if len({weight is None for _, weight in parts}) > 1:
@@ -45,11 +45,11 @@ def _entry(entry: str) -> tuple[str, float | None]:
 class Blend:
     """An endless sequence of samples of `parts`, drawn by `weights` of any sum."""
 
-    def __init__(self, parts: Sequence[Samples | PackedSamples], weights: Sequence[float]) -> None:
+    def __init__(self, parts: Sequence["Samples | PackedSamples | Blend"], weights: Sequence[float]) -> None:
         self._parts = parts
         self.shares = np.array(weights) / math.fsum(weights)
-        self.tokens = sum(part.tokens for part in parts)
-        self.per_epoch = sum(part.per_epoch for part in parts)
+        self.tokens: int = sum(part.tokens for part in parts)
+        self.per_epoch: int = sum(part.per_epoch for part in parts)
         self._block = lru_cache(maxsize=2)(self._drawn)
 
     def sample(self, number: int) -> Sample:

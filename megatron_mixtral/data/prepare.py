@@ -10,12 +10,12 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def _say(events: EventLog, text: str) -> None:
     events.write("note", text=text)
 
 
-def meta(prefix: Path) -> dict | None:
+def meta(prefix: Path) -> dict[str, Any] | None:
     """The description `prepare` writes last, or None for data that isn't there or that another program made.
 
     `InputError` for one that can't be read.
@@ -97,7 +97,7 @@ def meta(prefix: Path) -> dict | None:
     return description
 
 
-def _done(prefix: Path, key: str, max_bad: int) -> dict | None:
+def _done(prefix: Path, key: str, max_bad: int) -> dict[str, Any] | None:
     """The description of what an earlier run made of the very same, if all of it is there."""
     described = meta(prefix)
     if not described or described.get("key") != key or described.get("bad", 0) > max_bad:
@@ -130,8 +130,13 @@ def _work_folder(prefix: Path, key: str) -> Path:
 def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path, events: EventLog) -> list[Part]:
     """Every piece's part, in order, made or found; stops at the first bad line over the allowed number."""
     workers = min(config.workers or len(os.sched_getaffinity(0)), len(cut))
-    ways = {"tokenizer_path": config.tokenizer, "template": config.chat_template}
-    task = partial(convert_piece, fields=fields, work=work, **ways)
+    task = partial(
+        convert_piece,
+        fields=fields,
+        work=work,
+        tokenizer_path=config.tokenizer,
+        template=config.chat_template,
+    )
     parts: list[Part] = []
     bad, named = 0, list[tuple[Piece, Bad]]()
     progress = CopyProgress(sum(p.end - p.start for p in cut), label="prepare", events=events)
@@ -156,7 +161,7 @@ class _mapper:
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else None
 
-    def __enter__(self):  # noqa: ANN204
+    def __enter__(self) -> Callable[..., Iterator[Part]]:
         return self._pool.map if self._pool else map
 
     def __exit__(self, *_: object) -> None:
@@ -233,8 +238,13 @@ def _ids(item: Document, words: tokenizer.Tokenizer, form: chat.Form) -> tuple[l
 
 
 def _assemble(
-    prefix: Path, work: Path, parts: list[Part], known: dict, words: tokenizer.Tokenizer, files: list[Path]
-) -> dict:
+    prefix: Path,
+    work: Path,
+    parts: list[Part],
+    known: dict[str, Any],
+    words: tokenizer.Tokenizer,
+    files: list[Path],
+) -> dict[str, Any]:
     """Join the parts, then put all files in place; a reader that comes in between finds no description."""
     totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked", "bad")}
     if not totals["documents"]:
@@ -260,8 +270,10 @@ def _assemble(
 
 def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[str]:
     """The first `count` documents as text, with what is learnt between guillemets."""
-    stored = dataset.Documents(prefix) if count else None
-    for index in range(min(count, len(stored) if stored else 0)):
+    if not count:
+        return
+    stored = dataset.Documents(prefix)
+    for index in range(min(count, len(stored))):
         ids, mask = stored.read(index, 0, None)
         shown = _marked(ids, mask, words)
         if len(ids) > 2 * SHOWN:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ class Node:
 
     def verdict(self) -> str:
         """`ok`, or what is wrong with this node."""
-        mine = {"problems": list(problems(self.folder)), "gpus": torch.cuda.device_count()}
+        mine: dict[str, Any] = {"problems": list(problems(self.folder)), "gpus": torch.cuda.device_count()}
         if self.world == 1:
             return _first(mine["problems"] or _gpu_count(self.gpus, mine["gpus"], mine["gpus"]))
         try:

@@ -81,7 +81,7 @@ def write_weights(folder: Path, config: TinyConfig, shape: MixtralShape) -> None
     generator = torch.Generator().manual_seed(config.seed)
     tensors = {name: _random(size, config, generator) for name, size in hub_shapes(shape).items()}
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(config.shards):
         file = f"model-{number + 1:05d}-of-{config.shards:05d}.safetensors"
         cut = slice(number * len(names) // config.shards, (number + 1) * len(names) // config.shards)

@@ -66,7 +66,7 @@ def _leave_dynamo_out() -> None:
     for method in vars(torch.optim.Optimizer).values():
         if (plain := getattr(method, "__wrapped__", None)) is not None:
             plain.__dynamo_disable = plain
-    torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[method-assign]
+    torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[method-assign, attr-defined]
 
 
 def _import_megatron() -> None:

@@ -178,7 +178,7 @@ def accumulate_in_place(model: torch.nn.Module, extension: Any) -> None:
     tensor_parallel_layers.fused_weight_gradient_mlp_cuda = extension
     for module in model.modules():
         if hasattr(module, "gradient_accumulation_fusion"):
-            module.gradient_accumulation_fusion = True
+            module.gradient_accumulation_fusion = True  # type: ignore[assignment]
 
 
 def norms_without_waiting() -> None:

@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,12 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-Precision = Literal["bf16", "fp32"]
-
 
 def build(
     shape: MixtralShape,
     layout: Layout,
     *,
-    precision: Precision,
+    precision: str,
     aux_loss: float = 0.0,
     max_sequence_length: int | None = None,
     random_weights: bool = True,
@@ -128,7 +126,7 @@ def ways(model: GPTModel) -> str:
 
 
 def transformer_config(
-    shape: MixtralShape, layout: Layout, *, precision: Precision, aux_loss: float, **overrides: Any
+    shape: MixtralShape, layout: Layout, *, precision: str, aux_loss: float, **overrides: Any
 ) -> TransformerConfig:
     """megatron-core's settings for this shape and layout."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

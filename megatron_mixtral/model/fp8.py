@@ -40,7 +40,7 @@ class Experts(layers.Experts):
         """With the scales that go with it, which `loading` fills as well."""
         made = super()._sharded(key, tensor, replica, **place)
         scales = self.scales["linear_fc2" in key]
-        made.scales = scales.chunk(place.get("of", 1), dim=1)[place.get("part", 0)]  # type: ignore[attr-defined]
+        made.scales = scales.chunk(place.get("of", 1), dim=1)[place.get("part", 0)]  # type: ignore[attr-defined, union-attr]
         return made
 
 

@@ -40,7 +40,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
-VARLEN = torch.__version__ >= (2, 11)  # has one kernel for stretches, with a scale and a window
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+VARLEN = TORCH >= (2, 11)  # has one kernel for stretches, with a scale and a window
 
 
 def window_of(config: TransformerConfig) -> int | None:
@@ -134,9 +135,10 @@ class Attention(MegatronModule):
             back = self.window - 1 if self.window else -1
             longest = packed.max_seqlen_q
             settings: dict[str, Any] = {"scale": self.scale, "window_size": (back, 0)}
-            if torch.__version__ >= (2, 12):  # before, grouped queries went without saying
+            if TORCH >= (2, 12):  # before, grouped queries went without saying
                 settings["enable_gqa"] = query.shape[1] != key.shape[1]
-            return varlen_attn(query, key, value, ends, ends, longest, longest, **settings).flatten(1)
+            out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, **settings)
+            return out.flatten(1)
         lengths = ends.diff().tolist()
         parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
         return torch.cat([self._attend(*part).squeeze(1) for part in parts])

@@ -118,7 +118,8 @@ class AttentionAdapters(torch.nn.Module):
 
     def qkv(self, x: Tensor) -> Tensor:
         """[S of this rank, B, H] -> [S, B, queries, key and value of each group in turn]."""
-        a, b = zip(*(pair() for pair in (self.q_proj, self.k_proj, self.v_proj)), strict=True)
+        pairs: Any = (self.q_proj, self.k_proj, self.v_proj)
+        a, b = zip(*(pair() for pair in pairs), strict=True)
         low = F.linear(self._dropped(x), torch.cat(a)) * self.scale
         if self.parts > 1:
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)

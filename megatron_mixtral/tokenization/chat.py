@@ -63,7 +63,7 @@ def _text(content: Any) -> str | None:
     """Text as it is or in parts, which mistral-common sets apart by a line; None for all else."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) and content else [None]
+    parts: list[Any] = content if isinstance(content, list) and content else [None]
     if all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
         return "\n\n".join(part["text"] for part in parts)
     return None
@@ -82,7 +82,8 @@ def _joined(turns: Iterable[Turn]) -> list[Turn]:
 class Form(Protocol):
     """A way to write conversations; `source` is its Jinja template, if it has one."""
 
-    source: str | None
+    @property
+    def source(self) -> str | None: ...
 
     def from_messages(self, messages: Any) -> list[Turn]:
         """Checked and in turns, the assistant's being learnt; `ValueError` says what is wrong."""

@@ -72,10 +72,9 @@ class Trainer:
         self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
         self.started = setup.start(config, self.checkpoints, self.events)
         self.corpus, self.parts, self.progress = self.started.corpus, self.started.parts, self.started.progress
-        self.train, self.validation = (
-            samples and Feed(samples, config, self.replica, self.replicas)
-            for samples in (self.corpus.train, self.corpus.validation)
-        )
+        self.train = Feed(self.corpus.train, config, self.replica, self.replicas)
+        held = self.corpus.validation
+        self.validation = Feed(held, config, self.replica, self.replicas) if held else None
         self.load = meters.ExpertLoad(self.parts.chunks, self.started.shape)
         self.spikes = optimizer.Spikes(config.spike)
         self.save_due = False
@@ -169,9 +168,9 @@ class Trainer:
         waited = time.monotonic() - begun
         if self.corpus.masked:
             compat.weigh_aux_loss(self._share_learnt(made))
-        sums = self._pass(made, forward_only=False)
+        sums = [*self._pass(made, forward_only=False)]
         updated, norm = optimizer.step(self.parts, self.spikes)
-        sums += (compat.take_aux_loss(), float(signals.requested()), float(self.saver.failed()))
+        sums += [compat.take_aux_loss(), float(signals.requested()), float(self.saver.failed())]
         total, tokens, aux, stops, failures, *counts = collectives.summed([*sums, *self.load.take()])
         if failures:
             self.saver.finish()
@@ -227,6 +226,7 @@ class Trainer:
     def _evaluate(self) -> float:
         """Mean validation loss over the first `eval_steps` batches, or over all when they are fewer."""
         assert self.validation is not None
+        assert self.corpus.validation is not None
         size = self.config.global_batch
         rounds = min(self.config.eval_steps, math.ceil(self.corpus.validation.per_epoch / size))
         optimizer.settle(self.parts)

@@ -149,4 +149,4 @@ def freeze_router(model: torch.nn.Module) -> None:
     """Leave the routers as they are: where tokens go then changes only with what comes in."""
     for name, parameter in model.named_parameters():
         if ".router." in name:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)

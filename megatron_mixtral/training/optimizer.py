@@ -41,7 +41,7 @@ def build(config: FinetuneConfig, *models: torch.nn.Module) -> Optimization:
     )
     # Chunks after the first are one bucket each: they have other chunks' arithmetic to be sent behind.
     chunks = [DistributedDataParallel(m.config, settings, m, disable_bucketing=i > 0) for i, m in enumerate(models)]
-    schedule = models[0].config  # whose settings are everyone's while a step runs
+    schedule: Any = models[0].config  # whose settings are everyone's while a step runs
     schedule.finalize_model_grads_func = finalize_model_grads
     if settings.overlap_grad_reduce:
         schedule.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync

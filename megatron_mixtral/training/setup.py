@@ -117,7 +117,7 @@ def _chunk(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None, vp_st
     built = build.build(
         shape,
         config.layout,
-        precision=config.precision,  # type: ignore[arg-type]
+        precision=config.precision,
         aux_loss=config.aux_loss,
         max_sequence_length=config.sequence_length,
         random_weights=False,

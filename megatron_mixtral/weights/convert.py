@@ -21,9 +21,10 @@ from megatron_mixtral.spec.jobs import ConvertConfig
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy
 from megatron_mixtral.weights import merged as merging
-from megatron_mixtral.weights.copying import ITEMSIZE, Copier, Unit, around, digests, write_all
+from megatron_mixtral.weights.copying import Copier, Unit, around, digests, write_all
 from megatron_mixtral.weights.plan import Conversion, plan
 from megatron_mixtral.weights.shared_work import Published, Work, Workers, rough_name
+from megatron_mixtral.weights.tensors import ITEMSIZE
 
 
 def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str] | None = None) -> None:
@@ -119,7 +120,12 @@ class Task:
         if workers.rank > 0:
             progress.finish()
             return work.wait_published(self.conversion.marker, self.leaving.if_asked)
-        work.wait([unit.file for unit in units], lambda: (self.leaving.if_asked(), progress.wait()))
+
+        def meanwhile() -> None:
+            self.leaving.if_asked()
+            progress.wait()
+
+        work.wait([unit.file for unit in units], meanwhile)
         progress.finish()
         self._complete(folder)
         print(f"{work.output}: complete", flush=True)
@@ -230,7 +236,7 @@ def is_other(path: Path, units: Collection[str]) -> bool:
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:
     """All that decides the output's bytes."""
-    asked = {"to": config.to, "dtype": config.dtype, "max_shard_gb": config.max_shard_gb, "format": config.format}
+    asked: dict[str, Any] = {name: getattr(config, name) for name in ("to", "dtype", "max_shard_gb", "format")}
     if config.format == legacy.KIND:
         asked |= {"layout": asdict(config.layout), **conversion.about}
     return {**asked, "shape": asdict(conversion.shape), "files": conversion.identity}

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.weights.mapping import Rows
-from megatron_mixtral.weights.torch_archive import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE
 
 BLOCK = 1 << 20  # bytes read at a time: still in the processor's cache when they are digested and written
 BUFFERS = 8
@@ -36,6 +36,16 @@ class Source(Protocol):
 
     def file_of(self, rows: Rows) -> Path:
         """Where they are read from, or the first of them."""
+
+
+class WeightsFolder(Source, Protocol):
+    """A source of all the weights of one model."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of every file read: the same as long as nobody changes one."""
+
+    def apart(self) -> "WeightsFolder":
+        """For another thread: with files of its own."""
 
 
 def read_rows(source: Source, rows: Rows) -> memoryview:
@@ -204,7 +214,7 @@ def cut(data: memoryview, rows: int, item: int, columns: tuple[int, int]) -> mem
 
     first, last = columns
     whole = np.frombuffer(data, np.uint8).reshape(rows, -1)
-    return memoryview(np.ascontiguousarray(whole[:, first * item : last * item]).reshape(-1))
+    return np.ascontiguousarray(whole[:, first * item : last * item]).reshape(-1).data
 
 
 def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_finite: bool) -> memoryview:
@@ -221,7 +231,7 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
         others = "bfloat16 or float32" if dtype == "float16" else "float32"
         largest = torch.finfo(after.dtype).max
         raise InputError(f"{name}: has values beyond {largest:g}, the largest of {dtype}; use {others}")
-    return memoryview(after.view(torch.uint8).numpy())
+    return after.view(torch.uint8).numpy().data
 
 
 def digests(unit: Unit, path: Path) -> dict[str, str]:

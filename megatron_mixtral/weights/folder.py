@@ -70,7 +70,7 @@ def find(path: Path) -> Path:
 def is_hub(folder: Path) -> bool:
     """Whether a folder says of itself that it's in the hub's layout, or could be; its weights aren't looked at."""
     if (folder / MARKER).is_file():
-        return read_marker(folder).get("kind") == "hub"
+        return bool(read_marker(folder).get("kind") == "hub")
     return not complete(folder) and not complete(folder / "checkpoints")
 
 
@@ -78,7 +78,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """The parsed `mixlaunch.json`; `CheckpointError` when absent, damaged or of a newer format."""
     path = folder / MARKER
     try:
-        marker = json.loads(path.read_text())
+        marker: dict[str, Any] = json.loads(path.read_text())
         version = marker["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {error!r}") from error
@@ -101,8 +101,8 @@ def refuse_foreign(folder: Path) -> None:
 
 def hub_assets(folder: Path) -> list[Path]:
     """The files that describe a model and its tokenizer: all that go with its weights."""
-    patterns = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
-    patterns += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+    patterns = ["config.json", "generation_config.json", "tokenizer*", "chat_template*"]
+    patterns += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
     return sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
 
 

@@ -14,10 +14,11 @@ from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import legacy
 from megatron_mixtral.weights import lora as adapters
-from megatron_mixtral.weights.copying import ITEMSIZE, Source, read_rows
+from megatron_mixtral.weights.copying import WeightsFolder, read_rows
 from megatron_mixtral.weights.hub import HubRows
 from megatron_mixtral.weights.lora import Lora, Pair
 from megatron_mixtral.weights.mapping import Rows
+from megatron_mixtral.weights.tensors import ITEMSIZE
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Adapters:
 class Merged:
     """The base's rows with what their adapters add: in fp32, to be cast once, where there are any."""
 
-    def __init__(self, base: Any, added: Adapters, shape: MixtralShape, lora: Lora) -> None:
+    def __init__(self, base: WeightsFolder, added: Adapters, shape: MixtralShape, lora: Lora) -> None:
         self.base, self.added, self.scale = base, added, lora.scale
         self._spans = adapters.spans(shape, lora)
 
@@ -111,7 +112,7 @@ class Merged:
         return mine
 
 
-def open_weights(folder: Path, shape: MixtralShape, *, base: str | None = None) -> Any:
+def open_weights(folder: Path, shape: MixtralShape, *, base: str | None = None) -> WeightsFolder:
     """The rows of a complete weights folder of any kind, or of the hub's; `base` as in `find_base`."""
     if weights_folder.is_hub(folder):
         return HubRows(folder, shape)
@@ -166,7 +167,9 @@ def find_base(folder: Path, marker: dict[str, Any], *, base: str | None = None) 
         raise CheckpointError(f"{folder}: adapters of {recorded}: {error}{hint}") from error
 
 
-def open_base(folder: Path, marker: dict[str, Any], shape: MixtralShape, *, base: str | None = None) -> Source:
+def open_base(
+    folder: Path, marker: dict[str, Any], shape: MixtralShape, *, base: str | None = None
+) -> WeightsFolder:
     """The rows of what the adapters in `folder` belong to; `CheckpointError` when that has become another model."""
     found = find_base(folder, marker, base=base)
     own = MixtralShape.from_folder(found)
@@ -185,7 +188,7 @@ def base_of_run(folder: Path, lora: Lora, model: Path, shape: MixtralShape) -> d
     except CheckpointError:
         found = weights_folder.resolve(model)
     check_base(folder, marker, found, shape)
-    return marker["base"] | {"path": str(found.absolute())}
+    return {**marker["base"], "path": str(found.absolute())}
 
 
 def check_base(folder: Path, marker: dict[str, Any], found: Path, shape: MixtralShape) -> None:

@@ -14,9 +14,10 @@ from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy, merged, peft, tensors, torch_dist
 from megatron_mixtral.weights import lora as adapters
-from megatron_mixtral.weights.copying import ITEMSIZE, RowRun, Source, Target, Unit
+from megatron_mixtral.weights.copying import RowRun, Source, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.mapping import Names, RowLink, hub_shapes, links
+from megatron_mixtral.weights.tensors import ITEMSIZE
 
 UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
 SMALLEST_UNIT_BYTES = 1 << 20
@@ -107,7 +108,10 @@ def recorded(source: Any, dtype: str | None) -> dict[str, str]:
 
 def plan_legacy(config: ConvertConfig, shape: MixtralShape, names: Names, source: hub.HubFolder) -> Conversion:
     """The checkpoint of one layout, for Megatron jobs older than `torch_dist`."""
-    about = {"names": config.names, "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by}
+    about: dict[str, Any] = {
+        "names": config.names,
+        "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
+    }
     cut = legacy.Cut(shape=shape, layout=config.layout, **about)
     types = common_types(links(shape, names), source)
     return Conversion(

@@ -22,6 +22,7 @@ size, N query heads, K key/value heads, F expert width, V vocabulary):
 
 from megatron_mixtral.spec.jobs import MixtralShape
 
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # of the types that weights are stored in, bytes
 LAYER = "decoder.layers"
 EXPERTS = f"{LAYER}.mlp.experts.experts"
 

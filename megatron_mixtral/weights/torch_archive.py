@@ -18,7 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+from megatron_mixtral.weights.tensors import ITEMSIZE
+
 STORAGES = {"bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float32": "FloatStorage"}
 TYPES = {storage: dtype for dtype, storage in STORAGES.items()}
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -64,6 +65,8 @@ class Pairs:
 
 
 class _Pickler(pickle._Pickler):  # the one in Python, whose `save` can be extended
+    write: Callable[[bytes], Any]
+
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if isinstance(obj, Named):
             self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
@@ -86,7 +89,7 @@ class _Pickler(pickle._Pickler):  # the one in Python, whose `save` can be exten
                 self.save(pair[1])
             self.write(pickle.SETITEMS)
         else:
-            super().save(obj, save_persistent_id)
+            super().save(obj, save_persistent_id)  # type: ignore[misc]
 
 
 def pickled(value: Any) -> bytes:
@@ -214,7 +217,7 @@ def metadata(tensors: dict[str, Tensor], objects: dict[str, tuple[str, int, int]
     for name, (file, place, length) in objects.items():
         entries[name] = _of("BytesStorageMetadata")
         storage.append(_placed(name, None, None, file, place, length))
-    known = {"planner_data": {}, "storage_meta": None, "version": None}
+    known: dict[str, Any] = {"planner_data": {}, "storage_meta": None, "version": None}
     return pickled(_of("Metadata", state_dict_metadata=entries, storage_data=Pairs(storage), **known))
 
 
@@ -243,6 +246,8 @@ def _placed(
 
 class Inert:
     """What an unpickled object becomes when it is none of the builtin containers: its parts, and no behaviour."""
+
+    arguments: tuple[Any, ...]
 
     def __new__(cls, *arguments: Any, **_: Any) -> "Inert":
         made = super().__new__(cls)
@@ -313,7 +318,7 @@ def _whole(numbers: Any) -> tuple[int, ...]:
 def find_bytes(folder: Path, chunk: Chunk, dtype: str) -> int:
     """Where in the chunk's file its raw bytes begin. Raises whatever damaged bytes raise, `ValueError` by name."""
     with (folder / chunk.file).open("rb") as stream:
-        part = io.BufferedReader(_Part(stream, chunk.place, chunk.length))  # type: ignore[type-var]
+        part = io.BufferedReader(_Part(stream, chunk.place, chunk.length))
         value, record = _opened(part)
         found, begin = _tensor(value, record)
     if prod(found.shape) != prod(chunk.sizes):

@@ -16,7 +16,8 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import torch_archive
 from megatron_mixtral.weights.copying import Files, Target, Unit
 from megatron_mixtral.weights.mapping import Rows, megatron_axes, row_width
-from megatron_mixtral.weights.torch_archive import ITEMSIZE, Chunk, Tensor, frame
+from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.torch_archive import Chunk, Tensor, frame
 
 METADATA = ".metadata"
 # Room before each chunk's bytes for the end of one archive and the start of the next; it keeps bytes page-aligned.

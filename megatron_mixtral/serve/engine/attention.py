@@ -53,8 +53,8 @@ class PagedSelfAttention(SelfAttention):
         for row, (start, stop) in enumerate(itertools.pairwise(starts)):
             if stop > start:
                 pages = block_table[row, : -(-keys[row] // k.shape[1])]
-                here = (x[pages].flatten(0, 1)[: keys[row]] for x in (k, v))
-                out[start:stop, 0] = _causal(q[start:stop, 0], *here, window, scale)
+                k_here, v_here = (x[pages].flatten(0, 1)[: keys[row]] for x in (k, v))
+                out[start:stop, 0] = _causal(q[start:stop, 0], k_here, v_here, window, scale)
         return out
 
 

@@ -11,7 +11,7 @@ import torch
 from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.serve.engine import engine
 from megatron_mixtral.serve.engine.sampling import Choice
-from megatron_mixtral.serve.messages import Event, Request, Token
+from megatron_mixtral.serve.messages import Event, Finish, Request, Token
 
 from megatron.core import parallel_state
 from megatron.core.inference.sampling_params import SamplingParams
@@ -97,7 +97,7 @@ class Replica:
         asked = self._controller.sampler[request].request
         if asked.max_tokens == 0:  # the engine always draws one
             return Token(request, None, finish="length")
-        finish = None if not ended else "stop" if choice.token == asked.stop_token else "length"
+        finish: Finish | None = None if not ended else "stop" if choice.token == asked.stop_token else "length"
         return Token(request, choice.token, choice.logprob, choice.top, finish)
 
 

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def inverse_draw(
         for i, token in zip(free, _draw_from_all(scaled_nv[free], [uniform[i] for i in free]), strict=True):
             drawn[i] = token
     if filtered:
-        settings = [[values[i] for i in filtered] for values in (top_k, top_p, uniform)]
+        settings: list[list[Any]] = [[values[i] for i in filtered] for values in (top_k, top_p, uniform)]
         for i, token in zip(filtered, _draw_from_likeliest(scaled_nv[filtered], *settings), strict=True):
             drawn[i] = token
     return drawn

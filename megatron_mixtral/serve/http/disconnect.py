@@ -21,8 +21,9 @@ async def all_or_gone(
     """
     working = asyncio.gather(*work)
     leaving = asyncio.create_task(_left(http))
+    either: set[asyncio.Future[Any]] = {working, leaving}
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
