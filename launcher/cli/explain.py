@@ -31,45 +31,40 @@ def explain(
     The first rank and node that failed, what its end means, the lines that show it, and what to do. RUN is a
     name, a prefix or a job id; by default the newest run.
     """
-    told = diagnosis.explain(record.find(name, roots_of(cluster)), attempt=attempt)
+    explanation = diagnosis.explain(record.find(name, roots_of(cluster)), attempt=attempt)
     if mark_bad:
-        diagnosis.mark_bad(told, lasting)
-        print(f"jobs on {told.run.cluster} keep off {', '.join(told.bad_nodes)}", file=sys.stderr)
+        diagnosis.mark_bad(explanation, lasting)
+        print(f"jobs on {explanation.run.cluster} keep off {', '.join(explanation.bad_nodes)}", file=sys.stderr)
     if as_json:
-        terminal.as_json(as_dict(told))
+        terminal.as_json(as_dict(explanation))
     else:
-        _show(told)
+        _show(explanation)
 
 
-def _show(told: Explanation) -> None:
+def _show(explanation: Explanation) -> None:
     """For people."""
-    terminal.heading_with_state(told.run.name, told.state.state)
+    terminal.heading_with_state(explanation.run.name, explanation.state.state)
     marks = {"failed": terminal.failed, "finished": terminal.done}
-    marks.get(told.verdict, terminal.say)(told.summary)
-    if told.finding:
-        _show_finding(told.finding)
-    if told.earlier:
+    marks.get(explanation.verdict, terminal.say)(explanation.summary)
+    if explanation.finding:
+        _show_finding(explanation.finding)
+    if explanation.earlier:
         terminal.say("")
-        terminal.facts([(f"attempt {found.attempt}", found.brief) for found in told.earlier])
-    if told.advice:
+        terminal.facts([(f"attempt {found.attempt}", found.brief) for found in explanation.earlier])
+    if explanation.advice:
         terminal.say("")
         terminal.say("  what to do", "bold")
-        for text in told.advice:
+        for text in explanation.advice:
             terminal.say(f"  - {text}")
 
 
 def _show_finding(found: Finding) -> None:
+    code = words.code_in_words(found.code) if found.code else ""
+    others = f"{_ranks(found.secondary)} only lost the connection" if found.secondary and not found.silent else ""
+    silent = f"{_ranks(found.silent)} said nothing" if found.silent else ""
+    notes = [("note", note) for note in found.notes]
     terminal.facts(
-        [
-            ("meaning", found.cause.meaning),
-            ("code", words.code_in_words(found.code) if found.code else ""),
-            (
-                "others",
-                f"{_ranks(found.echoes)} only lost the connection" if found.echoes and not found.silent else "",
-            ),
-            ("silent", f"{_ranks(found.silent)} said nothing" if found.silent else ""),
-            *(("note", note) for note in found.notes),
-        ]
+        [("meaning", found.cause.meaning), ("code", code), ("others", others), ("silent", silent), *notes]
     )
     log = None
     for line in found.lines:
@@ -90,19 +85,19 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {hostlist.spans(ranks)}"
 
 
-def as_dict(told: Explanation) -> dict[str, Any]:
+def as_dict(explanation: Explanation) -> dict[str, Any]:
     """For programs; the keys are documented in docs/runs.md and stay."""
-    found = told.finding
+    found = explanation.finding
     return {
-        "name": told.run.name,
-        "job_id": told.run.job_id,
-        "state": told.state.state,
-        "verdict": told.verdict,
-        "summary": told.summary,
+        "name": explanation.run.name,
+        "job_id": explanation.run.job_id,
+        "state": explanation.state.state,
+        "verdict": explanation.verdict,
+        "summary": explanation.summary,
         **_finding_dict(found),
-        "advice": list(told.advice),
-        "bad_nodes": told.bad_nodes,
-        "earlier": [_short_dict(other) for other in told.earlier],
+        "advice": list(explanation.advice),
+        "bad_nodes": explanation.bad_nodes,
+        "earlier": [_short_dict(other) for other in explanation.earlier],
     }
 
 
@@ -127,7 +122,7 @@ def _finding_dict(found: Finding | None) -> dict[str, Any]:
         **_short_dict(found),
         "meaning": found.cause.meaning,
         "first_rank": found.first_rank,
-        "lost_a_peer": list(found.echoes),
+        "lost_a_peer": list(found.secondary),
         "silent": list(found.silent),
         "notes": list(found.notes),
         "lines": [{"log": copies.shown(line.log), "line": line.number, "text": line.text} for line in found.lines],

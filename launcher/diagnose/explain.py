@@ -179,23 +179,23 @@ def _down(nodes: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
 
 def failed_nodes(run: Run) -> tuple[str, ...]:
     """The nodes on which a run failed; `UsageError` when nothing names one."""
-    told = explain(run)
-    if not told.failed_nodes:
+    explanation = explain(run)
+    if not explanation.failed_nodes:
         raise UsageError(
-            f"--exclude-failed: nothing names a node of {run.name} ({told.summary}); give --exclude NODES"
+            f"--exclude-failed: nothing names a node of {run.name} ({explanation.summary}); give --exclude NODES"
         )
-    return told.failed_nodes
+    return explanation.failed_nodes
 
 
-def mark_bad(told: Explanation, lasting: str) -> None:
+def mark_bad(explanation: Explanation, lasting: str) -> None:
     """Put the nodes to blame on their cluster's list; `UsageError` when none is."""
     until = bad_nodes.duration(lasting)
-    if not told.bad_nodes:
+    if not explanation.bad_nodes:
         raise UsageError(
-            f"{told.run.name}: nothing in it speaks against a node ({told.summary}); "
+            f"{explanation.run.name}: nothing in it speaks against a node ({explanation.summary}); "
             "`mixlaunch nodes add NODE --reason TEXT` marks one all the same"
         )
-    bad_nodes.add(told.run.profile, told.bad_nodes, until)
+    bad_nodes.add(explanation.run.profile, explanation.bad_nodes, until)
 
 
 # --- in words ----------------------------------------------------------------------------------------------------

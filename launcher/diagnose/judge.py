@@ -1,6 +1,7 @@
 """From evidence to a finding: what ended an attempt, with which rank and node it began, which lines say so (pure).
 
-The host outranks the ranks, a rank with a cause of its own those that only lost a peer, and words outrank codes.
+What the host says counts first, then ranks that failed by themselves, then ranks that lost another one (a secondary
+failure). What a log says counts before an exit code.
 """
 
 import re
@@ -24,15 +25,16 @@ COMMAND = re.compile(r"\s+\(\s*trap .*")
 KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # the shell's word on a rank that a signal ended
 SIGNALS = range(129, 160)
 ENDED_BY_OTHERS = (0, 15, 137, 143, 85)  # codes of ranks that were ended, and so say nothing
-TOLD_TO_LEAVE = (15, 85, 130, 143)  # whichever rank was the first to, the others were told as well
+TOLD_TO_LEAVE = (15, 85, 130, 143)  # all ranks were told to leave, so the first one to do it means nothing
 NOT_FIRST = ("time_limit", "preempted")  # they come to a job that a rank may have failed before
 
-Told = tuple[int, Cause]  # the place of a line in a rank's log, and what it gives away
+Symptom = tuple[int, Cause]  # the place of a line in a rank's log, and the cause it speaks of
+Symptoms = Mapping[int, Symptom]  # by rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Why an attempt ended. `echoes` are ranks that only lost a peer, `silent` those that said nothing at all."""
+    """Why an attempt ended. `secondary` ranks only lost another one, `silent` ranks said nothing at all."""
 
     cause: Cause
     attempt: int | None = None
@@ -41,7 +43,7 @@ class Finding:
     nodes: tuple[str, ...] = ()
     lines: tuple[Line, ...] = ()
     first_rank: int | None = None
-    echoes: tuple[int, ...] = ()
+    secondary: tuple[int, ...] = ()
     silent: tuple[int, ...] = ()
     node_to_blame: bool = False
     notes: tuple[str, ...] = ()
@@ -80,15 +82,15 @@ def _found(evidence: Evidence) -> Finding:
     if evidence.state == "CANCELLED":
         lines = [line for line in evidence.host if "CANCELLED AT" in line.text]
         return Finding(cause=table.CANCELLED, lines=tuple(lines[:SHOWN]))
-    told = {rank: _best(lines) for rank, lines in evidence.ranks.items()}
-    echoes = {rank: best for rank, best in told.items() if best and best[1].echo}
-    host, rank = _of_host(evidence), _of_ranks(evidence, told, echoes)
-    own = rank is not None and not rank.cause.echo
+    symptoms = {rank: _best(lines) for rank, lines in evidence.ranks.items()}
+    secondary = {rank: best for rank, best in symptoms.items() if best and best[1].secondary}
+    host, rank = _of_host(evidence), _of_ranks(evidence, symptoms, secondary)
+    own = rank is not None and not rank.cause.secondary
     ended = evidence.first is None or evidence.first.code in ENDED_BY_OTHERS
     if host and not (own and not ended and host.cause.name in NOT_FIRST):
         return host
     lost = None if own or not ended else _of_lost_node(evidence)
-    return lost or rank or _of_code(evidence, tuple(echoes)) or _of_nothing(evidence)
+    return lost or rank or _of_code(evidence, tuple(secondary)) or _of_nothing(evidence)
 
 
 # --- the host ----------------------------------------------------------------------------------------------------
@@ -136,24 +138,24 @@ def _expanded(text: str | None) -> list[str]:
 # --- the ranks ---------------------------------------------------------------------------------------------------
 
 
-def _of_ranks(evidence: Evidence, told: Mapping[int, Told | None], echoes: Mapping[int, Told]) -> Finding | None:
-    own = {rank: best for rank, best in told.items() if best and not best[1].echo}
-    silent = tuple(rank for rank, best in told.items() if best is None)
+def _of_ranks(evidence: Evidence, symptoms: Mapping[int, Symptom | None], secondary: Symptoms) -> Finding | None:
+    own = {rank: best for rank, best in symptoms.items() if best and not best[1].secondary}
+    silent = tuple(rank for rank, best in symptoms.items() if best is None)
     first = evidence.first
     if first and first.rank in own:
-        return _rank_finding(evidence, first.rank, own[first.rank], echoes)
+        return _rank_finding(evidence, first.rank, own[first.rank], secondary)
     if first and first.code in SIGNALS and first.code not in ENDED_BY_OTHERS:
         return None  # the code says more than what others complain about
     if own:
         rank = min(own, key=lambda rank: (_precedence(own[rank][1]), rank))
-        return _rank_finding(evidence, rank, own[rank], echoes)
+        return _rank_finding(evidence, rank, own[rank], secondary)
     if first and first.code == 137:
         return None
-    return _only_echoes(evidence, echoes, silent) if echoes else None
+    return _only_secondary(evidence, secondary, silent) if secondary else None
 
 
 def _rank_finding(
-    evidence: Evidence, rank: int, best: Told, echoes: Iterable[int], silent: tuple[int, ...] = ()
+    evidence: Evidence, rank: int, best: Symptom, secondary: Iterable[int], silent: tuple[int, ...] = ()
 ) -> Finding:
     place, cause = best
     node = evidence.node_of(rank)
@@ -162,29 +164,29 @@ def _rank_finding(
         rank=rank,
         nodes=(node,) if node else (),
         lines=excerpt(evidence.ranks[rank], place),
-        echoes=tuple(other for other in echoes if other != rank),
+        secondary=tuple(other for other in secondary if other != rank),
         silent=silent,
     )
 
 
-def _only_echoes(evidence: Evidence, echoes: Mapping[int, Told], silent: tuple[int, ...]) -> Finding:
-    """Everyone who spoke had lost another rank: it's one of those that didn't, or a node with all of its ranks."""
+def _only_secondary(evidence: Evidence, secondary: Symptoms, silent: tuple[int, ...]) -> Finding:
+    """Every rank that spoke had lost another one: a silent rank failed first, or a node with all its ranks."""
     first = evidence.first
-    speaker = first.rank if first and first.rank in echoes else min(echoes)
-    found = _rank_finding(evidence, speaker, echoes[speaker], echoes, silent)
+    speaker = first.rank if first and first.rank in secondary else min(secondary)
+    found = _rank_finding(evidence, speaker, secondary[speaker], secondary, silent)
     if not silent:
         return found
     nodes = tuple(dict.fromkeys(filter(None, map(evidence.node_of, silent))))
-    speaking = {evidence.node_of(rank) for rank in echoes}
+    speaking = {evidence.node_of(rank) for rank in secondary}
     whole = len(nodes) == 1 and nodes[0] not in speaking
-    return replace(found, rank=silent[0], nodes=nodes, node_to_blame=whole, echoes=tuple(echoes))
+    return replace(found, rank=silent[0], nodes=nodes, node_to_blame=whole, secondary=tuple(secondary))
 
 
-def _best(lines: Sequence[Line]) -> Told | None:
+def _best(lines: Sequence[Line]) -> Symptom | None:
     """The most telling of a log's last lines: causes of a rank's own first, in the order of the table."""
     start = max(0, len(lines) - RECENT)
     found = [(start + place, cause) for place, cause in table.of_rank_lines(line.text for line in lines[start:])]
-    return min(found, key=lambda item: (item[1].echo, _precedence(item[1]), -item[0]), default=None)
+    return min(found, key=lambda item: (item[1].secondary, _precedence(item[1]), -item[0]), default=None)
 
 
 def _precedence(cause: Cause) -> int:
@@ -220,7 +222,7 @@ def _plain(line: Line) -> str:
 # --- codes, and nothing at all -----------------------------------------------------------------------------------
 
 
-def _of_code(evidence: Evidence, echoes: tuple[int, ...]) -> Finding | None:
+def _of_code(evidence: Evidence, secondary: tuple[int, ...]) -> Finding | None:
     first = evidence.first
     code = first.code if first else evidence.exit_code
     if not code:
@@ -229,8 +231,8 @@ def _of_code(evidence: Evidence, echoes: tuple[int, ...]) -> Finding | None:
     cause = table.of_code(code) or table.UNKNOWN
     lines = _last_lines(evidence.ranks.get(rank, ()) if rank is not None else evidence.host)
     if first is None or code in TOLD_TO_LEAVE:
-        return Finding(cause=cause, lines=lines, code=code, echoes=echoes)
-    return Finding(cause=cause, rank=rank, nodes=(first.node,), lines=lines, code=code, echoes=echoes)
+        return Finding(cause=cause, lines=lines, code=code, secondary=secondary)
+    return Finding(cause=cause, rank=rank, nodes=(first.node,), lines=lines, code=code, secondary=secondary)
 
 
 def _of_nothing(evidence: Evidence) -> Finding:

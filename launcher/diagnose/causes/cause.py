@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """One way to end. `echo`: what a rank says when another one failed; `bad_node`: it speaks against the node."""
+    """One way to end. A `secondary` one follows another rank's failure; `bad_node`: the node is to blame."""
 
     name: str
     title: str
@@ -19,7 +19,7 @@ class Cause:
     rank: tuple[str, ...] = ()
     codes: tuple[int, ...] = ()
     states: tuple[str, ...] = ()
-    echo: bool = False
+    secondary: bool = False
     bad_node: bool = False
 
     def match_host(self, line: str) -> "re.Match[str] | None":

@@ -1,7 +1,7 @@
 """Causes that a rank tells of in its log: CUDA, NCCL, gloo, the operating system, Python, our own jobs (pure).
 
-Rows are in order of precedence: of several that a log holds the first one counts. Those that only echo another
-rank's end come last.
+Rows are in order of precedence: if a log holds several causes, the first row counts. Secondary failures come last:
+those that follow another rank's end.
 """
 
 from launcher.diagnose.causes.cause import LESS_GPU_MEMORY, MARK, RESUME, RETRY, Cause
@@ -237,7 +237,7 @@ RANK = (
             r"(?:client socket has timed out|connect\(\) timed out|Socket Timeout|wait timeout after \d+ms)",
             r"DistStoreError",
         ),
-        echo=True,
+        secondary=True,
     ),
     Cause(
         name="peer_lost",
@@ -252,6 +252,6 @@ RANK = (
             r"failed to recv, got 0 bytes",
             r"terminating due to (?:an? )?(?:exception|error) on (?:other|another) rank",
         ),
-        echo=True,
+        secondary=True,
     ),
 )

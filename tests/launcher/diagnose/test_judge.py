@@ -31,7 +31,7 @@ class Expected:
     rank: int | None = None
     nodes: tuple[str, ...] = ()
     code: int | None = 1
-    echoes: tuple[int, ...] = ()
+    secondary: tuple[int, ...] = ()
     silent: tuple[int, ...] = ()
     bad: tuple[str, ...] = ()
     says: str = ""
@@ -47,12 +47,12 @@ RECORDED = {
     "file_too_large": Expected(cause="disk_full", rank=1, nodes=("sandbox0",), says="File too large"),
     "disk_full": Expected(cause="disk_full", rank=1, nodes=("sandbox0",), says="No space left on device"),
     "memory_error": Expected(cause="host_memory", rank=2, nodes=("sandbox1",), says="MemoryError"),
-    "peer_killed": Expected(cause="killed", rank=2, nodes=("sandbox3",), code=137, echoes=(1, 3), says="Killed"),
+    "peer_killed": Expected(cause="killed", rank=2, nodes=("sandbox3",), code=137, secondary=(1, 3), says="Killed"),
     "peer_raised": Expected(
-        cause="exception", rank=2, nodes=("sandbox1",), echoes=(0, 1, 3), says="a tensor is misshapen"
+        cause="exception", rank=2, nodes=("sandbox1",), secondary=(0, 1, 3), says="a tensor is misshapen"
     ),
     "peer_hangs": Expected(
-        cause="collective_timeout", rank=2, nodes=("sandbox3",), echoes=(0, 1, 3), silent=(2,), says="Timed out"
+        cause="collective_timeout", rank=2, nodes=("sandbox3",), secondary=(0, 1, 3), silent=(2,), says="Timed out"
     ),
     "time_limit": Expected(cause="time_limit", state="TIMEOUT", code=143, says="DUE TO TIME LIMIT"),
     "memory_limit": Expected(
@@ -108,7 +108,7 @@ def test_what_really_happened_is_found(recorded, name):
     assert logs.attempts(run.path)[-1] >= expected.attempt
     found = judged(run, expected.attempt, expected.state)
     assert (found.cause.name, found.rank, found.nodes) == (expected.cause, expected.rank, expected.nodes)
-    assert (found.echoes, found.silent, found.bad_nodes) == (expected.echoes, expected.silent, expected.bad)
+    assert (found.secondary, found.silent, found.bad_nodes) == (expected.secondary, expected.silent, expected.bad)
     assert found.code == expected.code
     assert re.search(expected.says, "\n".join(line.text for line in found.lines))
     for line in found.lines:
@@ -256,7 +256,7 @@ def test_one_silent_rank_speaks_against_no_node(attempt):
 def test_a_rank_with_a_cause_of_its_own_is_the_root(attempt):
     """It wasn't the first to leave: the others noticed its end before it had ended."""
     found = attempt({0: LOST, 1: LOST, 3: "torch.OutOfMemoryError: CUDA out of memory."}, first="1 0 gpu07")
-    assert (found.cause.name, found.rank, found.nodes, found.echoes) == ("cuda_oom", 3, ("gpu08",), (0, 1))
+    assert (found.cause.name, found.rank, found.nodes, found.secondary) == ("cuda_oom", 3, ("gpu08",), (0, 1))
 
 
 def test_a_rank_that_failed_before_the_time_limit_is_the_cause(attempt):
