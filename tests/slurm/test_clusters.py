@@ -127,7 +127,7 @@ def test_a_right_profile_has_no_fault(right, rich):
 
 
 WRONG = [
-    ("partition=gpus", "partition", "there is no 'gpus'; did you mean 'gpu'? there are: cpu, gpu"),
+    ("partition=gpus", "partition", "there is no 'gpus'; did you mean 'gpu'? There are: cpu, gpu"),
     ("account=nlq", "account", "no association with 'nlq'; did you mean 'nlp'?"),
     ("account=vision", "account", "vision may not use gpu"),
     ("qos=hihg", "QoS", "nlp may not use 'hihg'; did you mean 'high'?"),
