@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_replica import SHAPE, logits_of_each_step, replica
 
 from megatron_mixtral import kernels
 from megatron_mixtral.spec.jobs import Layout
-from tests.gpu.test_step import SHAPE, logits_of_each_step, replica
 
 pytestmark = pytest.mark.gpu
 CLOSE = 1e-5 if kernels.INTERPRETED else 1e-2  # the interpreter computes in fp32, a GPU in bf16

@@ -99,3 +99,8 @@ def run(
     codes = done.wait(timeout)
     assert codes == [0] * ranks, done.output()
     return done
+
+
+def losses(job):
+    """The loss of every step done last, by step."""
+    return {e["step"]: e["loss"] for e in job.events("step")}

@@ -17,6 +17,7 @@ SHAPE = {
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-5,
 }
+EP2_PP2 = {"expert": 2, "pipeline": 2}
 
 
 def make_weights(folder, poison="", value=float("nan")):

@@ -101,7 +101,7 @@ def _main(folder: Path, timeout: float) -> None:
     """One rank: import the file, call the function, leave its result."""
     faulthandler.dump_traceback_later(timeout, exit=True)
     path, name, args = pickle.loads((folder / "call").read_bytes())
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(path).parent)]
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec
     assert spec.loader

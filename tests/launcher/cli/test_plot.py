@@ -4,16 +4,16 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from local_runs import ended, job_that
 
 from launcher.cli.main import cli
 from launcher.runs import record
-from tests.launcher.runs.test_record import ended, plan  # noqa: F401 (fixtures)
 
 pytest.importorskip("matplotlib")
 
 
-def test_a_run_is_drawn_by_its_name(plan, tmp_path):  # noqa: F811
-    run = record.start(plan("exit 0"), asked=["tiny"])
+def test_a_run_is_drawn_by_its_name(tmp_path):
+    run = record.start(job_that("exit 0", tmp_path), asked=["tiny"])
     ended(run)
     empty = CliRunner().invoke(cli, ["plot", run.name])
     assert (empty.exit_code, "no step is done yet" in empty.output) == (2, True)

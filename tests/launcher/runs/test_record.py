@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import local_runs
 import pytest
+from local_runs import ended
 
-from launcher.cluster import profile
 from launcher.common import processes
 from launcher.errors import UsageError
-from launcher.planning import jobs
 from launcher.runs import record
 from launcher.runs import state as states
 from launcher.slurm import client
@@ -24,16 +24,7 @@ from launcher.submit import sbatch
 
 @pytest.fixture
 def plan(home, tmp_path):
-    """A job of one process on this machine that does what it is told in bash."""
-
-    def make(does: str, **ask) -> jobs.JobPlan:
-        stub = tmp_path / "stub"
-        stub.write_text(f"#!/bin/bash\n{does}\n")
-        stub.chmod(0o755)
-        local = profile.load("local").model_copy(update={"python": str(stub)})
-        return jobs.plan_tiny(local, output=str(tmp_path / "out"), ask=jobs.Ask(**ask))
-
-    return make
+    return lambda does, **ask: local_runs.job_that(does, tmp_path, **ask)
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +33,6 @@ def nothing_is_left(home):
     root = home / "state" / "mixlaunch" / "runs"
     for path in root.glob("*"):
         processes.stop(lambda path=path: processes.marked(**{states.MARK: str(path)}), grace=1)
-
-
-def ended(run, seconds=60):
-    deadline = time.monotonic() + seconds
-    while (state := record.state_of(run)).active:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return state
 
 
 def until(condition):

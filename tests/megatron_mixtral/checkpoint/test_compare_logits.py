@@ -5,13 +5,13 @@ from pathlib import Path
 
 import hub_folders
 import pytest
+from conversion import run
 
 from megatron_mixtral.checkpoint import compare_logits
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.spec.jobs import Layout
 from megatron_mixtral.weights import legacy
 from megatron_mixtral.weights.mapping import Names
-from tests.megatron_mixtral.weights.test_convert import run
 
 CASES = {
     "hub": {},

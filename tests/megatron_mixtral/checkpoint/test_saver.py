@@ -6,11 +6,11 @@ import time
 
 import pytest
 import run_job
-from small_world import tensors_of
+from run_job import losses
+from small_world import EP2_PP2, tensors_of
 from spawn_ranks import ranks
 
 from megatron_mixtral.weights import folder as weights_folder
-from tests.megatron_mixtral.training.test_loop import EP2_PP2, losses
 
 
 def config_of(world, **more):

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from finetunes import finetuned, of_kind
+from prepared_data import write_chats
 from small_world import training
 from spawn_ranks import ranks
 
 from megatron_mixtral.data import blend
 from megatron_mixtral.data.blend import Blend
 from megatron_mixtral.errors import InputError
-from tests.megatron_mixtral.data.test_packing import finetuned, of_kind, write_chats
 
 
 @dataclass

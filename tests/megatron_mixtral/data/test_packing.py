@@ -5,28 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from finetunes import finetuned, of_kind, raw_config
+from prepared_data import write_chats
 from small_world import SHAPE, make_weights
 from spawn_ranks import ranks
 
-from megatron_mixtral.data import indexed
-from megatron_mixtral.data.dataset import Documents
 from megatron_mixtral.data.packing import PackedSamples, best_fit
 from megatron_mixtral.errors import InputError
 
 LENGTHS = [5, 1, 30, 12, 7, 0, 45, 3, 18, 9]
-
-
-def write_chats(prefix, lengths, learnt=0.5):
-    """Documents whose tokens are all different modulo 64, each with a part that is learnt at its end."""
-    lengths = np.array(lengths, dtype=np.int32)
-    np.concatenate([(np.arange(n) * 5 + i) % 64 for i, n in enumerate(lengths)]).astype(np.uint16).tofile(
-        f"{prefix}.bin"
-    )
-    mask = np.concatenate([np.arange(n) >= min(n * (1 - learnt), n - 1) for n in lengths]).astype(np.uint8)
-    mask.tofile(f"{prefix}_mask.bin")
-    indexed.write_index(prefix.with_name(f"{prefix.name}.idx"), lengths, np.dtype(np.uint16))
-    indexed.write_index(prefix.with_name(f"{prefix.name}_mask.idx"), lengths, np.dtype(np.uint8))
-    return Documents(prefix)
 
 
 @pytest.fixture
@@ -85,49 +72,6 @@ def test_documents_of_one_token_are_nothing_to_learn_from(tmp_path):
     documents = write_chats(tmp_path / "ones", [1, 1, 1])
     with pytest.raises(InputError, match="no document of two tokens or more"):
         PackedSamples(documents, np.arange(3), 16, seed=1)
-
-
-def finetuned(raw, variants, folder):
-    """Each variant's events, all runs in one set of processes."""
-    import os
-    from pathlib import Path
-
-    from megatron_mixtral.observability import events
-    from megatron_mixtral.spec import jobs
-    from megatron_mixtral.training import loop
-
-    told = {}
-    for name, change in variants.items():
-        run_dir = Path(folder) / name
-        run_dir.mkdir(exist_ok=True)
-        loop.train(jobs.parse(jobs.FinetuneConfig, raw | change, where="config"), run_dir)
-        if os.environ["RANK"] == "0":
-            told[name] = events.read(run_dir / "events.jsonl")
-    return told
-
-
-def of_kind(told, kind, field):
-    return [event[field] for event in told if event["event"] == kind]
-
-
-def raw_config(world, prefix, **more):
-    return {
-        "model": str(world),
-        "data": str(prefix),
-        "steps": 2,
-        "sequence_length": 64,
-        "micro_batch": 2,
-        "global_batch": 4,
-        "precision": "fp32",
-        "warmup_steps": 0,
-        "validation": 0.5,
-        "eval_interval": 1,
-        "eval_steps": 100,
-        "lr": 0.0,
-        "min_lr": 0.0,
-        "weight_decay": 0.0,
-        **more,
-    }
 
 
 def test_packed_and_unpacked_losses_are_the_same(tmp_path):

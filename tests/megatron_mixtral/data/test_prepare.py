@@ -14,6 +14,7 @@ import pytest
 import torch
 import zstandard
 from mistral_common.exceptions import MistralCommonException
+from prepared_data import TALK, prepare, stored, write_jsonl
 
 from megatron_mixtral.data import documents
 from megatron_mixtral.data import prepare as data
@@ -24,34 +25,6 @@ from megatron_mixtral.spec.jobs import PrepareConfig
 from megatron_mixtral.tokenization import chat, tokenizer
 
 TEXTS = [f"Document {n} says: {'words ' * (n % 7)}and ends with héé 你好." for n in range(50)]
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hi there"},
-    {"role": "user", "content": "Who are you?"},
-    {"role": "assistant", "content": "A mixture."},
-]
-
-
-def write_jsonl(path, objects):
-    path.write_text("".join(json.dumps(o) + "\n" for o in objects))
-    return path
-
-
-def prepare(tmp_path, tokenizer_folder, *inputs, **options):
-    config = PrepareConfig(
-        inputs=[str(i) for i in inputs],
-        output=str(tmp_path / "out"),
-        tokenizer=str(tokenizer_folder),
-        **{"workers": 1, **options},
-    )
-    run(config, tmp_path)
-    return tmp_path / "out"
-
-
-def stored(prefix):
-    read = Documents(prefix)
-    return [tuple(part.tolist() for part in read.read(i, 0, None)) for i in range(len(read))]
 
 
 def test_documents_come_back_in_order_between_begin_and_end(tmp_path, tokenizer_folder, words):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import run_job
+from finetunes import PLAIN
 from spawn_ranks import RanksFailed, ranks
 
 from megatron_mixtral.distributed import watchdog
-from tests.megatron_mixtral.training.test_options import PLAIN
 
 
 def raw_config(world):

@@ -85,7 +85,7 @@ def write_expected(built, path):
 
 
 def shards_of_adapters(built):
-    from tests.megatron_mixtral.model.test_build import sharded_tensors
+    from model_on_ranks import sharded_tensors
 
     return [shard for shard in sharded_tensors(built) if adapters.is_adapter(shard.key)]
 
@@ -104,9 +104,9 @@ def whole_adapters(built):
 def compare(folder, name, layout):
     """How far off a model with adapters is at `layout`, and one into which they were merged while it loaded."""
     import torch
+    from model_on_ranks import local_part, run_pipeline, start
 
     from megatron_mixtral.checkpoint import loading, save_load
-    from tests.megatron_mixtral.model.test_build import local_part, run_pipeline, start
 
     from megatron.core.distributed import (
         DistributedDataParallel,

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from prepared_data import TALK, prepare, stored, write_jsonl
 from transformers import AutoTokenizer
 
 from megatron_mixtral.data import loader
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.tokenization import chat, chat_template, tokenizer
 from megatron_mixtral.tokenization.chat_template import Template
-from tests.megatron_mixtral.data.test_prepare import TALK, prepare, stored, write_jsonl
 
 # Turns between the tokenizer's own control tokens, with a prompt's beginning of the assistant's.
 ROUNDS = (

@@ -1,11 +1,10 @@
 """A sequence split over context-parallel ranks has the losses and gradients of the whole one."""
 
 import pytest
+from finetunes import PLAIN, finetuned, finetuned_together, of_kind
 from spawn_ranks import ranks
 
 from megatron_mixtral.model import layers
-from tests.megatron_mixtral.data.test_packing import finetuned, of_kind
-from tests.megatron_mixtral.training.test_options import PLAIN, finetuned_together
 
 
 def test_stretches_come_back_in_the_order_of_the_sequence():

@@ -3,11 +3,9 @@
 import shutil
 
 import pytest
+from finetunes import PLAIN, losses, of_kind
 from small_world import make_world, tensors_of
 from spawn_ranks import ranks
-
-from tests.megatron_mixtral.data.test_packing import of_kind
-from tests.megatron_mixtral.training.test_options import PLAIN, losses
 
 STAGES = {"layout": {"pipeline": 2}}
 CHUNKS = {**STAGES, "virtual_pipeline": 2}

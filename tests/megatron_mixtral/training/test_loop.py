@@ -6,20 +6,14 @@ import signal
 import numpy as np
 import pytest
 import run_job
-from small_world import SHAPE, make_weights, tensors_of, training
+from run_job import losses
+from small_world import EP2_PP2, SHAPE, make_weights, tensors_of, training
 from spawn_ranks import ranks
-
-EP2_PP2 = {"expert": 2, "pipeline": 2}
 
 
 @pytest.fixture
 def config(world):
     return training(world, lr=0.01, eval_interval=4, eval_steps=2, save_interval=100)
-
-
-def losses(job):
-    """The loss of every step done last, by step."""
-    return {e["step"]: e["loss"] for e in job.events("step")}
 
 
 def stop_after(job, step, rank):

@@ -5,11 +5,11 @@ import signal
 
 import pytest
 import run_job
+from run_job import losses
 from small_world import make_world, tensors_of, training
 
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import lora as adapters
-from tests.megatron_mixtral.training.test_loop import losses
 
 
 @pytest.fixture(scope="module")

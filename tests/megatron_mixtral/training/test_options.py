@@ -3,26 +3,9 @@
 import math
 
 import pytest
+from finetunes import PLAIN, finetuned, finetuned_together, losses, of_kind
 from small_world import tensors_of
 from spawn_ranks import ranks
-
-from tests.megatron_mixtral.data.test_packing import finetuned, of_kind
-
-PLAIN = {
-    "steps": 3,
-    "sequence_length": 32,
-    "micro_batch": 2,
-    "global_batch": 8,
-    "precision": "fp32",
-    "lr": 0.01,
-    "warmup_steps": 0,
-    "eval_steps": 0,
-    "save_interval": 1000,
-}
-
-
-def losses(told):
-    return of_kind(told, "step", "loss")
 
 
 @pytest.fixture(scope="module")
@@ -214,21 +197,6 @@ def test_stages_of_uneven_length_change_nothing(world, tmp_path):
         told["wrong"]
         == "2 layers - first 2 - last 0 = 0 for 1 stages of 2: not the same whole number, at least 1, for each"
     )
-
-
-def finetuned_together(raw, variants, folder):
-    """As `finetuned`, by ranks that stay together; of a run that is refused, why."""
-    from megatron_mixtral.errors import JobError
-    from megatron_mixtral.mcore import ranks
-
-    ranks.shutdown = lambda: None
-    told = {}
-    for name, change in variants.items():
-        try:
-            told |= finetuned(raw, {name: change}, folder)
-        except JobError as error:
-            told[name] = str(error)
-    return told
 
 
 def spoil_one_replica(raw, folder):

@@ -10,24 +10,20 @@ import pytest
 import run_job
 import torch
 import torch.distributed.checkpoint as dcp
+from conversion import contents, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_on_ranks import megatron_tensors
 from spawn_ranks import ranks
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.jobs import convert
-from megatron_mixtral.spec.jobs import ConvertConfig, Layout, MixtralShape
+from megatron_mixtral.spec.jobs import Layout, MixtralShape
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.copying import read_rows
 from megatron_mixtral.weights.mapping import Names, Rows, hub_shapes
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
-from tests.megatron_mixtral.model.test_build import megatron_tensors
 
 NAMES = {"hub": Names(), "transformers 5": Names(block="mlp", fused=True), "fused": Names(fused=True)}
-
-
-def run(source, output, run_dir, **config):
-    convert.run(ConvertConfig(source=str(source), output=str(output), **config), run_dir)
 
 
 @st.composite
@@ -129,7 +125,7 @@ def test_torchs_own_reader_finds_every_tensor_where_megatron_has_it(tmp_path):
     shape = MixtralShape.from_folder(tmp_path / "hub")
     found = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in tensors.shapes(shape).items()}
     dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "out" / "release"), no_dist=True)
-    # test_model's mapping was written apart from the table of links.
+    # This mapping was written apart from the table of links.
     expected = megatron_tensors(given, {**hub_folders.SHAPE, "head_dim": 6})
     hub_folders.assert_same(found, expected)
     metadata = dcp.FileSystemReader(tmp_path / "out" / "release").read_metadata()
@@ -139,11 +135,12 @@ def test_torchs_own_reader_finds_every_tensor_where_megatron_has_it(tmp_path):
 
 def layouts_load(folder, layouts):
     """On each rank: whether every part of the model loaded at each layout is the part that it should be."""
+    from model_on_ranks import local_part, sharded_tensors
+
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
     from megatron_mixtral.spec.jobs import Layout
-    from tests.megatron_mixtral.model.test_build import local_part, sharded_tensors
 
     shape = MixtralShape.from_folder(Path(folder, "hub"))
     expected = torch.load(Path(folder, "expected.pt"))
@@ -195,11 +192,6 @@ def test_what_any_layout_saved_comes_back_bit_identical(saved_at_layouts, tmp_pa
     shape = MixtralShape.from_folder(folder / "hub")
     back = fused(hub_folders.read(tmp_path / "back"), shape, NAMES["transformers 5"])
     hub_folders.assert_same(back, given)
-
-
-def contents(folder: Path):
-    """Relative name -> bytes of every file; the marker alone tells where its source lay."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("to", ["megatron", "hf"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import hub_folders
 import pytest
 import run_job
+from conversion import contents, run
 
 from megatron_mixtral import errors
 from megatron_mixtral.jobs import convert
@@ -21,7 +22,6 @@ from megatron_mixtral.spec.jobs import ConvertConfig, Layout
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import shared_work
 from megatron_mixtral.weights.copying import Copier
-from tests.megatron_mixtral.weights.test_convert import contents, run
 
 KILLS = 20
 

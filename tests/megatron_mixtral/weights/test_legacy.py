@@ -9,13 +9,13 @@ from pathlib import Path
 import hub_folders
 import pytest
 import torch
+from conversion import contents, run
 from spawn_ranks import ranks
 
 from megatron_mixtral.errors import CheckpointError, InputError, LayoutError
 from megatron_mixtral.jobs import verify
 from megatron_mixtral.spec.jobs import Layout, MixtralShape, VerifyConfig
 from megatron_mixtral.weights import legacy, torch_archive
-from tests.megatron_mixtral.weights.test_convert import contents, run
 
 VOCABULARY = 37  # padded to 40 below, more under tensor parallelism
 SHAPE = {

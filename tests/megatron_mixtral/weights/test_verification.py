@@ -10,6 +10,7 @@ import hub_folders
 import pytest
 import run_job
 import torch
+from conversion import run
 
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.jobs import verify
@@ -17,7 +18,6 @@ from megatron_mixtral.spec.jobs import Layout, MixtralShape, VerifyConfig
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
-from tests.megatron_mixtral.weights.test_convert import run
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 import run_job
 import small_server
 import torch
+from finetunes import finetuned, of_kind, raw_config
+from prepared_data import write_chats
 from small_world import SHAPE, make_weights
 from spawn_ranks import ranks
-
-from tests.megatron_mixtral.data.test_packing import finetuned, of_kind, raw_config, write_chats
 
 pytestmark = [
     pytest.mark.gpu,
