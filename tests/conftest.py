@@ -1,4 +1,4 @@
-"""Its presence puts this folder on the path: what several kinds of tests share lies here.
+"""For all tests: nothing that they start outlives them, and some don't share the machine.
 
 `make test` runs files of tests side by side; a test that is marked `alone` has the machine to itself all the same,
 and of those that are marked `many_ranks` one runs at a time.
@@ -8,6 +8,8 @@ import contextlib
 import fcntl
 
 import pytest
+
+pytest_plugins = ["end_with_pytest"]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

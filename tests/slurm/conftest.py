@@ -5,7 +5,6 @@ Without Slurm's daemons every test here is skipped, and the reason says how to g
 
 import getpass
 import secrets
-import signal
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The sandbox that is up for the whole session; it goes down when pytest is told to end, too."""
-    signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("SIGTERM", returncode=143))
+    """The sandbox that is up for the whole session."""
     folder = tmp_path_factory.mktemp("slurm")
     yield lifecycle.up(folder)
     lifecycle.down(folder)

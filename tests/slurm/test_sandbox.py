@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import end_with_pytest
 import pytest
 from running import wait_until
 
@@ -190,10 +191,11 @@ def test_an_ordinary_user_needs_no_rights():
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     os.chown(folder, 65534, 65534)
     argv = [python, "-c", AS_NOBODY, str(folder / "s")]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
             ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *argv],
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+            env=environment | end_with_pytest.marks(),
             capture_output=True,
             text=True,
             cwd="/",

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import end_with_pytest
+
 from launcher.host import ssh
 from launcher.slurm import client
 
@@ -73,7 +75,7 @@ def running(folder: Path, environment: dict[str, str]):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     know(folder, port, folder / "host.pub")
-    (folder / "config").write_text(configuration(folder, port, environment))
+    (folder / "config").write_text(configuration(folder, port, environment | end_with_pytest.marks()))
     if os.getuid() == 0:
         SEPARATION.mkdir(exist_ok=True)  # and left: tests beside this one may need it
     server = Server(folder, port, start(folder, port))
