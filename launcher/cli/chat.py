@@ -17,10 +17,9 @@ from typing import Any
 
 import click
 
-from launcher.cli.run_arguments import roots_of
 from launcher.common import state_dir
 from launcher.errors import Fault, UsageError
-from launcher.runs import servers, tunnel
+from launcher.runs import find, servers, tunnel
 from launcher.runs.servers import Server
 
 HISTORY = 1000  # lines that the arrow keys bring back, also from earlier conversations
@@ -263,7 +262,7 @@ def chat(server: str | None, prompt: str | None, system: str | None, raw: bool, 
 
     SERVER is HOST:PORT, a URL or the server's run; by default the one that was started last.
     """
-    with tunnel.if_needed(servers.find(server, roots_of(None))) as found:
+    with tunnel.if_needed(servers.choose(server, find.roots_of(None))) as found:
         run(found, prompt=prompt, system=system, raw=raw, settings=Settings(**how))
 
 

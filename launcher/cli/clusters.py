@@ -12,6 +12,7 @@ from typing import Any
 import click
 import yaml
 
+from launcher import templates
 from launcher.cli import completion
 from launcher.cli.options import override
 from launcher.cluster import catalog, discover, json_schema, profile
@@ -20,7 +21,6 @@ from launcher.common import terminal
 from launcher.diagnose import profile_check
 from launcher.diagnose.profile_check import ProfileFinding
 from launcher.errors import MixlaunchError
-from launcher.script import stock
 
 WORDS = {"ok": ("", "ok"), "failed": ("red", "failed"), "unknown": ("yellow", "can't tell")}
 COLUMNS = ("CLUSTER", "SCHEDULER", "GPUS A NODE", "CONTAINER", "DESCRIPTION")
@@ -108,7 +108,7 @@ def clusters_template(part: str | None) -> None:
 
     Without PART, the names of all.
     """
-    click.echo(stock.source(part) if part else "\n".join(stock.names()), nl=not part)
+    click.echo(templates.source(part) if part else "\n".join(templates.names()), nl=not part)
 
 
 @clusters.command("new")

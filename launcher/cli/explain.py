@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, NEWEST, roots_of
+from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, NEWEST
 from launcher.common import terminal, words
 from launcher.diagnose import explain as diagnosis
 from launcher.diagnose.explain import Explanation
 from launcher.diagnose.judge import Finding
 from launcher.host import copies
-from launcher.runs import record
+from launcher.runs import find
 from launcher.slurm import hostlist
 
 
@@ -31,7 +31,7 @@ def explain(
     The first rank and node that failed, what its end means, the lines that show it, and what to do. RUN is a
     name, a prefix or a job id; by default the newest run.
     """
-    explanation = diagnosis.explain(record.find(name, roots_of(cluster)), attempt=attempt)
+    explanation = diagnosis.explain(find.run(name, find.roots_of(cluster)), attempt=attempt)
     if mark_bad:
         diagnosis.mark_bad(explanation, lasting)
         print(f"jobs on {explanation.run.cluster} keep off {', '.join(explanation.bad_nodes)}", file=sys.stderr)

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from launcher.cli.run_arguments import IN_CLUSTER, NEWEST, roots_of, run_argument
+from launcher.cli.run_arguments import IN_CLUSTER, NEWEST, run_argument
 from launcher.errors import Fault, UsageError
+from launcher.runs import find
 from launcher.runs import follow as going_on
-from launcher.runs import record
 
 
 class RankType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
@@ -58,7 +58,7 @@ def logs(
 
     RUN is a name, a prefix or a job id; by default the newest run. With --rank all each line is headed by its rank.
     """
-    run = record.find(name, roots_of(cluster))
+    run = find.run(name, find.roots_of(cluster))
     source = "batch" if batch else rank
     for line in going_on.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
         click.echo(line)
@@ -75,7 +75,7 @@ def plot(name: str, output: str | None, cluster: str | None) -> None:
 
     RUN is a name, a job's id, a prefix, or a path; it may still be running. Needs matplotlib here.
     """
-    run = record.find(name, roots_of(cluster))
+    run = find.run(name, find.roots_of(cluster))
     target = os.path.abspath(os.path.expanduser(output)) if output else str(run.path / "plot.png")
     # The job's own package draws it, in a process of its own, from the events in the run directory.
     argv = [sys.executable, "-m", "megatron_mixtral.observability.plot", str(run.path), target]

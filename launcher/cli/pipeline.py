@@ -15,7 +15,7 @@ from launcher.cli.planned import print_remarks, understood
 from launcher.common import terminal
 from launcher.errors import Interrupted
 from launcher.planning import describe, uploads
-from launcher.runs import record
+from launcher.runs import states
 from launcher.runs.record import Run
 from launcher.submit import pipeline as chain
 from launcher.submit.pipeline import Pipeline
@@ -92,7 +92,7 @@ def to_the_end(started: Sequence[Run]) -> int:
             return code
         if code:
             for later in started[place + 1 :]:
-                if record.cancel(later):
+                if states.cancel(later):
                     terminal.say(f"{later.name} is cancelled: it can't start any more")
             return code
     return 0

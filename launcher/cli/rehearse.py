@@ -13,9 +13,9 @@ from launcher.cli.options import SectionedOption, job_command
 from launcher.cli.planned import planned, print_remarks
 from launcher.common import terminal
 from launcher.planning.jobs import JobPlan
-from launcher.runs import record
 from launcher.sandbox import rehearsal_plan
 from launcher.sandbox import rehearse as rehearsal
+from launcher.submit import start
 
 KEEP = SectionedOption(["--keep"], section="Job", is_flag=True, help="Keep the rehearsal's folder.")
 
@@ -58,7 +58,7 @@ def _act(plan: JobPlan, folder: Path) -> None:
         terminal.heading("a tiny model and some text")
         _tell(rehearsal.prepared(plan, folder))
         mirrored = rehearsal.mirrored(plan, slurm, folder)
-        path = record.new_path(mirrored)
+        path = start.new_path(mirrored)
         terminal.heading(f"what {cluster} would get, and what runs here")
         terminal.code(rehearsal_plan.script_diff(plan, mirrored, path), "diff")
         terminal.heading("what differs from the real thing")

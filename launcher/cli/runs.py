@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from launcher.cli import watch
-from launcher.cli.run_arguments import IN_CLUSTER, MANY, roots_of, run_argument
+from launcher.cli.run_arguments import IN_CLUSTER, MANY, run_argument
 from launcher.common import terminal
 from launcher.diagnose import explain
-from launcher.runs import record
+from launcher.runs import find, states
 from launcher.runs.record import Run
 from launcher.slurm import hostlist
 from launcher.submit import resume as again
@@ -63,7 +63,7 @@ def _go_on(
     wait: bool,
     follow: bool,
 ) -> None:
-    run = record.find(name, roots_of(cluster))
+    run = find.run(name, find.roots_of(cluster))
     nodes = {*hostlist.of_option("--exclude", exclude), *(explain.failed_nodes(run) if exclude_failed else ())}
     run = act(run, time=time, exclude=sorted(nodes))
     watched = wait or follow
@@ -83,14 +83,14 @@ def cancel(names: tuple[str, ...], stuck: bool, cluster: str | None) -> None:
     """End runs: names, prefixes or job ids."""
     if not names and not stuck:
         raise click.UsageError("Missing argument 'RUN...'; or give --stuck")
-    roots = roots_of(cluster)
-    found = [record.find(name, roots) for name in names]
-    if stuck and not (hopeless := record.stuck(record.every(roots))):
+    roots = find.roots_of(cluster)
+    found = [find.run(name, roots) for name in names]
+    if stuck and not (hopeless := states.stuck(find.every(roots))):
         terminal.say("every run that waits can still start")
     elif stuck:
         found += hopeless
     for run in found:
-        if record.cancel(run):
+        if states.cancel(run):
             terminal.done(f"{run.name} is told to end")
         else:
             terminal.say(f"{run.name} has ended already")

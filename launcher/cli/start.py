@@ -8,13 +8,12 @@ from typing import Any
 
 from launcher.cli import watch
 from launcher.cli.planned import planned, print_remarks
-from launcher.cluster import bad_nodes
 from launcher.common import terminal
 from launcher.planning import describe, inputs
 from launcher.planning.jobs import JobPlan
-from launcher.runs import record
 from launcher.script import lint, render
 from launcher.submit import foreground
+from launcher.submit import start as submission
 
 
 def start(
@@ -30,9 +29,10 @@ def start(
     tunnel: bool = False,
 ) -> None:
     """Submit the job that was asked for, or show what a submission would do."""
-    plan = bad_nodes.keep_off(planned(job, typed), exclude, health_check=health_check)
+    plan = submission.keep_off(planned(job, typed), exclude, health_check=health_check)
     if dry_run:
-        _show(plan)
+        # Planning needs no network: a list behind a login node is read when the job is submitted.
+        _show(plan if plan.profile.login_node else submission.leave_out(plan))
     describe.require(plan, force=force)
     if dry_run:
         return
@@ -43,7 +43,7 @@ def start(
 
 def _show(plan: JobPlan, *, script: bool = True) -> None:
     """What a submission would do, without doing any of it."""
-    run_dir = record.new_path(plan)
+    run_dir = submission.new_path(plan)
     text = render.render(plan, str(run_dir))
     lint.check(text, plan.profile.slurm_version)
     terminal.heading(f"{plan.job}: what would run")

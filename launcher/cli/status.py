@@ -17,10 +17,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY, roots_of
+from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY
 from launcher.common import terminal, words
 from launcher.host import copies
-from launcher.runs import follow, logs, record, report
+from launcher.runs import find, follow, logs, report
 from launcher.runs.record import Run
 from launcher.slurm import hostlist
 
@@ -47,17 +47,17 @@ def status(names: tuple[str, ...], everything: bool, watch: bool, as_json: bool,
 
     All of them, newest first, or the details of RUNs: names, prefixes or job ids.
     """
-    roots = roots_of(cluster)
+    roots = find.roots_of(cluster)
 
-    def find() -> Sequence[Run]:
+    def asked() -> Sequence[Run]:
         if names:
-            return [record.find(name, roots) for name in names]
-        return record.every(roots)[: None if everything else NEWEST]
+            return [find.run(name, roots) for name in names]
+        return find.every(roots)[: None if everything else NEWEST]
 
     if watch:
-        _watch(find, until_ended=bool(names), as_json=as_json)
+        _watch(asked, until_ended=bool(names), as_json=as_json)
         return
-    found = find()
+    found = asked()
     facts = report.Reporter()(found)
     if as_json:
         terminal.as_json(facts)

@@ -16,9 +16,10 @@ from launcher.host import copies
 from launcher.planning import describe
 from launcher.planning.jobs import JobPlan
 from launcher.runs import follow as going_on
-from launcher.runs import logs, record, servers, tunnel
+from launcher.runs import logs, servers, states, tunnel
 from launcher.runs.record import Run
 from launcher.slurm import reasons
+from launcher.submit import start
 
 LAST_LINES = 15
 MISTAKE = 2
@@ -35,8 +36,7 @@ def submit(
     """
     if through_tunnel and plan.profile.is_local:
         raise UsageError("--tunnel: this server will be on this machine already")
-    servers.require_port(plan)
-    run = record.start(plan, asked=asked)
+    run = start.run(plan, asked=asked)
     where = "this machine" if run.is_local else f"{run.cluster} as job {run.job_id}"
     terminal.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
     facts = [(name, value) for name, value in describe.plan_facts(plan) if name in ("ranks", "layout", "limit")]
@@ -63,7 +63,7 @@ def to_the_end(run: Run, *, follow: bool) -> int:
             _print_progress(run)
     except KeyboardInterrupt:
         if run.is_local:
-            record.cancel(run)
+            states.cancel(run)
             terminal.say(f"cancelled {run.name}")
         else:
             terminal.say(f"{run.name} goes on; mixlaunch logs -f {run.name}")
@@ -76,7 +76,7 @@ def to_the_end(run: Run, *, follow: bool) -> int:
 def verdict(run: Run) -> int:
     """Say how `run` ended; 0, 2 for a mistake in what was asked, 1 for anything else."""
     copies.refresh(run.path)
-    state = record.state_of(run)
+    state = states.of_run(run)
     if state.state == "COMPLETED":
         terminal.done(f"{run.job} done: {copies.shown(run.path)}")
         return 0
@@ -198,7 +198,7 @@ class _Queue:
         """What is new; Slurm is asked no more often than is polite."""
         if time.monotonic() - self._asked < going_on.ASK_SLURM_EVERY:
             return ""
-        self._asked, state = time.monotonic(), record.state_of(self._run)
+        self._asked, state = time.monotonic(), states.of_run(self._run)
         text = state.state.lower()
         if state.state == "PENDING":
             text = f"in the queue: {reasons.find(state.reason).words}" if state.reason else "in the queue"

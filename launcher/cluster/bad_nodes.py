@@ -5,23 +5,18 @@ It lies there because whoever shares the folder shares the nodes. It is replaced
 
 import contextlib
 import datetime
-import fcntl
 import getpass
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launcher.cluster.profile import ClusterProfile
+from launcher.common import files
 from launcher.errors import Fault, UsageError
 from launcher.host import copies
-from launcher.slurm import hostlist
-
-if TYPE_CHECKING:
-    from launcher.cluster.profile import ClusterProfile
-    from launcher.planning.jobs import JobPlan
 
 FILE = "bad_nodes.json"
 SCHEMA = 1
@@ -42,43 +37,24 @@ class BadNode:
         return self.until is not None and datetime.datetime.fromisoformat(self.until) <= now
 
 
-def path(profile: "ClusterProfile") -> Path:
+def path(profile: ClusterProfile) -> Path:
     """Where a cluster's list lies; behind a login node this is its copy's place."""
     return copies.place(profile.login_node, Path(profile.paths.runs) / FILE)
 
 
-def read(profile: "ClusterProfile") -> list[BadNode]:
+def read(profile: ClusterProfile) -> list[BadNode]:
     """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
     return _load(path(profile))
 
 
-def keep_off(plan: "JobPlan", exclude: Iterable[str], *, health_check: bool) -> "JobPlan":
-    """`plan` that keeps off the cluster's list, the nodes of --exclude, and what a health check finds unfit."""
-    nodes = tuple(hostlist.of_option("--exclude", exclude))
-    for option, given in (("--exclude", nodes), ("--health-check", health_check)):
-        if given and plan.profile.is_local:
-            raise UsageError(f"{option}: {plan.profile.name} is this machine alone; it has no other nodes")
-    profile = plan.profile.model_copy(update={"health_check": True}) if health_check else plan.profile
-    plan = replace(plan, profile=profile, exclude=nodes)
-    # Planning needs no network: a list behind a login node is read when the job is submitted.
-    return plan if profile.login_node else leave_out(plan)
-
-
-def leave_out(plan: "JobPlan") -> "JobPlan":
-    """`plan` that keeps off the nodes on its cluster's list."""
-    if plan.profile.is_local:
-        return plan
-    return replace(plan, bad_nodes=tuple(entry.node for entry in read(plan.profile)))
-
-
-def require_file_system(profile: "ClusterProfile") -> None:
+def require_file_system(profile: ClusterProfile) -> None:
     """`UsageError` where a list would lie on this machine's own disk, and nobody else would ever see it."""
     mount = Path(*Path(profile.paths.runs).parts[:2])
     if not profile.login_node and not mount.is_dir():
         raise UsageError(f"{mount} isn't on this machine; run this on a login node of {profile.name}")
 
 
-def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
+def add(profile: ClusterProfile, reasons: Mapping[str, str], lasting: datetime.timedelta | None) -> list[BadNode]:
     """Put nodes on the list, or their entries anew; returns them."""
     now = datetime.datetime.now().astimezone()
     until = (now + lasting).isoformat(timespec="seconds") if lasting else None
@@ -92,7 +68,7 @@ def add(profile: "ClusterProfile", reasons: Mapping[str, str], lasting: datetime
     return new
 
 
-def remove(profile: "ClusterProfile", nodes: Iterable[str]) -> list[str]:
+def remove(profile: ClusterProfile, nodes: Iterable[str]) -> list[str]:
     """Take nodes off the list; returns those that were on it."""
     with _changing(path(profile)) as entries:
         return [node for node in nodes if entries.pop(node, None)]
@@ -113,9 +89,9 @@ def _changing(file: Path) -> Iterator[dict[str, BadNode]]:
     """The list under a lock, to be changed in place and then written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with (file.parent / f".{FILE}.lock").open("a") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: the last writer wins
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = file.parent / f".{FILE}.lock"
+        lock.touch()
+        with files.locked(lock):  # on a file system without locks the last writer wins
             entries = {entry.node: entry for entry in _load(file)}
             yield entries
             _write(file, list(entries.values()))
@@ -125,9 +101,7 @@ def _changing(file: Path) -> Iterator[dict[str, BadNode]]:
 
 def _write(file: Path, entries: list[BadNode]) -> None:
     record = {"schema": SCHEMA, "nodes": [asdict(entry) for entry in sorted(entries, key=lambda e: e.node)]}
-    temporary = file.with_name(f".{FILE}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.replace(file)
+    files.write_json(file, record)
     copies.put(file)
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from launcher import templates
 from launcher.cluster import catalog, yaml_layers
 from launcher.cluster.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
 from launcher.cluster.yaml_layers import Document, Location
 from launcher.common import quoting, words
 from launcher.errors import ProfileError
 from launcher.host import copies, ssh
-from launcher.script import stock
 from launcher.slurm import hostlist, sbatch_options
 
 TIME = re.compile(r"\d{1,8}|\d{1,8}:\d\d(:\d\d)?|\d{1,8}-\d\d?(:\d\d(:\d\d)?)?", re.ASCII)
@@ -243,7 +243,7 @@ def _option(option: str, value: str | bool) -> None:
 
 def _part(name: str, path: str) -> None:
     """`ValueError` unless a script has such a part and `path` may be one."""
-    as_value_error(lambda value, _: stock.known(value), name)
+    as_value_error(lambda value, _: templates.known(value), name)
     if not path:
         raise ValueError(f"{name}: give a path")
     as_value_error(quoting.path, path)

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import UsageError
-from launcher.runs import logs
-from launcher.runs import state as states
+from launcher.runs import logs, states
 from launcher.runs.logs import Leaver
 from launcher.runs.record import Run
-from launcher.runs.state import State
+from launcher.runs.states import State
 from launcher.slurm import hostlist
 
 TAIL = 100_000  # bytes of a log that are looked at

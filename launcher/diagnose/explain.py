@@ -17,9 +17,9 @@ from launcher.diagnose.causes.cause import RESUME
 from launcher.diagnose.evidence import Evidence
 from launcher.diagnose.judge import Finding
 from launcher.errors import Fault, UsageError
-from launcher.runs import follow, logs, record
+from launcher.runs import follow, logs, record, states
 from launcher.runs.record import Run
-from launcher.runs.state import State
+from launcher.runs.states import State
 from launcher.slurm import client, reasons
 
 QUIET = 600  # seconds without a word, after which a running job may hang
@@ -55,7 +55,7 @@ class Explanation:
 
 def explain(run: Run, *, attempt: int | None = None) -> Explanation:
     """Look at a run, or at one attempt of it; `UsageError` names the attempts if there is none of that number."""
-    state = record.state_of(run)
+    state = states.of_run(run)
     run = record.reread(run)
     there = logs.attempts(run.path)
     if attempt is not None and attempt not in there:
@@ -121,7 +121,7 @@ def _of_active(run: Run, state: State, earlier: tuple[Finding, ...]) -> Explanat
         return Explanation(
             run=run, state=state, verdict="waiting", summary=summary, advice=tuple(advice), earlier=earlier
         )
-    if state.state in ("UNKNOWN", record.SUBMITTING):
+    if state.state in ("UNKNOWN", states.SUBMITTING):
         return Explanation(run=run, state=state, verdict="unknown", summary=state.reason, earlier=earlier)
     summary, quiet = _progress(run)
     advice = (f"`mixlaunch logs {run.name} --rank all` shows what each rank said last",) if quiet else ()

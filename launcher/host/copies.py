@@ -5,14 +5,12 @@ whenever runs are looked for; weights, checkpoints and secrets are never among t
 """
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.common import state_dir
+from launcher.common import files, state_dir
 from launcher.host import ssh
 from launcher.host.ssh import Login
 
@@ -96,32 +94,17 @@ def submitting(run: Path) -> Iterator[None]:
     if login_of(run) is None:
         yield
         return
-    with _locked(run.parent, fcntl.LOCK_SH):
+    run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with files.locked(run.parent, shared=True):
         yield
 
 
 def _copy(login: Login, folder: Path, rules: list[str], *, root: Path) -> None:
     """Make `folder` as its original is, by `rules`. Nothing is removed here while a run is being submitted."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(ssh.MissingError), _locked(root, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # with `root`, which is it or above it
+    with contextlib.suppress(ssh.MissingError), files.locked(root, wait=False) as alone:
         removing = ["--delete"] if alone else []
         ssh.rsync(login, "-rt", *removing, *rules, ssh.far(login, f"{original(folder)}/"), f"{folder}/")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, how: int) -> Iterator[bool]:
-    """Whether the lock was free; it is held until the block ends."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
 
 
 def is_known(login: Login) -> bool:

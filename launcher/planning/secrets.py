@@ -4,14 +4,12 @@ Their values go into no script, record, argument or message, and not into the en
 """
 
 import os
-import shlex
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from launcher.cluster.profile import OF_RANKS, ClusterProfile
 from launcher.common import quoting
-from launcher.errors import Fault, UsageError
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.planning.jobs import JobPlan
@@ -49,27 +47,3 @@ def require(plan: "JobPlan") -> None:
     if absent := [name for name in plan.secrets if not os.environ.get(name)]:
         verb = "isn't" if len(absent) == 1 else "aren't"
         raise UsageError(f"secrets: {', '.join(absent)} {verb} set in your environment")
-
-
-def write(plan: "JobPlan", run_dir: Path) -> None:
-    """Make secrets.env, which only its owner reads; none if there is nothing to put in."""
-    names = carried(plan)
-    if not names:
-        return
-    text = "".join(f"{name}={shlex.quote(os.environ[name])}\n" for name in names)
-    try:
-        descriptor = os.open(run_dir / FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(os.fsencode(text))
-    except OSError as error:
-        raise Fault(f"{run_dir / FILE}: {error.strerror}") from error
-
-
-def without(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
-    """`environment` less the run's secrets: Slurm keeps what sbatch hands it in files of its own."""
-    try:
-        lines = (run_dir / FILE).read_bytes().splitlines()
-    except OSError:
-        return dict(environment)
-    names = {os.fsdecode(line.partition(b"=")[0]) for line in lines}
-    return {name: value for name, value in environment.items() if name not in names}

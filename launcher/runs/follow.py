@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.common import words
 from launcher.host import follow as growth
-from launcher.runs import logs, record
+from launcher.runs import logs, states
 from launcher.runs.record import Run
 
 ASK_SLURM_EVERY = 3.0
@@ -31,7 +31,7 @@ def active(run: Run) -> Callable[[], bool]:
         if grown:
             grown.check()
         if answer and time.monotonic() - asked > every:
-            answer, asked = record.state_of(run).active, time.monotonic()
+            answer, asked = states.of_run(run).active, time.monotonic()
             if grown and not answer:
                 grown.settle()
         return answer

@@ -5,17 +5,15 @@ The keys are documented in docs/runs.md and stay.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.errors import UsageError
 from launcher.host import copies
-from launcher.runs import load, logs, record
+from launcher.runs import logs, record, servers, states
+from launcher.runs.record import Run
+from launcher.runs.servers import Load
+from launcher.runs.states import State
 from launcher.slurm import client, hostlist, reasons
-
-if TYPE_CHECKING:
-    from launcher.runs.load import Load
-    from launcher.runs.record import Run
-    from launcher.runs.state import State
 
 MOVING = ("time_left_s",)  # changes all the time, which is no news
 
@@ -26,23 +24,23 @@ class Reporter:
     def __init__(self) -> None:
         self._loads: dict[str, Load] = {}
 
-    def __call__(self, found: "Sequence[Run]") -> list[dict[str, Any]]:
+    def __call__(self, found: Sequence[Run]) -> list[dict[str, Any]]:
         """One report a run, in their order, with one question to each cluster."""
-        states = record.states_of(found)
-        return [self._report(record.reread(run), states[run.path]) for run in found]
+        told = states.of_runs(found)
+        return [self._report(record.reread(run), told[run.path]) for run in found]
 
-    def _report(self, run: "Run", state: "State") -> dict[str, Any]:
+    def _report(self, run: Run, state: State) -> dict[str, Any]:
         facts = of(run, state)
         reachable = copies.login_of(run.path) is None
         if run.job == "serve" and facts["server"] and state.active and reachable:
-            now = load.of_run(run)
+            now = servers.load_of(run)
             facts["server"] |= _server(now, self._loads.get(run.name))
             if now:
                 self._loads[run.name] = now
         return facts
 
 
-def of(run: "Run", state: "State") -> dict[str, Any]:
+def of(run: Run, state: State) -> dict[str, Any]:
     """The report of one run; what isn't known is null."""
     newest = logs.newest(run.path)
     step, attempts = newest.get("step", {}), logs.attempts(run.path)
@@ -104,7 +102,7 @@ def _part(event: dict[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any]
     return {key: event.get(key) for key in keys} if event else None
 
 
-def _server(now: "Load | None", before: "Load | None") -> dict[str, Any]:
+def _server(now: Load | None, before: Load | None) -> dict[str, Any]:
     if now is None:
         return {"answers": False, "requests": None, "requests_per_s": None, "running": None, "queued": None}
     rate = now.rate(before)

@@ -1,35 +1,50 @@
 """Find a running server: by address, by its run, or the newest one there is; with the key that opens it.
 
-A server says where it is in its run's `server.json`, which exists only while it answers.
+A server says where it is in its run's `server.json`, which exists only while it answers, and how busy it is in
+`/metrics`.
 """
 
-import errno
 import json
 import os
 import re
 import shlex
-import socket
+import time
 import urllib.parse
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
 
 from launcher.common import quoting
-from launcher.errors import Fault, UsageError
+from launcher.errors import Fault, MixlaunchError, UsageError
 from launcher.host import copies
-from launcher.runs import record
-
-if TYPE_CHECKING:
-    import httpx
-
-    from launcher.planning.jobs import JobPlan
+from launcher.runs import find, record
 
 STATE = "server.json"
 KEY = "MIXLAUNCH_API_KEY"
 PROBE_SECONDS = 2.0
+LINE = re.compile(r"^mixlaunch_(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>[-+.\deE]+)$", re.M)
+NOT_WORK = re.compile(r'route="/(?:metrics|health\w*|ready\w*|)"')
 ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One scrape. `requests` counts answers since the start, questions about its health left out."""
+
+    at: float
+    running: int
+    queued: int
+    requests: int
+
+    def rate(self, before: "Load | None") -> float | None:
+        """Requests a second since `before`."""
+        if before is None or self.at <= before.at or self.requests < before.requests:
+            return None
+        return (self.requests - before.requests) / (self.at - before.at)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +56,15 @@ class Server:
     name: str = ""  # of the model, where known
     run: record.Run | None = None  # whose server it is, where known
 
-    def client(self) -> "httpx.Client":
+    def client(self) -> httpx.Client:
         """An HTTP client for it; waits for answers as long as they take."""
-        import httpx
-
         if self.key and not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"the key of {self.url} ({KEY}) holds characters that can't be sent")
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
 
 
-def find(where: str | None, roots: Iterable[Path]) -> Server:
+def choose(where: str | None, roots: Iterable[Path]) -> Server:
     """The server that `where` means: host:port, a URL, a run, or None for the newest; `UsageError` when none is."""
     if where is None:
         return newest(roots)
@@ -59,13 +72,11 @@ def find(where: str | None, roots: Iterable[Path]) -> Server:
         return Server(url=_checked(where.rstrip("/").removesuffix("/v1")), key=os.environ.get(KEY))
     if ADDRESS.fullmatch(where):
         return Server(url=_checked(f"http://{where}"), key=os.environ.get(KEY))
-    return of_run(record.find(where, roots))
+    return of_run(find.run(where, roots))
 
 
 def _checked(url: str) -> str:
     """`url` if a server could be there; `UsageError` otherwise."""
-    import httpx
-
     try:
         httpx.URL(url)
         parts = urllib.parse.urlsplit(url)
@@ -97,7 +108,7 @@ def state_of(run: record.Run) -> dict[str, Any]:
 
 def newest(roots: Iterable[Path]) -> Server:
     """The server that was started last; one that was killed left its word behind, so of several one must answer."""
-    ready = [run for run in record.every(roots) if (run.path / STATE).is_file()]
+    ready = [run for run in find.every(roots) if (run.path / STATE).is_file()]
     if not ready:
         raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
     first, *others = ready
@@ -109,38 +120,44 @@ def newest(roots: Iterable[Path]) -> Server:
 
 def answers(server: Server) -> bool:
     """Whether somebody is there."""
-    import httpx
-
     try:
         return httpx.get(f"{server.url}/health", timeout=PROBE_SECONDS).status_code < 500
     except httpx.HTTPError:
         return False
 
 
+def load_of(run: record.Run) -> Load | None:
+    """How busy a run's server is; None when there is none or it doesn't answer. It never raises."""
+    try:
+        with of_run(run).client() as client:
+            answer = client.get("/metrics", timeout=PROBE_SECONDS)
+        answer.raise_for_status()
+    except (MixlaunchError, httpx.HTTPError):
+        return None
+    return load(answer.text)
+
+
+def load(text: str, at: float | None = None) -> Load:
+    """Parse Prometheus text; what isn't there counts as nothing."""
+    sums = {"requests_running": 0.0, "requests_queued": 0.0, "http_requests_total": 0.0}
+    for line in LINE.finditer(text):
+        if line["name"] in sums and not NOT_WORK.search(line["labels"] or ""):
+            sums[line["name"]] += float(line["value"])
+    return Load(
+        at=time.time() if at is None else at,
+        running=int(sums["requests_running"]),
+        queued=int(sums["requests_queued"]),
+        requests=int(sums["http_requests_total"]),
+    )
+
+
 def named(server: Server) -> Server:
     """With the model that it serves, which other servers than ours want to be told; as it was if it doesn't say."""
-    import httpx
-
     if not server.name:
         with suppress(httpx.HTTPError, ValueError, LookupError, TypeError), server.client() as client:
             models = client.get("/v1/models", timeout=PROBE_SECONDS).json()
             return replace(server, name=str(models["data"][0]["id"]))
     return server
-
-
-def require_port(plan: "JobPlan") -> None:
-    """`UsageError` when the port that a server on this machine was told to take is somebody else's."""
-    if plan.job != "serve" or not plan.profile.is_local or plan.config["other_port"]:
-        return
-    host, port = plan.config["host"], plan.config["port"]
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        hint = "; without --port it takes the next free one" if error.errno == errno.EADDRINUSE else ""
-        raise UsageError(f"--port: {host}:{port}: {error.strerror}{hint}") from None
 
 
 def how_to_ask(run: record.Run, url: str | None = None) -> list[tuple[str, str]]:
@@ -181,7 +198,7 @@ def _key_of(path: Path) -> str | None:
     return None
 
 
-def explain(response: "httpx.Response") -> str:
+def explain(response: httpx.Response) -> str:
     """What a server's refusal says, in one line."""
     try:
         body: Any = response.json()

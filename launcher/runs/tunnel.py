@@ -9,23 +9,21 @@ import ipaddress
 import shlex
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.errors import Fault
 from launcher.host import copies, ssh
 from launcher.host.ssh import Login
-from launcher.runs import record, servers
+from launcher.runs import servers, states
+from launcher.runs.record import Run
+from launcher.runs.servers import Server
 from launcher.slurm import client, hostlist
-
-if TYPE_CHECKING:
-    from launcher.runs.record import Run
-    from launcher.runs.servers import Server
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @contextlib.contextmanager
-def opened(run: "Run") -> Iterator["Server"]:
+def opened(run: Run) -> Iterator[Server]:
     """The server of `run` at an address of this machine, for as long as the block lasts."""
     server, state = servers.of_run(run), servers.state_of(run)
     way = _way(run, state)
@@ -42,7 +40,7 @@ def opened(run: "Run") -> Iterator["Server"]:
 
 
 @contextlib.contextmanager
-def if_needed(server: "Server") -> Iterator["Server"]:
+def if_needed(server: Server) -> Iterator[Server]:
     """`server` as it is, or, where its run is behind a login node, at the end of a tunnel."""
     if server.run is None or copies.login_of(server.run.path) is None:
         yield server
@@ -51,7 +49,7 @@ def if_needed(server: "Server") -> Iterator["Server"]:
         yield near
 
 
-def _way(run: "Run", state: dict[str, Any]) -> tuple[Login, str] | None:
+def _way(run: Run, state: dict[str, Any]) -> tuple[Login, str] | None:
     """Where to log in and what to ask for there; None for a server of this very machine."""
     login, host = copies.login_of(run.path), state["host"]
     if host not in LOOPBACK:
@@ -73,17 +71,17 @@ def behind(login: Login, node: str) -> Login:
     return Login(f"{user}{at}{node}", (f"ProxyCommand={shlex.join(words)} -W %h:%p {login.host}",))
 
 
-def _first_node(run: "Run") -> str | None:
+def _first_node(run: Run) -> str | None:
     """Rank 0's; None where no Slurm places it."""
     if run.is_local:
         return None
-    nodes = hostlist.expand(record.state_of(run).nodes)
+    nodes = hostlist.expand(states.of_run(run).nodes)
     if not nodes:
         raise Fault(f"{run.name}: its node isn't known")
     return nodes[0]
 
 
-def _address(run: "Run", node: str) -> str:
+def _address(run: Run, node: str) -> str:
     """The node's, as Slurm knows it."""
     line = client.call("scontrol", "--oneliner", "show", "node", node, environment=run.environment)
     words = dict(word.split("=", 1) for word in line.split() if "=" in word)

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.common import files
 from launcher.errors import Fault
 from launcher.sandbox.config import ClusterShape
 
@@ -38,16 +39,13 @@ class Sandbox:
 
 def write(sandbox: Sandbox) -> None:
     """Record `sandbox` in its folder, whole or not at all."""
-    path = sandbox.folder / STATE
     record = {
         **dataclasses.asdict(sandbox),
         "folder": str(sandbox.folder),
         "sockets": str(sandbox.sockets),
         "schema": 1,
     }
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.rename(path)
+    files.write_json(sandbox.folder / STATE, record)
 
 
 def read(folder: Path) -> Sandbox | None:

@@ -22,11 +22,12 @@ import yaml
 from launcher.common import sample_text, words
 from launcher.errors import Fault, UsageError
 from launcher.planning.jobs import JobPlan
-from launcher.runs import logs, record
+from launcher.runs import logs, states
 from launcher.runs.record import Run
 from launcher.sandbox import lifecycle, rehearsal_plan
 from launcher.sandbox.record import Sandbox
 from launcher.slurm import client
+from launcher.submit import start
 
 STEPS = 3  # before the warning
 AFTER = 2  # after the resume
@@ -140,7 +141,7 @@ def mirrored(plan: JobPlan, slurm: Sandbox, folder: Path) -> JobPlan:
 
 def acts(mirrored: JobPlan, path: Path, *, asked: Sequence[str]) -> Iterator[Fact]:
     """The rehearsal itself, in the run directory `path`; `Failed` where it finds something."""
-    run = record.start(mirrored, asked=asked, path=path)
+    run = start.run(mirrored, asked=asked, path=path)
     yield "submitted", f"job {run.job_id}, accepted by sbatch as it would be there"
     yield from _first_attempt(run)
     yield from _warn_and_requeue(run)
@@ -184,7 +185,7 @@ def _second_attempt(run: Run) -> Iterator[Fact]:
     yield ("resume", f"from step {resumed['step']}, {resumed['source']}")
     _await(run, lambda e: e["event"] == "exit" and e["code"] == 0, "the resumed run's end")
     deadline = time.monotonic() + 60
-    while (state := record.state_of(run)).active and time.monotonic() < deadline:
+    while (state := states.of_run(run)).active and time.monotonic() < deadline:
         time.sleep(0.5)
     if state.state != "COMPLETED":
         raise Failed(f"the job ended as {state.state} {state.reason}{_tails(run)}")
@@ -195,7 +196,7 @@ def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dic
     """The first event that is `wanted`; `Failed` when a rank or the job ends before, or all is quiet for long."""
     seen, quiet_since = 0, time.monotonic()
     while True:
-        ended = not record.state_of(run).active  # asked before reading, so that the last events aren't missed
+        ended = not states.of_run(run).active  # asked before reading, so that the last events aren't missed
         events = list(logs.events(run.path))
         if found := next(filter(wanted, events), None):
             return found
@@ -204,7 +205,7 @@ def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dic
         if fault := _fault(run):  # the script would try thrice; for a rehearsal once is enough
             raise Failed(f"{fault} while waiting for {what}{_tails(run)}")
         if ended:
-            raise Failed(f"the job ended ({record.state_of(run).state}) while waiting for {what}{_tails(run)}")
+            raise Failed(f"the job ended ({states.of_run(run).state}) while waiting for {what}{_tails(run)}")
         if time.monotonic() - quiet_since > SILENCE:
             raise Failed(f"nothing happened for {SILENCE} s while waiting for {what}{_tails(run)}")
         time.sleep(0.5)

@@ -11,9 +11,9 @@ from pathlib import Path
 from launcher.common import quoting, words
 from launcher.errors import Fault, UsageError
 from launcher.planning.jobs import JobPlan
-from launcher.runs.state import SCRIPT
 from launcher.script import lint, render
 
+SCRIPT = "job.sbatch"
 CONFIG = "config.yaml"
 README = "README.md"
 

@@ -14,8 +14,7 @@ import jinja2.sandbox
 from launcher.common import quoting
 from launcher.common.quoting import Quoted
 from launcher.errors import UsageError
-from launcher.script import stock
-from launcher.script.stock import SUFFIX
+from launcher.templates import FOLDER, SUFFIX
 
 BASE = "job"
 STOCK = "stock"  # `{% include "stock/rank.sh.j2" %}` is ours, whatever stands in its place
@@ -71,7 +70,7 @@ class _Own(jinja2.BaseLoader):
 
 def environment(own: jinja2.BaseLoader | None = None) -> jinja2.Environment:
     """Jinja as scripts are rendered with it: only literals, whole numbers and quoted values can be printed."""
-    ours = jinja2.FileSystemLoader(stock.folder())
+    ours = jinja2.FileSystemLoader(FOLDER)
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         loader=jinja2.ChoiceLoader([*filter(None, [own]), ours, jinja2.PrefixLoader({STOCK: ours})]),
         undefined=jinja2.StrictUndefined,

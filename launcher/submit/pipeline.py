@@ -5,24 +5,24 @@ back. `steps` is pure but for looking at what is there already.
 """
 
 import datetime
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from launcher.cluster import paths
 from launcher.cluster.profile import ClusterProfile
 from launcher.errors import Fault, Interrupted, MixlaunchError, SubmitError, UsageError
 from launcher.host import copies
-from launcher.planning import describe, inputs, jobs
-from launcher.planning import secrets as secrets_env
+from launcher.planning import describe, inputs, jobs, secrets
 from launcher.planning.jobs import Ask, Axes, JobPlan, Link
 from launcher.planning.layout import Shape
 from launcher.planning.settings import MODEL
-from launcher.runs import record
+from launcher.runs import record, states
 from launcher.runs.record import Run
 from launcher.script import lint, render
+from launcher.submit import start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class _Draft:
 
     def __init__(self, profile: ClusterProfile, asked: Ask) -> None:
         self._profile, self._asked = profile, asked
-        self._end = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        self._end = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{token_hex(2)}"
         self._jobs: list[PipelineJob] = []
         self._there: list[tuple[str, str]] = []
 
@@ -139,7 +139,7 @@ def check(pipeline: Pipeline, *, force: bool) -> None:
     for job in pipeline.jobs:
         try:
             describe.require(job.plan, force=force)
-            secrets_env.require(job.plan)
+            secrets.require(job.plan)
             lint.check(render.render(job.plan, str(job.path)), job.plan.profile.slurm_version)
         except UsageError as error:
             error.args = (f"{job.name}: {error}",)
@@ -163,7 +163,7 @@ def submit(pipeline: Pipeline, *, asked: Sequence[str]) -> list[Run]:
             jobs=tuple(str(run.job_id) for run in before),
         )
         try:
-            started[job.name] = record.start(replace(job.plan, link=link), asked=asked, path=job.path)
+            started[job.name] = start.run(replace(job.plan, link=link), asked=asked, path=job.path)
         except BaseException as error:
             raise _taken_back(error, job, list(started.values())) from error
     return list(started.values())
@@ -177,7 +177,7 @@ def _taken_back(error: BaseException, job: PipelineJob, started: Sequence[Run]) 
         started = [*started, record.read(copies.place(job.plan.profile.login_node, job.path))]
     for run in started:
         try:
-            record.cancel(run)
+            states.cancel(run)
             told.append(f"{run.name}, job {run.job_id}, is cancelled again")
         except Fault as fault:
             told.append(f"{run.name}, job {run.job_id}, may go on ({fault}); `scancel {run.job_id}` ends it")
@@ -191,4 +191,4 @@ def run_in_turn(pipeline: Pipeline, *, asked: Sequence[str]) -> Iterator[Run]:
     """Start the jobs on this machine, each when the next one is asked for: once the one before has ended."""
     for number, job in enumerate(pipeline.jobs, 1):
         link = Link(pipeline=pipeline.jobs[-1].path.name, step=number, steps=len(pipeline.jobs))
-        yield record.start(replace(job.plan, link=link), asked=asked, path=job.path)
+        yield start.run(replace(job.plan, link=link), asked=asked, path=job.path)

@@ -6,31 +6,29 @@ one. Only the time limit and the nodes to leave out may change; the ranks stay a
 
 import contextlib
 import datetime
-import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.cluster import bad_nodes
-from launcher.common import quoting
+from launcher.cluster.profile import time_limit
+from launcher.common import files, quoting
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 from launcher.host import copies
-from launcher.runs import record
-from launcher.runs import state as states
+from launcher.planning.jobs import JobPlan
+from launcher.planning.layout import Placement
+from launcher.runs import record, states
+from launcher.runs.record import SCRIPT, Run
 from launcher.script import lint
 from launcher.slurm import hostlist
-
-if TYPE_CHECKING:
-    from launcher.planning.jobs import JobPlan
-    from launcher.runs.record import Run
+from launcher.submit import answer, start
 
 # What the script counts to know when to give up, and how it looks when it begins to count.
 COUNTS = {"faults": "- 0\n", "came_back": ""}
 
 
-def resume(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
+def resume(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> Run:
     """Go on with a run that ended before it was done; `UsageError` if there is nothing to go on with."""
     if not run.record["resumable"]:
         raise UsageError(
@@ -39,12 +37,12 @@ def resume(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) 
     return _again(run, "resume", time=time, exclude=exclude)
 
 
-def retry(run: "Run", *, time: str | None = None, exclude: Sequence[str] = ()) -> "Run":
+def retry(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> Run:
     """Run a failed run again, from its newest checkpoint if it has one; `UsageError` if it didn't fail."""
     return _again(run, "retry", time=time, exclude=exclude)
 
 
-def _again(run: "Run", how: str, *, time: str | None, exclude: Sequence[str]) -> "Run":
+def _again(run: Run, how: str, *, time: str | None, exclude: Sequence[str]) -> Run:
     with _alone(run):
         if not os.access(run.path / record.RECORD, os.W_OK):
             raise UsageError(f"{run.name}: its run directory isn't yours to write; only its owner goes on with it")
@@ -61,23 +59,22 @@ def _again(run: "Run", how: str, *, time: str | None, exclude: Sequence[str]) ->
         return record.read(run.path)
 
 
-def _submit(changed: "Run", before: "Run", text: str, limit: str) -> None:
+def _submit(changed: Run, before: Run, text: str, limit: str) -> None:
     """Make the job and record it; without a job, script and record are as they were."""
-    from launcher.submit import sbatch
 
-    script = changed.path / states.SCRIPT
+    script = changed.path / SCRIPT
     old, counts = script.read_text(), _reset(changed.path)
     try:
-        job_id = sbatch.submit(_plan(changed, limit), text, changed.path)
+        job_id = start.submit(_plan(changed, limit), text, changed.path)
     except Interrupted as interrupted:
         record.with_job(changed, interrupted.job_id)
         raise
     except UncertainError:
         raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and (made := record.job_after_all(changed)):
+        if isinstance(error, KeyboardInterrupt) and (made := start.job_after_all(changed)):
             record.with_job(changed, made)
-            raise sbatch.interrupted(made) from None
+            raise answer.interrupted(made) from None
         script.write_text(old)
         for path, text in counts.items():
             path.write_text(text)
@@ -94,11 +91,11 @@ def _reset(path: Path) -> dict[Path, str]:
     return counts
 
 
-def _require_ended(run: "Run", how: str) -> None:
-    state = record.state_of(run)
+def _require_ended(run: Run, how: str) -> None:
+    state = states.of_run(run)
     run = record.read(run.path)
-    if state.state == record.SUBMITTING and run.submitting and not run.is_local:
-        states.find_job(run.path / states.SCRIPT, run.environment)  # raises if Slurm is silent: there may be a job
+    if state.state == states.SUBMITTING and run.submitting and not run.is_local:
+        states.find_job(run.path / SCRIPT, run.environment)  # raises if Slurm is silent: there may be a job
         return
     if state.state == states.UNKNOWN:
         raise Fault(f"{run.name}: whether it has ended isn't known: {state.reason}")
@@ -111,12 +108,11 @@ def _require_ended(run: "Run", how: str) -> None:
         raise UsageError(f"{run.name} was cancelled, it didn't fail; `mixlaunch resume {run.name}` goes on with it")
 
 
-def _limit(run: "Run", time: str | None) -> str:
+def _limit(run: Run, time: str | None) -> str:
     """The time limit: the one asked for, else what the script says, else the record."""
-    from launcher.cluster.profile import time_limit
 
     if time is None:
-        match = re.search(r'^#SBATCH --time="?([^"\s]+)"?$', (run.path / states.SCRIPT).read_text(), re.M)
+        match = re.search(r'^#SBATCH --time="?([^"\s]+)"?$', (run.path / SCRIPT).read_text(), re.M)
         return match[1] if match else str(run.record.get("time") or run.profile.time)
     try:
         return time_limit(time)
@@ -124,14 +120,12 @@ def _limit(run: "Run", time: str | None) -> str:
         raise UsageError(f"--time: {error}") from None
 
 
-def _script(run: "Run", limit: str | None, explicit: Iterable[str]) -> str:
+def _script(run: Run, limit: str | None, explicit: Iterable[str]) -> str:
     """The run's script with another limit and other nodes to leave out."""
     try:
-        text = (run.path / states.SCRIPT).read_text()
+        text = (run.path / SCRIPT).read_text()
     except OSError as error:
-        raise UsageError(
-            f"{run.path / states.SCRIPT}: {error.strerror}; there is nothing to submit again"
-        ) from error
+        raise UsageError(f"{run.path / SCRIPT}: {error.strerror}; there is nothing to submit again") from error
     if run.is_local:
         if explicit:
             raise UsageError("--exclude: this run is one of this machine alone; there are no nodes to leave out")
@@ -153,10 +147,8 @@ def _with_option(text: str, option: str, value: str | None) -> str:
     return "".join([*lines[:at], *new, *lines[at + len(mine) :]])
 
 
-def _plan(run: "Run", limit: str) -> "JobPlan":
+def _plan(run: Run, limit: str) -> JobPlan:
     """As much of the run's plan as a submission needs."""
-    from launcher.planning.jobs import JobPlan
-    from launcher.planning.layout import Placement
 
     placement = Placement(nodes=run.record["nodes"], tasks_per_node=run.record["tasks_per_node"])
     return JobPlan(
@@ -170,23 +162,12 @@ def _plan(run: "Run", limit: str) -> "JobPlan":
 
 
 @contextlib.contextmanager
-def _alone(run: "Run") -> Iterator[None]:
-    """One command at a time goes on with a run."""
-    try:
-        descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise Fault(f"{run.path}: {error.strerror}") from error
-    try:
-        with copies.submitting(run.path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{run.name}: another command is going on with it at this moment") from None
-            except OSError:  # a file system without locks: the check of its state must do
-                pass
-            yield
-    finally:
-        os.close(descriptor)
+def _alone(run: Run) -> Iterator[None]:
+    """One command at a time goes on with a run; on a file system without locks the check of its state must do."""
+    with copies.submitting(run.path), files.locked(run.path, wait=False) as alone:
+        if alone is False:
+            raise UsageError(f"{run.name}: another command is going on with it at this moment")
+        yield
 
 
 def _now() -> str:

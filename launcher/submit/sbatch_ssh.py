@@ -14,9 +14,9 @@ from pathlib import Path
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
 from launcher.host import copies, ssh
 from launcher.host.ssh import Done, Login, LostError
-from launcher.runs import state
-from launcher.submit import sbatch
-from launcher.submit.sbatch import SBATCH_TIMEOUT
+from launcher.runs import states
+from launcher.runs.record import RECORD, SCRIPT
+from launcher.submit import answer
 
 GRACE = 30  # seconds more than sbatch gets, for the way there and back
 GIVEN_UP, NO_SBATCH, UNDER_WAY = 75, 76, 77  # exit codes of ours
@@ -71,16 +71,16 @@ exit "$(cat submission/{claim}/code)"
 """
 
 
-def submit_far(
+def submit(
     login: Login, text: str, run: Path, *, environment: Mapping[str, str], options: Sequence[str] = ()
 ) -> str:
     """Submit the copy `run` and return its job's id, or say in an error whether there is one.
 
     When a run's first submission comes to nothing, what was made over there is removed.
     """
-    (run / state.SCRIPT).write_text(text)
+    (run / SCRIPT).write_text(text)
     there = copies.original(run)
-    record = json.loads((run / "run.json").read_text())
+    record = json.loads((run / RECORD).read_text())
     first = not record["jobs"] and not record["resubmissions"]
     try:
         if first:
@@ -90,21 +90,14 @@ def submit_far(
         raise SubmitError(f"{fault}\nNothing was submitted.") from fault
     claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
     try:
-        answer = _sbatch(login, text, there, claim, environment, options)
-        return sbatch.job_of(answer.code, answer.out, answer.err, there / state.SCRIPT, environment)
+        done = _sbatch(login, text, there, claim, environment, options)
+        return answer.job_of(done.code, done.out, done.err, there / SCRIPT, environment)
     except (Interrupted, UncertainError):
         raise
     except BaseException:
         if first:
             _remove(login, there)
         raise
-
-
-def noted(login: Login, there: Path, number: int) -> str | None:
-    """The id in what sbatch said of a run's submission, if anything is kept of it."""
-    done = ssh.run(login, f"cat {shlex.quote(str(there))}/submission/{number}-*/out")
-    match = sbatch.SUBMITTED.search(done.out)
-    return match[1] if match else None
 
 
 def _make(login: Login, there: Path) -> None:
@@ -133,7 +126,7 @@ def _remove(login: Login, there: Path) -> None:
     with contextlib.suppress(Fault):  # whatever failed before is what matters
         # The script first: whatever may still be under way over there finds nothing to submit.
         run = shlex.quote(str(there))
-        ssh.run(login, f"rm -f {run}/{state.SCRIPT}; exec rm -rf {run}")
+        ssh.run(login, f"rm -f {run}/{SCRIPT}; exec rm -rf {run}")
 
 
 def _sbatch(
@@ -147,28 +140,28 @@ def _sbatch(
         given_up=GIVEN_UP,
         under_way=UNDER_WAY,
         claim=claim,
-        decided=" ".join(sorted(sbatch.decided_by(text))),
+        decided=" ".join(sorted(answer.decided_by(text))),
         exports=ssh.exports(environment),
-        timeout=SBATCH_TIMEOUT,
+        timeout=answer.SBATCH_TIMEOUT,
         options=shlex.join(options),
-        script=shlex.quote(str(there / state.SCRIPT)),
+        script=shlex.quote(str(there / SCRIPT)),
     )
     try:
-        answer = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
+        done = ssh.run(login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
     except LostError as lost:
         return _settled(login, there, claim, str(lost), environment)
     except KeyboardInterrupt:
-        answer = _settled(login, there, claim, "interrupted", environment)
-        job_id = sbatch.job_of(answer.code, answer.out, answer.err, there / state.SCRIPT, environment)
-        raise sbatch.interrupted(job_id) from None
-    if answer.code == NO_SBATCH:
+        done = _settled(login, there, claim, "interrupted", environment)
+        job_id = answer.job_of(done.code, done.out, done.err, there / SCRIPT, environment)
+        raise answer.interrupted(job_id) from None
+    if done.code == NO_SBATCH:
         raise SubmitError(f"sbatch: not found on the PATH of {login.host}, nor on that of a login shell there")
-    if answer.code == UNDER_WAY:
+    if done.code == UNDER_WAY:
         raise SubmitError(
             f"an earlier sbatch for {login.host}:{there} hasn't ended; nothing was submitted. "
             "`mixlaunch status` finds its job; if that sbatch is surely gone, remove its folder in submission/"
         )
-    return answer
+    return done
 
 
 def _settled(login: Login, there: Path, claim: str, why: str, environment: Mapping[str, str]) -> Done:
@@ -179,13 +172,13 @@ def _settled(login: Login, there: Path, claim: str, why: str, environment: Mappi
         given_up=GIVEN_UP,
         never=NEVER,
         unknown=UNKNOWN,
-        seconds=SBATCH_TIMEOUT + 5,
+        seconds=answer.SBATCH_TIMEOUT + 5,
     )
     try:
-        done = ssh.run(login, body, timeout=SBATCH_TIMEOUT + GRACE)
+        done = ssh.run(login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
         if done.out.strip() != UNKNOWN:
             found = None
-        elif (found := state.find_job(there / state.SCRIPT, environment)) is None:
+        elif (found := states.find_job(there / SCRIPT, environment)) is None:
             raise Fault(f"sbatch hasn't ended on {login.host}, and Slurm has no such job yet")
     except Fault as fault:
         raise UncertainError(

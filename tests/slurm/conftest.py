@@ -13,7 +13,7 @@ from running import wait_until
 
 from launcher.cluster.profile import ClusterProfile
 from launcher.planning import jobs
-from launcher.runs import record
+from launcher.runs import record, states
 from launcher.sandbox import lifecycle
 from launcher.slurm import client
 
@@ -104,7 +104,7 @@ def finish():
     """Wait for a run's end and return its state."""
 
     def wait(run: record.Run, seconds: float = 60):
-        return wait_until(lambda: (state := record.state_of(run)) and not state.active and state, seconds, run)
+        return wait_until(lambda: (state := states.of_run(run)) and not state.active and state, seconds, run)
 
     return wait
 

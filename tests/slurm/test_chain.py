@@ -18,7 +18,7 @@ import pytest
 import yaml
 from running import wait_until
 
-from launcher.runs import logs, record
+from launcher.runs import find, logs, record, states
 from launcher.slurm import client
 
 SEQUENCE, SAMPLES, STEPS, ANSWER = 32, 16, 3, 16
@@ -65,7 +65,7 @@ class Chain:
         return done.stdout
 
     def run(self, name: str) -> record.Run:
-        return record.find(name, [self.home / "runs"])
+        return find.run(name, [self.home / "runs"])
 
     def stories(self) -> str:
         texts = []
@@ -137,7 +137,7 @@ def test_32_ranks_over_four_nodes_train_at_ep8_pp4(chain, trained):
     steps = [event["step"] for event in logs.events(trained.path) if event["event"] == "step"]
     assert steps == [1, 2, 3]
     assert len(list((trained.path / "logs" / "attempt_0").glob("rank_*.log"))) == 32
-    state = record.state_of(trained)
+    state = states.of_run(trained)
     assert (state.state, state.nodes, state.exit_code) == ("COMPLETED", "sandbox[0-3]", 0)
     assert (trained.path / "submitit" / f"{trained.job_id}_submitted.pkl").exists()
 
@@ -209,7 +209,7 @@ def test_pp2_over_two_nodes_serves_what_transformers_says(chain, trained, export
     ranks = running_ranks(run)
     assert len(ranks) == 2
     chain.types("cancel", run.name, cluster="one")
-    wait_until(lambda: not record.state_of(run).active, 60, run)
+    wait_until(lambda: not states.of_run(run).active, 60, run)
     wait_until(lambda: not running_ranks(run), 10, run)
     assert not (run.path / "server.json").exists()
     with pytest.raises(httpx.ConnectError):

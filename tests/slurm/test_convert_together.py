@@ -9,8 +9,9 @@ from running import rank_logs, story, wait_until
 
 from launcher.common import processes
 from launcher.planning import jobs
-from launcher.runs import logs, record
+from launcher.runs import logs
 from launcher.slurm import client
+from launcher.submit import start
 from megatron_mixtral.jobs import convert as converter
 from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
@@ -103,7 +104,7 @@ def test_a_lost_rank_fails_the_job_at_once_and_the_requeued_job_finishes_it(
     lost = f'[ "$RANK" != 2 ] || [ "$MIXLAUNCH_ATTEMPT" != 0 ] || exec {python} {tmp_path}/dies.py "$@"'
     # The second attempt waits until the test has seen what the first one left.
     waits = f'while [ "$MIXLAUNCH_ATTEMPT" = 1 ] && [ ! -e {tmp_path}/go ]; do sleep 0.1; done'
-    run = record.start(four_nodes(stub(f'{lost}; {waits}; exec {python} "$@"')))
+    run = start.run(four_nodes(stub(f'{lost}; {waits}; exec {python} "$@"')))
     wait_until(lambda: logs.attempts(run.path) == [0, 1], 60, run)
     assert not out.exists()
     before = kept(out.with_name("out.partial"))
@@ -127,7 +128,7 @@ def test_a_job_that_is_told_to_leave_does_so_between_two_files_and_goes_on_later
 ):
     """Rank 3 is so slow to start that it misses the warning: the others, done with their part, leave it a note."""
     hold = f'[ "$RANK$MIXLAUNCH_ATTEMPT" != 30 ] || while [ ! -e {tmp_path}/go ]; do sleep 0.1; done'
-    run = record.start(four_nodes(stub(f'{hold}; exec {sys.executable} "$@"')))
+    run = start.run(four_nodes(stub(f'{hold}; exec {sys.executable} "$@"')))
     partial = tmp_path / "models" / "out.partial"
     wait_until(lambda: len(list(partial.glob(".work/*.distcp.json"))) >= 10, 60, run)
     time.sleep(1)

@@ -10,9 +10,10 @@ from running import wait_until
 
 from launcher.common import processes
 from launcher.diagnose import explain
-from launcher.runs import logs, record
+from launcher.runs import logs, record, states
 from launcher.sandbox import lifecycle
 from launcher.slurm import client
+from launcher.submit import start
 
 pytestmark = pytest.mark.soak
 GROW = """
@@ -36,16 +37,16 @@ def rough(tmp_path_factory):
 
 
 @pytest.fixture
-def start(plan, rough, cluster):
-    def start(python: str, **more) -> record.Run:
+def started(plan, rough, cluster):
+    def begin(python: str, **more) -> record.Run:
         made = plan(python, slurm_conf=str(rough.slurm_conf), **more)
-        return record.start(dataclasses.replace(made, resumable=False))
+        return start.run(dataclasses.replace(made, resumable=False))
 
-    return start
+    return begin
 
 
-def test_more_memory_than_was_asked_for(start, stub, finish, cluster):
-    run = start(
+def test_more_memory_than_was_asked_for(started, stub, finish, cluster):
+    run = started(
         stub(GROW, sys.executable), node=cluster.node.model_copy(update={"gpus": 2, "cpus": 8, "memory_gb": 1})
     )
     finish(run, 90)
@@ -59,7 +60,7 @@ def test_bad_nodes_without_end(plan, stub, finish, cluster):
     sick = (
         f'case "$*" in *.health*) [ "$SLURMD_NODENAME" != sandbox1 ] || exit 1; exec {sys.executable} "$@";; esac'
     )
-    run = record.start(plan(stub(sick), health_check=True, extra={"hold": True}))
+    run = start.run(plan(stub(sick), health_check=True, extra={"hold": True}))
     (run.path / "came_back").write_text("sandbox3\n" * 3)
     client.call("scontrol", "release", run.job_id, environment=run.environment)
     assert finish(run, 90).state == "FAILED"
@@ -68,17 +69,17 @@ def test_bad_nodes_without_end(plan, stub, finish, cluster):
     assert "it came back from bad nodes three times before" in logs.path(run.path, 0, logs.BATCH).read_text()
 
 
-def test_the_time_limit(start, stub, finish):
-    run = start(stub("sleep 300"), limit="1", signal_lead=10)
+def test_the_time_limit(started, stub, finish):
+    run = started(stub("sleep 300"), limit="1", signal_lead=10)
     assert finish(run, 150).state == "TIMEOUT"
     assert explain.explain(run).finding.cause.name == "time_limit"
 
 
-def test_a_node_that_dies(start, stub, finish, rough):
+def test_a_node_that_dies(started, stub, finish, rough):
     """Its slurmd and everything below it are gone at once, as when the power fails."""
-    run = start(stub("exec sleep 300"))
+    run = started(stub("exec sleep 300"))
     wait_until(lambda: len(logs.ranks(run.path, 0)) == 4 if logs.attempts(run.path) else False, 60, run)
-    nodes = explain.hostlist.expand(record.state_of(run).nodes)
+    nodes = explain.hostlist.expand(states.of_run(run).nodes)
     daemon = rough.processes[nodes[1]]
     steps = [pid for pid in processes.marked(SLURM_JOB_ID=run.job_id, SLURMD_NODENAME=nodes[1])]
     for pid in [daemon, *processes.descendants([daemon]), *steps]:

@@ -15,7 +15,8 @@ from launcher.cli.planned import planned as plan_of
 from launcher.cluster import yaml_layers
 from launcher.errors import UsageError
 from launcher.planning import jobs
-from launcher.runs import record
+from launcher.runs import record, states
+from launcher.submit import start
 
 SMALL = {  # one rank
     "convert": ["--processes", "1"],
@@ -166,12 +167,12 @@ def run_hands(hands: list[tuple[str, int]], tried, tmp_path: Path) -> None:
         plan, taken = tried(job, dealt)
         if "python" in taken and not os.path.isfile(plan.profile.python):
             plan, taken = tried(job, {name: value for name, value in dealt.items() if name != "python"})
-        started.append((job, taken, record.start(plan)))
+        started.append((job, taken, start.run(plan)))
     every = [run for _, _, run in started]
-    wait_until(lambda: not any(state.active for state in record.states_of(every).values()), 240)
-    states = record.states_of(every)
+    wait_until(lambda: not any(state.active for state in states.of_runs(every).values()), 240)
+    told = states.of_runs(every)
     for job, taken, run in started:
-        assert states[run.path].state == "COMPLETED", f"{job} {taken}{story(run)}"
+        assert told[run.path].state == "COMPLETED", f"{job} {taken}{story(run)}"
         arrived(run, job, taken)
     assert not list(tmp_path.rglob(CANARY))
 

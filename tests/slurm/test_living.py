@@ -22,11 +22,9 @@ from launcher.cluster import bad_nodes
 from launcher.diagnose import explain
 from launcher.errors import Fault, SubmitError, UncertainError, UsageError
 from launcher.planning import jobs
-from launcher.runs import logs, record
-from launcher.runs import state as states
+from launcher.runs import logs, record, states
 from launcher.slurm import client, hostlist
-from launcher.submit import resume
-from launcher.submit import sbatch as submit
+from launcher.submit import answer, resume, start
 
 WAITS = 'echo "rank $RANK of attempt $MIXLAUNCH_ATTEMPT"; exec sleep 300'
 
@@ -71,9 +69,9 @@ def running(run, ranks: int = 4) -> bool:
 
 def test_from_the_queue_to_the_next_attempt(plan, stub, finish, mixlaunch, site, tmp_path):
     """A run waits, runs, loses a node, comes back, is cancelled, and goes on without that node."""
-    blocker = record.start(plan(stub(WAITS), nodes=4, exclusive=True))
+    blocker = start.run(plan(stub(WAITS), nodes=4, exclusive=True))
     wait_until(lambda: running(blocker, 8), run=blocker)
-    run = record.start(plan(stub(WAITS)))
+    run = start.run(plan(stub(WAITS)))
 
     def status() -> dict:
         [told] = json.loads(mixlaunch("status", run.name, "--json"))
@@ -163,11 +161,11 @@ FAIL = {  # what one rank of four does, and what `explain` makes of it
 
 def test_why_runs_failed(once, stub, finish, site):
     """Several at once, two ranks a node: real ends, each with the rank and the node that began it."""
-    started = {cause: record.start(once(stub(does))) for cause, does in FAIL.items()}
-    started["no_python"] = record.start(once("/nowhere/python"))
-    started["cancelled"] = record.start(once(stub(WAITS)))
+    started = {cause: start.run(once(stub(does))) for cause, does in FAIL.items()}
+    started["no_python"] = start.run(once("/nowhere/python"))
+    started["cancelled"] = start.run(once(stub(WAITS)))
     wait_until(lambda: running(started["cancelled"]), 30)
-    record.cancel(started["cancelled"])
+    states.cancel(started["cancelled"])
     for cause, run in started.items():
         finish(run)
         told = explain_command.as_dict(explain.explain(run))
@@ -184,7 +182,7 @@ def test_why_runs_failed(once, stub, finish, site):
 
 
 def test_a_node_is_only_blamed_with_reason(once, stub, finish, mixlaunch):
-    run = record.start(once(stub(FAIL["exception"])))
+    run = start.run(once(stub(FAIL["exception"])))
     finish(run)
     assert "nothing in it speaks against a node" in mixlaunch("explain", run.name, "--mark-bad", code=2)
     assert mixlaunch("nodes", "--json") == "[]\n"
@@ -217,7 +215,7 @@ def test_a_run_of_this_machine_is_explained_and_tried_again(tmp_path, monkeypatc
 @pytest.fixture
 def failed(once, stub, finish):
     """A run that failed, and would again."""
-    run = record.start(once(stub("exit 7")))
+    run = start.run(once(stub("exit 7")))
     assert finish(run).exit_code == 7
     (run.path / "faults").write_text("none 3\n")
     return record.read(run.path)
@@ -269,17 +267,16 @@ def test_garbage_from_sbatch_isnt_taken_for_the_job_before(failed, sbatch, site,
 
 def test_a_job_that_nobody_heard_of_is_adopted(failed, sbatch, site, monkeypatch):
     """sbatch hangs after it made the job, and then Slurm doesn't answer."""
-    monkeypatch.setattr(submit, "SBATCH_TIMEOUT", 2)
+    monkeypatch.setattr(answer, "SBATCH_TIMEOUT", 2)
     sbatch('"$SBATCH" --hold "$@"; exec >/dev/null 2>&1; sleep 30')
     with monkeypatch.context() as silent:
-        silent.setattr(submit, "find_job", lambda *_: (_ for _ in ()).throw(Fault("squeue: no answer")))
+        silent.setattr(states, "find_job", lambda *_: (_ for _ in ()).throw(Fault("squeue: no answer")))
         with pytest.raises(UncertainError, match="isn't known"):
             resume.retry(failed)
-        silent.setattr(states, "find_job", lambda *_: (_ for _ in ()).throw(Fault("squeue: no answer")))
-        assert record.state_of(record.read(failed.path)).state == record.SUBMITTING
+        assert states.of_run(record.read(failed.path)).state == states.SUBMITTING
         with pytest.raises(Fault, match="no answer"):
             resume.retry(failed)
-    assert record.state_of(record.read(failed.path)).state == "PENDING"
+    assert states.of_run(record.read(failed.path)).state == "PENDING"
     assert record.read(failed.path).job_ids == jobs_of(site, failed)
     with pytest.raises(UsageError, match="is PENDING as job"):
         resume.retry(failed)
@@ -309,6 +306,8 @@ def test_of_two_at_once_one_goes_on(failed, sbatch, site):
 RETRY = """
 import pathlib, sys
 from launcher.runs import record
+from launcher.runs import states
+from launcher.submit import start
 from launcher.submit import resume
 resume.retry(record.read(pathlib.Path(sys.argv[1])))
 """
@@ -335,7 +334,7 @@ def test_ctrl_c_in_the_middle_of_another_try(failed, sbatch, site, tmp_path, doe
 
 def test_watching_tells_news_until_the_end(once, stub, mixlaunch):
     """Off a terminal: a line whenever there is something new, no colour, and an end of its own."""
-    run = record.start(once(stub("sleep 4")))
+    run = start.run(once(stub("sleep 4")))
     lines = [json.loads(line) for line in mixlaunch("status", run.name, "--watch", "--json").splitlines()]
     assert lines[-1]["state"] == "COMPLETED"
     assert [line["state"] for line in lines].count("COMPLETED") == 1
@@ -344,8 +343,8 @@ def test_watching_tells_news_until_the_end(once, stub, mixlaunch):
 
 
 def test_on_a_terminal_the_table_is_redrawn_in_place_until_ctrl_c(once, stub, mixlaunch):
-    run = record.start(once(stub("sleep 60")))
-    wait_until(lambda: record.state_of(run).state == "RUNNING", 30, run)
+    run = start.run(once(stub("sleep 60")))
+    wait_until(lambda: states.of_run(run).state == "RUNNING", 30, run)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "launcher", "status", "--watch"]
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
@@ -378,7 +377,7 @@ def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
     """On its second node no file can be written: the check says so, and the job comes back on other nodes."""
     sick = '[ "$MIXLAUNCH_ATTEMPT$SLURM_PROCID" != 01 ] || ulimit -f 0'
     python = stub(f'case "$*" in *.health*) {sick}; exec {sys.executable} "$@";; esac; echo "rank $RANK"')
-    run = record.start(plan(python, health_check=True))
+    run = start.run(plan(python, health_check=True))
     assert finish(run, 120).state == "COMPLETED"
     assert logs.attempts(run.path) == [0, 1]
     fit, bad = (logs.path(run.path, 0).parent / "health" / "nodes").read_text().split()
@@ -396,7 +395,7 @@ def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
 
 
 def test_a_check_that_fails_everywhere_blames_no_node(once, stub, finish):
-    run = record.start(once(stub("echo no torch here >&2; exit 1"), health_check=True))
+    run = start.run(once(stub("echo no torch here >&2; exit 1"), health_check=True))
     assert finish(run).state == "FAILED"
     told = explain_command.as_dict(explain.explain(run))
     assert (told["cause"], told["bad_nodes"]) == ("health_check_failed", {})
@@ -406,11 +405,11 @@ def test_a_check_that_fails_everywhere_blames_no_node(once, stub, finish):
 
 def test_the_list_is_left_out_of_every_submission(once, stub, cluster, site):
     bad_nodes.add(cluster, {"sandbox2": "slow", "sandbox3": "slow"}, bad_nodes.duration("1h"))
-    run = record.start(once(stub("sleep 20")))
-    state = wait_until(lambda: (state := record.state_of(run)).nodes and state, 30, run)
+    run = start.run(once(stub("sleep 20")))
+    state = wait_until(lambda: (state := states.of_run(run)).nodes and state, 30, run)
     assert state.nodes == "sandbox[0-1]"
     bad_nodes.add(cluster, {"sandbox7": "sold"}, None)
     with pytest.raises(
         SubmitError, match=r"(?s)Invalid node name.*without \"sandbox\[2-3,7\]\"; `mixlaunch nodes`"
     ):
-        record.start(once(stub("exit 0")))
+        start.run(once(stub("exit 0")))

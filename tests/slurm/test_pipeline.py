@@ -18,9 +18,9 @@ from launcher.cli import pipeline as pipeline_command
 from launcher.cli import status
 from launcher.errors import Interrupted, SubmitError, UsageError
 from launcher.planning import jobs
-from launcher.runs import record, report
+from launcher.runs import find, report, states
 from launcher.slurm import client
-from launcher.submit import pipeline
+from launcher.submit import pipeline, start
 from megatron_mixtral.jobs.tiny import make
 from megatron_mixtral.spec.jobs import TinyConfig
 
@@ -44,14 +44,14 @@ def chain(cluster, stub, tmp_path):
     return plan
 
 
-def states(started):
+def outcome(started):
     return {
-        run.job if run.job != "convert" else run.name.split("-")[0]: record.state_of(run).state for run in started
+        run.job if run.job != "convert" else run.name.split("-")[0]: states.of_run(run).state for run in started
     }
 
 
 def ended(started):
-    wait_until(lambda: not any(record.state_of(run).active for run in started), 90, started[0])
+    wait_until(lambda: not any(states.of_run(run).active for run in started), 90, started[0])
 
 
 def test_each_step_waits_for_those_that_make_its_inputs(chain, site):
@@ -70,18 +70,18 @@ def test_each_step_waits_for_those_that_make_its_inputs(chain, site):
     told = client.call("scontrol", "--oneliner", "show", "job", ids["export"], environment=site.environment)
     assert f"Dependency=afterok:{ids['finetune']}" in told
     assert "dependency" not in (started[4].path / "job.sbatch").read_text()  # it can be submitted again by hand
-    wait_until(lambda: record.state_of(started[4]).reason == "Dependency", 30, started[0])
+    wait_until(lambda: states.of_run(started[4]).reason == "Dependency", 30, started[0])
     [known] = report.Reporter()([started[4]])
     assert status.note(known) == f"step 5 of 5, after {started[3].name}"
     ended(started)
-    assert set(states(started).values()) == {"COMPLETED"}, story(started[3])
+    assert set(outcome(started).values()) == {"COMPLETED"}, story(started[3])
     assert len(list((started[3].path / "logs").glob("attempt_*"))) == 2
 
 
 def test_a_failing_first_step_leaves_nothing_queued(chain, site):
     started = pipeline.submit(chain('[ "$4" != download ] || exit 2'), asked=[])
     ended(started)
-    assert states(started) == {"download": "FAILED", **dict.fromkeys(STEPS[1:], "CANCELLED")}
+    assert outcome(started) == {"download": "FAILED", **dict.fromkeys(STEPS[1:], "CANCELLED")}
     assert not client.call("squeue", "--noheader", "--me", environment=site.environment).strip()
     assert all(not list((run.path / "logs").glob("attempt_*")) for run in started[1:]), "a later step ran"
 
@@ -90,7 +90,7 @@ def test_waiting_ends_with_the_first_failure_and_cancels_the_rest(chain, capsys)
     started = pipeline.submit(chain('[ "$4" != convert ] || exit 2'), asked=[])
     assert pipeline_command.to_the_end(started) == 2
     ended(started)
-    assert states(started)["export"] == "CANCELLED"
+    assert outcome(started)["export"] == "CANCELLED"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_waiting_ends_with_the_first_failure_and_cancels_the_rest(chain, capsys)
     ],
 )
 def test_when_a_submission_fails_the_earlier_steps_are_taken_back(chain, monkeypatch, failure, said):
-    submit, made = record.start, []
+    submit, made = start.run, []
 
     def third_fails(plan, **more):
         if len(made) == 2:
@@ -109,7 +109,7 @@ def test_when_a_submission_fails_the_earlier_steps_are_taken_back(chain, monkeyp
         made.append(submit(plan, **more))
         return made[-1]
 
-    monkeypatch.setattr(record, "start", third_fails)
+    monkeypatch.setattr(start, "run", third_fails)
     with pytest.raises(Interrupted if isinstance(failure, KeyboardInterrupt) else SubmitError) as caught:
         pipeline.submit(chain("sleep 30"), asked=[])
     message = str(caught.value)
@@ -117,7 +117,7 @@ def test_when_a_submission_fails_the_earlier_steps_are_taken_back(chain, monkeyp
     for run in made:
         assert f"{run.name}, job {run.job_id}, is cancelled again" in message
     ended(made)
-    assert set(states(made).values()) == {"CANCELLED"}
+    assert set(outcome(made).values()) == {"CANCELLED"}
 
 
 def test_what_can_never_start_is_found_and_cancelled(chain, site, monkeypatch):
@@ -125,11 +125,11 @@ def test_what_can_never_start_is_found_and_cancelled(chain, site, monkeypatch):
     kept = property(lambda plan: [f"--dependency=afterok:{':'.join(plan.link.jobs)}"] if plan.link.jobs else [])
     monkeypatch.setattr(jobs.JobPlan, "queue_options", kept)
     started = pipeline.submit(chain('[ "$4" != download ] || exit 2'), asked=[])
-    wait_until(lambda: record.state_of(started[1]).reason == record.NEVER, 60, started[0])
-    found = record.stuck(started)
+    wait_until(lambda: states.of_run(started[1]).reason == states.NEVER, 60, started[0])
+    found = states.stuck(started)
     assert {run.name for run in found} == {run.name for run in started[1:]}
     for run in found:
-        record.cancel(run)
+        states.cancel(run)
     ended(started)
     assert not client.call("squeue", "--noheader", "--me", environment=site.environment).strip()
 
@@ -187,7 +187,7 @@ def test_the_whole_chain_with_real_parts(site, tmp_path):
             timeout=300,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    started = sorted(record.every([tmp_path / "runs"]), key=lambda run: run.record["pipeline"]["step"])
+    started = sorted(find.every([tmp_path / "runs"]), key=lambda run: run.record["pipeline"]["step"])
     assert [run.name.split("-")[1] for run in started] == STEPS
     assert len({run.name.split("-", 2)[2] for run in started}) == 1  # one ending for all
     written = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -11,6 +11,7 @@ from hostile_texts import CANARY, CARRIED
 
 from launcher.cluster.sections import Binding, Container
 from launcher.runs import record
+from launcher.submit import start
 
 # Tells its arguments, then runs what follows the word that ends its options.
 PROGRAM = """#!/bin/bash
@@ -46,7 +47,7 @@ def test_images_and_mounts_arrive_as_they_were_written(runtime, option, plan, st
     container = Container(runtime=runtime, image=image, mounts=mounts)
     python = stub('printf %s "$TOKEN" >"$MIXLAUNCH_RUN/token.$RANK"')
     environment = {"PATH": programs, "TOKEN": "it's $(touch canary)"}
-    run = record.start(plan(python, container=container, environment=environment))
+    run = start.run(plan(python, container=container, environment=environment))
     assert finish(run).state == "COMPLETED"
     for rank in range(4):
         told = words(run, runtime, rank)
@@ -67,7 +68,7 @@ def test_each_rank_keeps_to_its_gpu_s_numa_node(plan, stub, programs, finish):
     python = stub('echo "$RANK" >"$MIXLAUNCH_RUN/ran.$RANK"')
     environment = {"PATH": programs, "PYTHON": python}
     binding = Binding(cpu="none", memory="none", numa=(3, 1))
-    run = record.start(plan(python, binding=binding, environment=environment))
+    run = start.run(plan(python, binding=binding, environment=environment))
     assert finish(run).state == "COMPLETED"
     for rank in range(4):
         node = (3, 1)[rank % 2]  # two ranks a node
@@ -93,7 +94,7 @@ def test_without_numactl_binding_is_a_mistake_that_is_told_once(plan, stub, fini
         path = next(p for p in (Path("/usr/bin", name), Path("/bin", name)) if p.exists())
         (tmp_path / "bin" / name).symlink_to(path)
     environment = {"PATH": str(tmp_path / "bin")}
-    run = record.start(plan(stub("true"), binding=Binding(numa=(0, 1)), environment=environment))
+    run = start.run(plan(stub("true"), binding=Binding(numa=(0, 1)), environment=environment))
     assert finish(run).state == "FAILED"
     assert "a mistake in what was asked for, so not retried" in (run.path / "logs/attempt_0/batch.log").read_text()
     assert "binding.numa needs numactl where the ranks run" in (run.path / "logs/attempt_0/rank_0.log").read_text()
@@ -102,7 +103,7 @@ def test_without_numactl_binding_is_a_mistake_that_is_told_once(plan, stub, fini
 
 def test_srun_takes_every_binding(plan, stub, finish):
     binding = Binding(cpu="cores", memory="local", gpu="none", distribution="block:block")
-    run = record.start(plan(stub("true"), binding=binding))
+    run = start.run(plan(stub("true"), binding=binding))
     assert finish(run).state == "COMPLETED"
 
 
@@ -111,7 +112,7 @@ def test_a_template_of_one_s_own_runs(plan, stub, finish, tmp_path):
         'module() { export LOADED=$1; }\nmodule {{ "it\'s cuda/12" | sh }}\n'
         "{% include 'stock/environment.sh.j2' %}"
     )
-    run = record.start(
+    run = start.run(
         plan(
             stub('printf %s "$LOADED" >"$MIXLAUNCH_RUN/loaded.$RANK"'),
             templates={"environment": str(tmp_path / "environment.j2")},

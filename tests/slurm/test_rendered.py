@@ -11,11 +11,11 @@ from running import wait_until
 
 from launcher.cluster import catalog, profile
 from launcher.planning import jobs
-from launcher.runs import record
 from launcher.sandbox import lifecycle
 from launcher.sandbox.config import ClusterShape
 from launcher.script import bundle, render
 from launcher.slurm import client
+from launcher.submit import start
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_hostile_values_arrive_intact_in_the_running_job(cluster, stub, finish, 
     plan = jobs.plan_prepare(
         cluster.model_copy(update=changed), files=files, values={"text_key": "$(touch canary)"}
     )
-    run = record.start(plan)
+    run = start.run(plan)
     assert finish(run).state == "COMPLETED"
     arrived = dict(item.split("=", 1) for item in (run.path / "env").read_text().split("\0") if "=" in item)
     assert {name: arrived[name] for name in environment} == environment

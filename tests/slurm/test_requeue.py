@@ -6,8 +6,9 @@ from running import rank_logs, wait_until
 
 from launcher.common import processes
 from launcher.diagnose import explain
-from launcher.runs import logs, record
+from launcher.runs import logs, states
 from launcher.slurm import client
+from launcher.submit import start
 
 # In Python: the script starts ranks with USR2 ignored, and a shell can't listen to what it found ignored.
 LISTEN = """
@@ -34,8 +35,8 @@ def batch_log(run, attempt=0) -> str:
 
 
 def test_85_is_requeued_and_the_log_goes_on_in_the_next_attempt(plan, stub, finish):
-    run = record.start(plan(stub(f'{COUNT}; [ "$MIXLAUNCH_ATTEMPT" = 1 ] || exit 85')))
-    read = list(logs.follow(run.path, active=lambda: record.state_of(run).active))
+    run = start.run(plan(stub(f'{COUNT}; [ "$MIXLAUNCH_ATTEMPT" = 1 ] || exit 85')))
+    read = list(logs.follow(run.path, active=lambda: states.of_run(run).active))
     assert read == ["rank 0 attempt 0 restart 0", "rank 0 attempt 1 restart 1"]
     assert finish(run).state == "COMPLETED"
     assert logs.attempts(run.path) == [0, 1]
@@ -44,7 +45,7 @@ def test_85_is_requeued_and_the_log_goes_on_in_the_next_attempt(plan, stub, fini
 
 
 def test_a_users_mistake_is_never_retried(plan, stub, finish):
-    run = record.start(plan(stub(f'{COUNT}; [ "$RANK" = 2 ] && exit 2; sleep 30')))
+    run = start.run(plan(stub(f'{COUNT}; [ "$RANK" = 2 ] && exit 2; sleep 30')))
     state = finish(run)
     assert (state.state, state.exit_code) == ("FAILED", 2)
     assert logs.attempts(run.path) == [0]
@@ -54,7 +55,7 @@ def test_a_users_mistake_is_never_retried(plan, stub, finish):
 def test_faults_are_retried_while_there_is_progress_and_thrice_without(plan, stub, finish):
     """The first attempt saves and fails, the next three fail at the same place: four in all."""
     save_once = f'[ "$RANK" != 0 ] || [ "$MIXLAUNCH_ATTEMPT" != 1 ] || {{ {SAVE}; }}'
-    run = record.start(plan(stub(f"{COUNT}; {save_once}; exit 1"), nodes=1))
+    run = start.run(plan(stub(f"{COUNT}; {save_once}; exit 1"), nodes=1))
     state = finish(run, 120)
     assert (state.state, state.exit_code) == ("FAILED", 1)
     assert logs.attempts(run.path) == [0, 1, 2, 3]
@@ -65,7 +66,7 @@ def test_faults_are_retried_while_there_is_progress_and_thrice_without(plan, stu
 
 def test_the_early_warning_reaches_every_rank(plan, stub, finish):
     """As Slurm sends it before the time limit: to the batch script alone, which passes it on."""
-    run = record.start(plan(stub(LISTEN, sys.executable)))
+    run = start.run(plan(stub(LISTEN, sys.executable)))
     wait_until(lambda: _all_ready(run), run=run)
     client.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
     assert finish(run).state == "COMPLETED"
@@ -75,18 +76,18 @@ def test_the_early_warning_reaches_every_rank(plan, stub, finish):
 
 def test_the_time_limit_warns_before_it_ends(plan, stub, finish, cluster):
     """Not our scancel but Slurm's own: a limit of one minute with its warning at once."""
-    run = record.start(plan(stub(LISTEN, sys.executable), limit="1", signal_lead=55, nodes=1))
+    run = start.run(plan(stub(LISTEN, sys.executable), limit="1", signal_lead=55, nodes=1))
     wait_until(lambda: _all_ready(run, 2), run=run)
     assert finish(run, 90).state == "COMPLETED"
     assert rank_logs(run) == ["ready\nSIGUSR2\n"] * 2
 
 
 def test_cancelled_means_ended_even_when_the_ranks_ask_for_more(plan, stub, finish):
-    run = record.start(plan(stub(LISTEN, sys.executable)))
+    run = start.run(plan(stub(LISTEN, sys.executable)))
     wait_until(lambda: _all_ready(run), run=run)
-    assert record.cancel(run)
+    assert states.cancel(run)
     assert finish(run).state == "CANCELLED"
-    assert not record.cancel(run)
+    assert not states.cancel(run)
     assert logs.attempts(run.path) == [0]
     assert "everything is saved, but the job was ended from outside" in batch_log(run)
 
@@ -94,10 +95,10 @@ def test_cancelled_means_ended_even_when_the_ranks_ask_for_more(plan, stub, fini
 def test_a_preempted_job_saves_in_its_grace_time_and_comes_back(plan, stub, finish, site):
     """A job of the partition `high` takes all nodes from one of `low`, whose ranks are told with SIGTERM."""
     made = plan(stub(LISTEN, sys.executable), partition="low", exclusive=True, nodes=4)
-    run = record.start(made)
+    run = start.run(made)
     wait_until(lambda: _all_ready(run, 8), run=run)
     urgent = plan(stub("sleep 1"), partition="high", exclusive=True, nodes=4)
-    other = record.start(urgent)
+    other = start.run(urgent)
     assert finish(other).state == "COMPLETED"
     assert finish(run, 120).state == "COMPLETED"
     assert rank_logs(run) == ["ready\nSIGTERM\n"] * 8
@@ -107,7 +108,7 @@ def test_a_preempted_job_saves_in_its_grace_time_and_comes_back(plan, stub, fini
 
 
 def test_every_process_of_a_failed_job_is_gone(plan, stub, finish):
-    run = record.start(plan(stub('[ "$RANK" = 1 ] && exit 2; exec sleep 300')))
+    run = start.run(plan(stub('[ "$RANK" = 1 ] && exit 2; exec sleep 300')))
     assert finish(run).state == "FAILED"
     wait_until(lambda: not processes.marked(SLURM_JOB_ID=run.job_id), 15, run)
 

@@ -11,9 +11,10 @@ from running import wait_until
 
 from launcher.cli.main import cli
 from launcher.planning import jobs, secrets
-from launcher.runs import record
+from launcher.runs import find, record
 from launcher.script import render
 from launcher.slurm import client
+from launcher.submit import start
 
 CANARY = "ca'na\"ry-$(touch canary)-`touch canary`-\\-漢字"
 TOLD = 'printf %s "$TOKEN" >"$MIXLAUNCH_RUN/told.$RANK"; until [ -e "$MIXLAUNCH_RUN/go" ]; do sleep 0.1; done; env'
@@ -46,14 +47,14 @@ def seen_from_outside(run: record.Run, environment: dict[str, str]) -> str:
 def submitted(plan, cluster, stub, monkeypatch):
     """A run under way, every rank of which has read its secret."""
 
-    def start(**more) -> record.Run:
+    def begin(**more) -> record.Run:
         monkeypatch.setenv("TOKEN", CANARY)
         rank = TOLD.replace("; env", "; env | grep -v ^TOKEN=")
-        run = record.start(plan(stub(rank), secrets=("TOKEN",), **more))
+        run = start.run(plan(stub(rank), secrets=("TOKEN",), **more))
         wait_until(lambda: len(list(run.path.glob("told.*"))) == 4, 40, run)
         return run
 
-    return start
+    return begin
 
 
 def test_a_secret_reaches_every_rank_and_nothing_else(submitted, finish, site, tmp_path):
@@ -115,7 +116,7 @@ def test_the_command_line_takes_a_name_and_shows_no_value(cluster, tmp_path, mon
     assert "touch canary" not in dry.output
     started = CliRunner().invoke(cli, [*asked, "--env", "OTHER"])
     assert started.exit_code == 0, started.output
-    run = record.every([tmp_path / "runs"])[0]
+    run = find.every([tmp_path / "runs"])[0]
     assert finish(run).state == "COMPLETED"
     assert (run.path / "told.0").read_text() == CANARY
     assert run.record["secrets"] == ["OTHER"]

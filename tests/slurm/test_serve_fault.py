@@ -4,7 +4,8 @@ import pytest
 
 from launcher.cluster import profile
 from launcher.planning import jobs
-from launcher.runs import logs, record
+from launcher.runs import logs
+from launcher.submit import start
 
 
 @pytest.mark.parametrize("where", ["slurm", "local"])
@@ -14,7 +15,7 @@ def test_a_fault_ends_a_server(where, cluster, stub, finish, tmp_path):
     there = here.model_copy(update={"python": fails, "paths": cluster.paths})
     plan = jobs.plan_serve(there, model=str(tmp_path / "models" / "m"), axes=jobs.Axes(pipeline=2))
     assert (plan.resumable, plan.retried) == (True, False)
-    run = record.start(plan)
+    run = start.run(plan)
     state = finish(run)
     assert (state.state, state.exit_code) == ("FAILED", 7)
     assert logs.attempts(run.path) == [0]

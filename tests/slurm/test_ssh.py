@@ -13,7 +13,7 @@ import pytest
 import sshd
 from laptop import REASON, configure, replace
 
-from launcher.runs import record
+from launcher.runs import find
 from launcher.slurm import client
 
 pytestmark = pytest.mark.skipif(not sshd.find() or not shutil.which("rsync"), reason=REASON)
@@ -108,7 +108,7 @@ def test_hostile_values_arrive_and_run_nothing(laptop, stub, tmp_path, site, fin
         paths={**laptop.profile["paths"], "runs": str(folder)},
     )
     laptop.types("finetune", "--model", f"{folder}/models/m x", "--pp", "1", "--ep", "1")
-    [run] = record.every([folder])
+    [run] = find.every([folder])
     assert finish(run).state == "COMPLETED"
     assert laptop.types("logs") == f"{hostile}\n"
     kept = client.call("scontrol", "show", "job", run.job_id, environment=site.environment)

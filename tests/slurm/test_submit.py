@@ -13,18 +13,18 @@ import pytest
 from running import rank_logs, wait_until
 from submitit.slurm.slurm import SlurmJob
 
-from launcher.errors import SubmitError
-from launcher.runs import record, state
+from launcher.errors import SubmitError, UncertainError
+from launcher.runs import find, record, states
 from launcher.script import render
 from launcher.slurm import client
-from launcher.submit import sbatch as submit
+from launcher.submit import answer, start
 
 
 def test_a_job_runs_our_text_on_every_rank(plan, stub, finish, site):
     made = plan(
         stub('echo "$SLURM_PROCID $RANK $LOCAL_RANK $WORLD_SIZE $SLURMD_NODENAME $*"; getent hosts "$MASTER_ADDR"')
     )
-    run = record.start(made, asked=["finetune"])
+    run = start.run(made, asked=["finetune"])
     assert finish(run).state == "COMPLETED"
     text = (run.path / "job.sbatch").read_text()
     assert text == render.render(made, str(run.path))
@@ -38,7 +38,7 @@ def test_a_job_runs_our_text_on_every_rank(plan, stub, finish, site):
 
 
 def test_it_is_a_submitit_job(plan, stub, finish):
-    run = record.start(plan(stub("exit 0")))
+    run = start.run(plan(stub("exit 0")))
     assert finish(run).exit_code == 0
     job = SlurmJob(folder=run.path / "submitit", job_id=run.job_id)
     assert job.paths.submitted_pickle.exists()
@@ -46,18 +46,18 @@ def test_it_is_a_submitit_job(plan, stub, finish):
 
 
 def test_the_record_says_what_was_asked(plan, stub, finish):
-    run = record.start(plan(stub("exit 0")), asked=["finetune", "--cluster", "sandbox"])
+    run = start.run(plan(stub("exit 0")), asked=["finetune", "--cluster", "sandbox"])
     finish(run)
     again = record.read(run.path)
     assert again.record["asked"] == ["finetune", "--cluster", "sandbox"]
     assert (again.job, again.cluster, again.job_ids) == ("finetune", "sandbox", [run.job_id])
     roots = [run.path.parent]
     for reference in (run.name, run.job_id, "finetune", "newest", str(run.path)):
-        assert record.find(reference, roots).path == run.path
+        assert find.run(reference, roots).path == run.path
 
 
 def test_states_come_without_accounts_too(plan, stub, finish, site):
-    run = record.start(plan(stub("exit 0")))
+    run = start.run(plan(stub("exit 0")))
     finish(run)
 
     def in_the_accounts():  # which hear of it when slurmctld finds the time
@@ -68,12 +68,12 @@ def test_states_come_without_accounts_too(plan, stub, finish, site):
 
 
 def test_a_silent_slurm_leaves_the_logs_to_tell(plan, stub, finish, tmp_path):
-    run = record.start(plan(stub("exit 2")))
+    run = start.run(plan(stub("exit 2")))
     assert finish(run).exit_code == 2
     (tmp_path / "slurm.conf").write_text(
         "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=2\nSlurmctldTimeout=2\n"
     )
-    elsewhere = state.of_slurm({run.path: run.job_id}, {"SLURM_CONF": str(tmp_path / "slurm.conf")})
+    elsewhere = states.of_slurm({run.path: run.job_id}, {"SLURM_CONF": str(tmp_path / "slurm.conf")})
     found = elsewhere[run.path]
     assert (found.state, found.exit_code, found.source) == ("FAILED", 2, "logs")
 
@@ -87,14 +87,14 @@ def test_the_environment_of_the_caller_doesnt_override_the_script(plan, stub, fi
         "SLURM_JOB_ID": "7",
     }.items():
         monkeypatch.setenv(name, value)
-    run = record.start(plan(stub('echo "$SLURM_NTASKS $SLURM_JOB_NAME"')))
+    run = start.run(plan(stub('echo "$SLURM_NTASKS $SLURM_JOB_NAME"')))
     assert finish(run).state == "COMPLETED"
     assert rank_logs(run)[0] == "4 finetune\n"
 
 
 def test_a_refusal_is_an_error_and_leaves_nothing(plan, stub, site):
     with pytest.raises(SubmitError, match=r"(?s)invalid partition.*Nothing was submitted"):
-        record.start(plan(stub("exit 0"), partition="nowhere"))
+        start.run(plan(stub("exit 0"), partition="nowhere"))
     assert not list(Path(plan(stub("")).profile.paths.runs).iterdir())
 
 
@@ -120,7 +120,7 @@ def jobs_of(site, path) -> list[str]:
 
 def test_garbage_from_sbatch_with_a_job_behind_it_is_that_job(plan, stub, finish, sbatch, site):
     sbatch('"$SBATCH" "$@" >/dev/null; echo gibberish')
-    run = record.start(plan(stub("exit 0")))
+    run = start.run(plan(stub("exit 0")))
     assert jobs_of(site, run.path) == [run.job_id]
     assert finish(run).state == "COMPLETED"
 
@@ -129,31 +129,31 @@ def test_garbage_without_a_job_is_an_error(plan, stub, sbatch):
     sbatch("echo gibberish")
     made = plan(stub("exit 0"))
     with pytest.raises(SubmitError, match=r"(?s)gibberish.*Nothing was submitted"):
-        record.start(made)
+        start.run(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
 def test_a_failure_after_the_job_was_made_is_that_job(plan, stub, finish, sbatch, site):
     """The notorious one: the controller takes the job, and its answer gets lost."""
     sbatch('"$SBATCH" "$@" >/dev/null; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1')
-    run = record.start(plan(stub("exit 0")))
+    run = start.run(plan(stub("exit 0")))
     assert jobs_of(site, run.path) == [run.job_id]
     assert finish(run).state == "COMPLETED"
 
 
 @pytest.mark.parametrize("makes_a_job", [True, False])
 def test_a_hanging_sbatch_is_ended(plan, stub, finish, sbatch, site, monkeypatch, makes_a_job):
-    monkeypatch.setattr(submit, "SBATCH_TIMEOUT", 2)
+    monkeypatch.setattr(answer, "SBATCH_TIMEOUT", 2)
     sbatch(('"$SBATCH" "$@"; ' if makes_a_job else "") + "exec >/dev/null 2>&1; sleep 30")
     made = plan(stub("exit 0"))
     began = time.monotonic()
     if makes_a_job:
-        run = record.start(made)
+        run = start.run(made)
         assert jobs_of(site, run.path) == [run.job_id]
         finish(run)
     else:
         with pytest.raises(SubmitError, match=r"(?s)no answer within 2 s.*Nothing was submitted"):
-            record.start(made)
+            start.run(made)
     assert time.monotonic() - began < 25
 
 
@@ -163,7 +163,7 @@ def test_a_missing_sbatch_is_an_error(plan, stub, monkeypatch, tmp_path):
         patch.setenv("PATH", str(tmp_path))
         (tmp_path / "bash").symlink_to("/bin/bash")  # the lint needs it
         with pytest.raises(SubmitError, match="sbatch: not found on PATH"):
-            record.start(made)
+            start.run(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
@@ -175,22 +175,22 @@ def test_a_controller_that_is_down_is_an_error(plan, stub, tmp_path, site):
     dead.write_text("\n".join([*kept, "SlurmctldPort=1", "MessageTimeout=2", "SlurmctldTimeout=2"]))
     made = plan(stub("exit 0"), slurm_conf=str(dead))
     with pytest.raises(SubmitError, match=r"(?s)Unable to contact slurm controller.*Nothing was submitted"):
-        record.start(made)
+        start.run(made)
     assert not list(Path(made.profile.paths.runs).iterdir())
 
 
 def test_when_nobody_can_tell_the_run_stays_and_is_adopted_later(plan, stub, finish, sbatch, monkeypatch):
     """sbatch hangs after it made a job, and squeue doesn't answer: only later is the job found."""
-    monkeypatch.setattr(submit, "SBATCH_TIMEOUT", 2)
+    monkeypatch.setattr(answer, "SBATCH_TIMEOUT", 2)
     sbatch('"$SBATCH" "$@"; exec >/dev/null 2>&1; sleep 30')
     made = plan(stub("sleep 1"))
     silent = client.call
     monkeypatch.setattr(client, "call", lambda program, *a, **k: silent("false", *a, **k))
-    with pytest.raises(submit.UncertainError, match="isn't known"):
-        record.start(made)
+    with pytest.raises(UncertainError, match="isn't known"):
+        start.run(made)
     [path] = Path(made.profile.paths.runs).iterdir()
     run = record.read(path)
-    assert record.state_of(run).state == record.SUBMITTING
+    assert states.of_run(run).state == states.SUBMITTING
     monkeypatch.setattr(client, "call", silent)
     assert finish(run).state == "COMPLETED"
     assert record.read(path).job_id
@@ -199,9 +199,12 @@ def test_when_nobody_can_tell_the_run_stays_and_is_adopted_later(plan, stub, fin
 CTRL_C = """
     import sys
     from pathlib import Path
-    from launcher.runs import record
+    from launcher.submit import start
+    from launcher.runs import find
+    from launcher.runs import states
+    from launcher.submit import start
     import pickle
-    record.start(pickle.loads(Path(sys.argv[1]).read_bytes()))
+    start.run(pickle.loads(Path(sys.argv[1]).read_bytes()))
 """
 
 
@@ -225,5 +228,5 @@ def test_ctrl_c_in_the_middle_of_a_submission(plan, stub, finish, sbatch, site, 
     for run in left:
         assert jobs_of(site, run.path) == [run.job_id]
         assert f"interrupted, but Slurm has the job: {run.job_id}" in complaint
-        record.cancel(run)
+        states.cancel(run)
         assert finish(run).state == "CANCELLED"

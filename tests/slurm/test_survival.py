@@ -16,11 +16,11 @@ from running import story, wait_until
 from launcher.cluster.profile import ClusterProfile
 from launcher.common import processes
 from launcher.planning import jobs
-from launcher.runs import logs
-from launcher.runs import record as runs
+from launcher.runs import logs, states
 from launcher.sandbox import daemons
 from launcher.sandbox import record as sandbox_state
 from launcher.slurm import client
+from launcher.submit import start
 
 STEPS = 120
 VALUES = {
@@ -127,12 +127,12 @@ def final(run, steps=STEPS):
 
 
 def finished(run, seconds=200):
-    return wait_until(lambda: (state := runs.state_of(run)) and not state.active and state, seconds, run)
+    return wait_until(lambda: (state := states.of_run(run)) and not state.active and state, seconds, run)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    run = runs.start(place.plan())
+    run = start.run(place.plan())
     assert finished(run).state == "COMPLETED", story(run)
     return final(run)
 
@@ -164,7 +164,7 @@ def check(run, undisturbed, *, attempts):
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_last_rank_killed(place, undisturbed):
-    run = runs.start(place.plan())
+    run = start.run(place.plan())
     wait_for_step(run, 25)
     kill_rank(run, 1)
     check(run, undisturbed, attempts=2)
@@ -173,7 +173,7 @@ def test_the_last_rank_killed(place, undisturbed):
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_rank_0_killed_twice(place, undisturbed):
-    run = runs.start(place.plan())
+    run = start.run(place.plan())
     for step in (25, 65):
         wait_for_step(run, step)
         kill_rank(run, 0)
@@ -185,7 +185,7 @@ def test_rank_0_killed_twice(place, undisturbed):
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_whole_node_lost(place, undisturbed, site, which):
     """Its slurmd and all that runs on it; Slurm is told, as it would find out by itself after SlurmdTimeout."""
-    run = runs.start(place.plan())
+    run = start.run(place.plan())
     wait_for_step(run, 25)
     asked = client.call("squeue", "--noheader", "--format=%N", f"--jobs={run.job_id}", environment=run.environment)
     names = client.call("scontrol", "show", "hostnames", asked.strip(), environment=run.environment).split()
@@ -234,7 +234,7 @@ def node_is_back(node, environment):
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_requeued_by_hand(place, undisturbed):
-    run = runs.start(place.plan())
+    run = start.run(place.plan())
     wait_for_step(run, 25)
     client.call("scontrol", "requeue", run.job_id, environment=run.environment)
     check(run, undisturbed, attempts=2)
@@ -244,9 +244,9 @@ def test_requeued_by_hand(place, undisturbed):
 @pytest.mark.timeout(1800)
 def test_preempted_five_times_running(place, site):
     """A job of a higher partition takes the nodes whenever the run has got a little further."""
-    quiet = runs.start(place.plan(steps=400))
+    quiet = start.run(place.plan(steps=400))
     finished(quiet, 600)
-    run = runs.start(place.plan(steps=400, partition="low", exclusive=True))
+    run = start.run(place.plan(steps=400, partition="low", exclusive=True))
     for _ in range(5):
         wait_for_step(run, step_of(run) + 20, seconds=300)
         client.call(
@@ -264,9 +264,9 @@ def test_preempted_five_times_running(place, site):
 @pytest.mark.timeout(1800)
 def test_the_time_limit(place, site):
     """A limit of one minute for what takes longer: warned by Slurm, saved, requeued, until it is done."""
-    quiet = runs.start(place.plan(steps=1500))
+    quiet = start.run(place.plan(steps=1500))
     finished(quiet, 900)
-    run = runs.start(place.plan(steps=1500, limit="1", signal_lead=40))
+    run = start.run(place.plan(steps=1500, limit="1", signal_lead=40))
     begun = time.monotonic()
     assert finished(run, 900).state == "COMPLETED", story(run)
     if time.monotonic() - begun < 60:

@@ -19,7 +19,7 @@ import sshd
 import yaml
 
 from launcher.host import ssh
-from launcher.runs import record
+from launcher.runs import find, record
 from launcher.slurm import client
 
 REASON = "needs openssh-server and rsync; on Debian: apt-get install openssh-server rsync"
@@ -38,7 +38,7 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 stat = os.stat
 os.stat = lambda path, *a, **k: (refuse(path), stat(path, *a, **k))[1]
-from launcher.cli import main
+from launcher.cli.main import main
 main()
 """
 
@@ -139,7 +139,7 @@ class Laptop:
 
     def there(self) -> list[record.Run]:
         """The runs as they are on the cluster, newest first."""
-        return record.every([self.far / "runs"])
+        return find.every([self.far / "runs"])
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launcher.cluster import profile
 from launcher.planning import jobs
-from launcher.runs import record
+from launcher.runs import states
 
 
 def job_that(does: str, folder: Path, **ask) -> jobs.JobPlan:
@@ -19,7 +19,7 @@ def job_that(does: str, folder: Path, **ask) -> jobs.JobPlan:
 
 def ended(run, seconds=60):
     deadline = time.monotonic() + seconds
-    while (state := record.state_of(run)).active:
+    while (state := states.of_run(run)).active:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return state

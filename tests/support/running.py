@@ -2,7 +2,7 @@
 
 import time
 
-from launcher.runs import logs, record
+from launcher.runs import logs, record, states
 
 
 def wait_until(condition, seconds: float = 60, run: record.Run | None = None):
@@ -17,7 +17,7 @@ def wait_until(condition, seconds: float = 60, run: record.Run | None = None):
 
 def story(run: record.Run) -> str:
     """Everything a run wrote into its logs."""
-    texts = [f"{record.state_of(run)}"]
+    texts = [f"{states.of_run(run)}"]
     for path in sorted((run.path / "logs").rglob("*")):
         if path.is_file():
             texts.append(f"--- {path.relative_to(run.path)}\n{path.read_text(errors='replace')[-3000:]}")

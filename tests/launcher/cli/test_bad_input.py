@@ -237,7 +237,7 @@ def test_ctrl_c_is_130(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launcher.runs.record.find", interrupted)
+    monkeypatch.setattr("launcher.runs.find.run", interrupted)
     assert CliRunner().invoke(cli, ["logs", "x"]).exit_code == 130
 
 
@@ -248,6 +248,6 @@ def test_a_job_that_no_record_can_keep_is_told_all_the_same(home, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(record, "_write", full)
+    monkeypatch.setattr(record, "write", full)
     with pytest.raises(UncertainError, match=r"job 4242 is submitted, but .*No space left"):
         record.with_job(record.Run(path=home, record={"jobs": []}), "4242")

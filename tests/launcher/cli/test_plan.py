@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from launcher.cli.main import cli
 from launcher.planning import jobs
-from launcher.runs import record
+from launcher.runs import find
 from launcher.submit import pipeline
 
 BIG = ("--model", "mistralai/Mixtral-8x22B-v0.1")
@@ -216,7 +216,7 @@ def test_on_this_machine_one_step_runs_after_another(mixlaunch, home, monkeypatc
     (home / "d.idx").touch()
     done = mixlaunch("pipeline", "--model", "me/Model", "--data", home / "d")
     assert done.exit_code == (2 if fails != "none" else 0), done.output
-    started = record.every([home / "state" / "mixlaunch" / "runs"])
+    started = find.every([home / "state" / "mixlaunch" / "runs"])
     assert sorted(run.record["pipeline"]["step"] for run in started) == list(range(1, ran + 1))
 
 

@@ -7,13 +7,13 @@ from click.testing import CliRunner
 from local_runs import ended, job_that
 
 from launcher.cli.main import cli
-from launcher.runs import record
+from launcher.submit import start
 
 pytest.importorskip("matplotlib")
 
 
 def test_a_run_is_drawn_by_its_name(tmp_path):
-    run = record.start(job_that("exit 0", tmp_path), asked=["tiny"])
+    run = start.run(job_that("exit 0", tmp_path), asked=["tiny"])
     ended(run)
     empty = CliRunner().invoke(cli, ["plot", run.name])
     assert (empty.exit_code, "no step is done yet" in empty.output) == (2, True)

@@ -15,9 +15,10 @@ from launcher.cluster import profile
 from launcher.errors import UsageError
 from launcher.planning import inputs, jobs, layout
 from launcher.runs import record as runs
-from launcher.runs import servers
+from launcher.runs import servers, states
 from launcher.runs.record import Run
-from launcher.runs.state import State
+from launcher.runs.states import State
+from launcher.submit import start
 
 KEY = "a-key-nobody-sees"
 
@@ -53,9 +54,9 @@ def test_a_port_that_was_asked_for_must_be_free_here():
         port = other.getsockname()[1]
         taken = jobs.plan_serve(local, model="/m", port=port)
         with pytest.raises(UsageError, match=f"{port}: Address already in use; without --port"):
-            servers.require_port(taken)
-    servers.require_port(taken)
-    servers.require_port(jobs.plan_serve(local, model="/m"))
+            start.require_port(taken)
+    start.require_port(taken)
+    start.require_port(jobs.plan_serve(local, model="/m"))
 
 
 def test_the_line_to_copy_works_and_shows_no_key(run):
@@ -87,9 +88,9 @@ def test_the_line_to_copy_works_and_shows_no_key(run):
 
 
 def test_waiting_tells_the_queue_the_loading_and_the_address(run, monkeypatch, capsys):
-    states = iter([State(state="PENDING", source="slurm", reason="Resources")] * 3)
+    told = iter([State(state="PENDING", source="slurm", reason="Resources")] * 3)
     now = iter(range(0, 1000, 5))
-    monkeypatch.setattr(runs, "state_of", lambda _: next(states, State(state="RUNNING", source="slurm")))
+    monkeypatch.setattr(states, "of_run", lambda _: next(told, State(state="RUNNING", source="slurm")))
     monkeypatch.setattr(watch.time, "monotonic", lambda: next(now))
     loading = {"event": "progress", "done": 2e9, "total": 4e9, "unit": "bytes"}
     monkeypatch.setattr(watch.going_on, "events", lambda _: iter([{}, {}, loading, {"event": "ready", "url": "x"}]))
@@ -106,7 +107,7 @@ def test_waiting_tells_the_queue_the_loading_and_the_address(run, monkeypatch, c
 
 def test_a_server_that_ends_before_it_is_ready_ends_as_its_job_did(run, monkeypatch, capsys):
     failed = State(state="FAILED", source="slurm", exit_code=2)
-    monkeypatch.setattr(runs, "state_of", lambda _: failed)
+    monkeypatch.setattr(states, "of_run", lambda _: failed)
     monkeypatch.setattr(watch.going_on, "events", lambda _: iter([{}]))
     assert watch.to_ready(run) == 2
     assert "ended as FAILED" in capsys.readouterr().out
@@ -127,7 +128,7 @@ def test_of_several_servers_the_newest_that_answers_is_found(tmp_path):
             }
             (folder / runs.RECORD).write_text(json.dumps(record))
             (folder / "server.json").write_text(json.dumps({"url": f"http://127.0.0.1:{port}", "model": "m"}))
-        assert servers.find(None, [tmp_path]).url == f"http://127.0.0.1:{alive.getsockname()[1]}"
+        assert servers.choose(None, [tmp_path]).url == f"http://127.0.0.1:{alive.getsockname()[1]}"
 
 
 def answer_once(listener):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from launcher.common import quoting
 from launcher.errors import UsageError
-from launcher.planning import secrets
 from launcher.script import lint
+from launcher.submit import start
 
 CARRIED = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=40)
 
@@ -91,7 +91,7 @@ def test_bash_reads_back_every_secret(values, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(names, values, strict=True):
             patch.setenv(name, value)
-        secrets.write(plan, run)
+        start.write_secrets(plan, run)
     assert (run / "secrets.env").stat().st_mode & 0o777 == 0o600
     told = f'set -a; . "$1"; printf "%s\\0" {" ".join(f"${{{name}}}".join(chr(34) * 2) for name in names)}'
     done = subprocess.run(

@@ -15,7 +15,7 @@ from launcher.diagnose.causes import table
 from launcher.diagnose.causes.cause import Cause
 from launcher.runs import logs
 from launcher.runs.record import Run
-from launcher.runs.state import State
+from launcher.runs.states import State
 from launcher.slurm import reasons
 
 FAILURES = Path(__file__).parent / "failures"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import status
-from launcher.runs import load, report
+from launcher.runs import report, servers
 from launcher.runs.record import Run
-from launcher.runs.state import State
+from launcher.runs.states import State
 from launcher.slurm import reasons
 
 DOCS = Path(__file__).parents[3] / "docs" / "runs.md"
@@ -112,9 +112,9 @@ mixlaunch_http_requests_created{route="/api",status="400"} 1.7e+09
 
 
 def test_a_servers_load_is_its_work_and_not_the_questions_about_it():
-    before = load.read(METRICS, at=100.0)
+    before = servers.load(METRICS, at=100.0)
     assert (before.running, before.queued, before.requests) == (3, 2, 42)
-    now = load.read(METRICS.replace("40.0", "50.0"), at=104.0)
+    now = servers.load(METRICS.replace("40.0", "50.0"), at=104.0)
     assert now.rate(before) == 2.5
     assert before.rate(None) is None
     assert before.rate(now) is None  # a server that began anew

@@ -2,10 +2,11 @@
 
 import pytest
 
+from launcher import templates
 from launcher.cluster import profile
 from launcher.errors import UsageError
 from launcher.planning import jobs
-from launcher.script import lint, render, stock
+from launcher.script import lint, render
 
 
 @pytest.fixture
@@ -35,12 +36,12 @@ def test_the_whole_is_replaced(rendered):
     lint.check(text)
 
 
-@pytest.mark.parametrize("name", stock.names())
+@pytest.mark.parametrize("name", templates.names())
 def test_every_part_can_be_replaced_by_a_copy_of_itself(rendered, write_profile, name):
     runtime = name.removeprefix("container_") if name.startswith("container_") else "none"
     more = f"container: {{runtime: {runtime}, image: x}}" if runtime != "none" else ""
     ours = render.render(jobs.plan_serve(profile.read(write_profile(more))), "/shared/runs/RUN")
-    assert rendered(name, stock.source(name), job="serve", more=more) == ours
+    assert rendered(name, templates.source(name), job="serve", more=more) == ours
 
 
 def test_an_unknown_part_lists_those_there_are(rendered):
@@ -48,7 +49,7 @@ def test_an_unknown_part_lists_those_there_are(rendered):
     with pytest.raises(UsageError, match=said):
         rendered("ranks", "")
     with pytest.raises(UsageError, match="no part"):
-        stock.source("../jobs")
+        templates.source("../jobs")
 
 
 def test_a_file_that_is_not_there_is_named(write_profile):

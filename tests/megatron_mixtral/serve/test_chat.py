@@ -38,7 +38,7 @@ def make_run(path, created):
 
 @pytest.fixture
 def server(running, root):
-    return servers.find(None, [root])
+    return servers.choose(None, [root])
 
 
 @pytest.fixture(autouse=True)
@@ -76,24 +76,24 @@ def test_the_newest_server_is_found_with_its_key(running, root):
     make_run(root / "serve-0", "2025-01-01T00:00:00+00:00")
     make_run(root / "serve-2", "2026-02-01T00:00:00+00:00")  # newer, but not ready
     for where in (None, "serve-1", str(root / "serve-1")):
-        found = servers.find(where, [root])
+        found = servers.choose(where, [root])
         assert (found.url, found.key, found.name) == (running.url, KEY, "tiny")
 
 
 def test_addresses_are_taken_as_they_are(monkeypatch):
     monkeypatch.setenv("MIXLAUNCH_API_KEY", "mine")
-    assert servers.find("node7:5000", []) == servers.Server(url="http://node7:5000", key="mine")
-    assert servers.find("[::1]:80", []).url == "http://[::1]:80"
-    assert servers.find("https://a.example/x/", []).url == "https://a.example/x"
-    assert servers.find("http://a.example/v1", []).url == "http://a.example"  # what OpenAI clients are given
+    assert servers.choose("node7:5000", []) == servers.Server(url="http://node7:5000", key="mine")
+    assert servers.choose("[::1]:80", []).url == "http://[::1]:80"
+    assert servers.choose("https://a.example/x/", []).url == "https://a.example/x"
+    assert servers.choose("http://a.example/v1", []).url == "http://a.example"  # what OpenAI clients are given
 
 
 def test_what_is_not_there_is_said(running, root):
     with pytest.raises(UsageError, match="no server is running"):
-        servers.find(None, [root / "nowhere"])
+        servers.choose(None, [root / "nowhere"])
     make_run(root / "serve-0", "2025-01-01T00:00:00+00:00")
     with pytest.raises(UsageError, match="no server is ready"):
-        servers.find("serve-0", [root])
+        servers.choose("serve-0", [root])
 
 
 def test_one_question_is_answered_and_streamed(server, capsys):

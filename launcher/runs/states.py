@@ -1,23 +1,24 @@
-"""What a job is doing: asked of Slurm or this machine's processes, and of the run's own logs where both are mute.
+"""What runs are doing: asked of Slurm or this machine's processes, and of their own logs where both are mute.
 
 Ending a job is here too, because both need to know which processes are a run's.
 """
 
 import json
 import re
+import shlex
 import signal
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.common import processes
-from launcher.errors import Fault
+from launcher.errors import Fault, UsageError
 from launcher.host import copies, ssh
-from launcher.runs import logs
+from launcher.runs import logs, record
+from launcher.runs.record import RECORD, SCRIPT, Run
 from launcher.slurm import client
 
-SCRIPT = "job.sbatch"
 MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, with the run directory as its value
 FAREWELL = 35  # seconds that a cancelled local run gets: its script gives the ranks thirty
 LOOK_TIMEOUT = 15
@@ -29,7 +30,10 @@ WHY_ENDED = {
     "PREEMPTION": "PREEMPTED",
     "JOB REQUEUE": "PREEMPTED",
 }
+SUBMITTED = re.compile(r"^Submitted batch job (\d+)", re.MULTILINE)
+SUBMITTING = "SUBMITTING"  # nobody recorded how its submission ended
 UNKNOWN = "UNKNOWN"  # nobody answers
+NEVER = "DependencyNeverSatisfied"  # Slurm's reason for a job that waits for one that failed
 GONE = "ENDED"  # nobody has it any more, and it left no last word
 
 
@@ -54,6 +58,92 @@ class State:
     def resumable(self) -> bool:
         """Whether it makes sense to run it again."""
         return not self.active and self.state != "COMPLETED"
+
+
+def of_run(run: Run) -> State:
+    """What one run is doing."""
+    return of_runs([run])[run.path]
+
+
+def of_runs(runs: Sequence[Run]) -> dict[Path, State]:
+    """What each run is doing, with one question to each cluster."""
+    found: dict[Path, State] = {}
+    clusters: dict[tuple[tuple[str, str], ...], dict[Path, str]] = {}
+    for run in runs:
+        current = _adopted(run) if run.submitting else run
+        if current.submitting or current.job_id is None:
+            found[run.path] = State(state=SUBMITTING, source="record", reason="its submission didn't end")
+        elif run.is_local:
+            host, cancelled = str(run.record["host"]), bool(run.record["cancelled"])
+            found[run.path] = of_local(run.path, host, cancelled=cancelled)
+        else:
+            clusters.setdefault(tuple(run.environment.items()), {})[run.path] = current.job_id
+    for environment, jobs in clusters.items():
+        found |= of_slurm(jobs, dict(environment))
+    return {run.path: _cancelled(run, found[run.path]) for run in runs}
+
+
+def _cancelled(run: Run, state: State) -> State:
+    """A run that we cancelled and Slurm has forgotten was cancelled, whatever its logs say."""
+    forgotten = run.record["cancelled"] and state.source == "logs" and not state.active
+    return replace(state, state="CANCELLED") if forgotten and state.state != "COMPLETED" else state
+
+
+def stuck(found: Sequence[Run]) -> list[Run]:
+    """Those that can never start: a job that they wait for failed, or can't start itself."""
+    told = of_runs(found)
+    waiting = [run for run in found if told[run.path].state == "PENDING"]
+    never = [run for run in waiting if told[run.path].reason == NEVER]
+    while True:
+        ids = {run.job_id for run in never}
+        behind = [run for run in waiting if run not in never and ids & _waits_for(run)]
+        if not behind:
+            return never
+        never += behind
+
+
+def _waits_for(run: Run) -> set[str]:
+    link = run.record.get("pipeline")
+    return set(link["jobs"]) if link else set()
+
+
+def cancel(run: Run) -> bool:
+    """End the run's job; False if it has ended already. `Fault` if the scheduler refuses."""
+    current = _adopted(run) if run.submitting else run
+    if current.submitting or current.job_id is None or not of_run(current).active:
+        return False
+    if run.is_local and socket.gethostname() != run.record["host"]:
+        raise UsageError(f"{run.name} runs on {run.record['host']}; cancel it there")
+    if run.is_local:
+        record.changed(current, cancelled=True)
+        cancel_local(run.path, current.job_id)
+    else:
+        cancel_slurm([current.job_id], run.environment)
+        record.changed(current, cancelled=True)
+    return True
+
+
+def _adopted(run: Run) -> Run:
+    """A run whose submission was cut off: its job, if Slurm has one, is found by its script's path."""
+    run = record.reread(run)  # somebody may have found it already
+    if run.is_local or not run.submitting:
+        return run
+    try:
+        noted = _noted(run)
+        told = noted is not None and noted not in run.job_ids
+        job_id = noted if told else find_job(run.path / SCRIPT, run.environment)
+    except Fault:
+        return run
+    return record.with_job(run, job_id) if job_id else run
+
+
+def _noted(run: Run) -> str | None:
+    """The job that a login node's sbatch told of, though we didn't hear it."""
+    if (login := copies.login_of(run.path)) is None:
+        return None
+    there, number = shlex.quote(str(copies.original(run.path))), len(run.job_ids)
+    match = SUBMITTED.search(ssh.run(login, f"cat {there}/submission/{number}-*/out").out)
+    return match[1] if match else None
 
 
 def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[Path, State]:
@@ -119,7 +209,7 @@ def _recorded(script: Path, environment: Mapping[str, str]) -> list[str]:
     login = environment.get(ssh.LOGIN)
     here = script if copies.login_of(script) or not login else copies.place(ssh.Login.decoded(login), script)
     try:
-        return list(json.loads((here.parent / "run.json").read_text())["jobs"])
+        return list(json.loads((here.parent / RECORD).read_text())["jobs"])
     except (OSError, ValueError, KeyError):
         return []
 

@@ -1,0 +1,45 @@
+"""What sbatch's answer means: a job's id, or an error that says whether there is a job."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
+from launcher.runs import states
+
+SBATCH_TIMEOUT = 60  # seconds
+UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
+
+
+def job_of(code: int, output: str, complaint: str, script: Path, environment: Mapping[str, str]) -> str:
+    """What sbatch's answer means; where it isn't plain, Slurm is asked whether there is a job of this script."""
+    match = states.SUBMITTED.search(output)
+    if code == 0 and match:
+        return match[1]
+    said = f"sbatch: {complaint.strip() or output.strip() or f'exit {code}'}"
+    if code and UNREACHABLE.search(complaint):
+        raise SubmitError(f"{said}\nNothing was submitted.")
+    try:
+        found = states.find_job(script, environment)
+    except Fault as fault:
+        raise UncertainError(
+            f"{said}\nWhether there is a job isn't known, because Slurm doesn't answer ({fault}). "
+            f"`mixlaunch status {script.parent.name}` finds it once Slurm does; don't submit again before."
+        ) from fault
+    if found is None:
+        raise SubmitError(f"{said}\nNothing was submitted.")
+    return found
+
+
+def decided_by(text: str) -> set[str]:
+    """Variables by which sbatch would be told something else than the script says."""
+    options = re.findall(r"^#SBATCH --([a-z0-9-]+)", text, re.MULTILINE)
+    decided = {"SBATCH_" + option.upper().replace("-", "_") for option in options}
+    # Not every variable is called after its option.
+    others = {"SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_OPEN_MODE"}
+    return decided | others
+
+
+def interrupted(job_id: str) -> Interrupted:
+    """What to say when Ctrl-C came too late."""
+    return Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)
