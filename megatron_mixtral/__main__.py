@@ -1,6 +1,6 @@
 """`python -m megatron_mixtral JOB --config FILE`: what a rendered script runs on every rank.
 
-The run directory is the folder of FILE; the exit code is the job's answer to the batch script.
+The run directory is the folder of FILE. The batch script decides by the exit code.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 def _module(job: str) -> ModuleType:
     """The job's module, imported alone: `download` needs no torch.
 
-    What it imports stays for good, and looking for garbage meanwhile takes 40 % of the time.
+    Garbage collection is off during the import: its objects stay anyway, and collecting takes 40 % of the time.
     """
     gc.disable()
     try:

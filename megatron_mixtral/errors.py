@@ -5,7 +5,7 @@
 
 
 class JobError(Exception):
-    """Base of all: a fault, retried by the batch script where the job can resume."""
+    """Base of all: a fault. The batch script retries it if the job can resume."""
 
     exit_code = 1
 
@@ -25,10 +25,10 @@ class CheckpointError(InputError):
 
 
 class SaveError(JobError):
-    """A checkpoint that couldn't be written, on whichever rank: the last complete one stands."""
+    """A checkpoint that couldn't be written on some rank; the last complete one stays."""
 
 
 class Requeue(JobError):
-    """Everything is saved; the job wants its place in the queue back."""
+    """Everything is saved, and the job asks to be requeued."""
 
     exit_code = 85

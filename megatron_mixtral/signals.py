@@ -1,6 +1,7 @@
-"""The early warning: SIGUSR2 or SIGTERM asks a job to save and leave after the step, or file, that it is at.
+"""The early warning: SIGUSR2 or SIGTERM asks a job to save and exit after its present step or file.
 
-Slurm's preemption sends SIGTERM, the batch script USR2. Import this first: until the handler stands, either kills.
+Slurm's preemption sends SIGTERM, and the batch script USR2. Import this first: before the handler is set, either
+signal kills.
 """
 
 import os
@@ -15,13 +16,13 @@ def _request(*_: object) -> None:
 
 
 def listen() -> None:
-    """From now on both signals only leave a note."""
+    """From now on both signals only set a flag."""
     signal.signal(signal.SIGUSR2, _request)
     signal.signal(signal.SIGTERM, _request)
 
 
 def listen_in_a_job() -> None:
-    """`listen` where a batch script warns of the end; elsewhere a signal ends the process, as it ends any."""
+    """`listen` in a job, where a batch script sends the warning; elsewhere a signal ends the process as usual."""
     if "MIXLAUNCH_ATTEMPT" in os.environ:
         listen()
 

@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: a pure function of data, seed and sample number, so of no layout and no history.
+"""Chooses the tokens of a step: a pure function of data, seed and sample number, independent of layout and history.
 
 Sample i of an epoch is `sequence_length + 1` tokens of the epoch's shuffled documents laid end to end; resuming
 at sample n reads nothing of the n before it.
@@ -24,7 +24,7 @@ class Documents:
         if mask.with_name(mask.name + ".idx").exists():
             self.masks, lengths, _ = _mapped(mask)
             if not np.array_equal(lengths, self.lengths):
-                raise InputError(f"{mask}.idx: its documents aren't those of {prefix}.idx")
+                raise InputError(f"{mask}.idx: its documents differ from those of {prefix}.idx")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -38,7 +38,7 @@ class Documents:
 
 
 def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (memory-mapped), lengths and starts in tokens; `InputError` names the file that isn't whole."""
+    """Tokens (memory-mapped), lengths and starts in tokens; `InputError` names a damaged file."""
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for file in (idx, data):
         if not file.is_file():
@@ -52,7 +52,7 @@ def _mapped(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     count = int.from_bytes(raw[18:26], "little")
     lengths = np.fromfile(idx, dtype=np.int32, offset=34, count=count)
     if len(lengths) != count or (lengths < 0).any():
-        raise InputError(f"{idx}: damaged, it has no length for each of its {count} documents")
+        raise InputError(f"{idx}: damaged: it doesn't have a length for each of its {count} documents")
     size = np.dtype(kind).itemsize
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if int(lengths.sum(dtype=np.int64)) * size != data.stat().st_size:
@@ -71,7 +71,7 @@ class Split:
 
 
 def split(count: int, validation: float, seed: int) -> Split:
-    """Whole documents to validation: a share of them, at least one when the share isn't 0, never all."""
+    """Choose whole documents for validation: at least one unless the share is 0, and never all."""
     order = np.random.default_rng([seed, 0]).permutation(count)
     held = min(max(round(count * validation), 1), count - 1) if validation else 0
     return Split(train=np.sort(order[held:]), validation=np.sort(order[:held]))
@@ -79,9 +79,9 @@ def split(count: int, validation: float, seed: int) -> Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sequence of S tokens, each array [S]: what goes in, what is to come out, and which of that is learnt.
+    """One sequence of S tokens, each array [S]: the input, the labels, and the loss mask.
 
-    `lengths` adds up to S: stretches that see nothing of each other.
+    `lengths` adds up to S: segments that don't see each other.
     """
 
     ids: np.ndarray
@@ -93,8 +93,8 @@ class Sample:
 class Samples:
     """An endless sequence of samples over `chosen` documents; `samples[i]` depends on nothing but its arguments.
 
-    The last tokens of an epoch, too few for a sample, are left out; with `pad` they make one, filled up with
-    tokens that aren't learnt, so that few documents are enough (validation).
+    The last tokens of an epoch, too few for a sample, are left out. With `pad` they are padded to a sample instead,
+    so a few documents are enough for validation.
     """
 
     def __init__(
@@ -112,19 +112,19 @@ class Samples:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of one epoch: documents in order, where each begins in the stream, samples in order."""
+        """One epoch: the shuffled documents, where each begins in the stream, and the shuffled samples."""
         random = np.random.default_rng([self._seed, 1, epoch])
         order = self._chosen[random.permutation(len(self._chosen))]
         lengths = self._documents.lengths[order].astype(np.int64)
         return order, np.cumsum(lengths) - lengths, random.permutation(self.per_epoch)
 
     def sample(self, number: int) -> Sample:
-        """Sample `number`, in which each token sees all before it."""
+        """Sample `number`; each token sees all tokens before it."""
         ids, mask = self[number]
         return Sample(ids=ids[:-1], labels=ids[1:], mask=mask[1:], lengths=(self._length,))
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask, each of sequence_length + 1; the mask tells which ids are to be predicted."""
+        """Ids and mask, each of sequence_length + 1; the mask tells which ids are predicted."""
         epoch, within = divmod(number, self.per_epoch)
         order, starts, shuffled = self._order(epoch)
         begin = int(shuffled[within]) * self._length
@@ -142,9 +142,10 @@ class Samples:
 
 
 def numbers(first: int, *, global_batch: int, micro_batch: int, rank: int, replicas: int) -> list[list[int]]:
-    """Sample numbers of a step that begins at sample `first`, for data-parallel rank `rank`: a list a micro batch.
+    """Sample numbers of a step that begins at sample `first`, for data-parallel rank `rank`: a list for each micro
+    batch.
 
-    A micro batch holds the same samples whatever the number of replicas is: only who computes it changes.
+    A micro batch has the same samples for any number of replicas; only the replica that computes it changes.
     """
     rounds = global_batch // (micro_batch * replicas)
     starts = [first + (m * replicas + rank) * micro_batch for m in range(rounds)]
@@ -152,7 +153,7 @@ def numbers(first: int, *, global_batch: int, micro_batch: int, rank: int, repli
 
 
 def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
-    """`LayoutError` with the equation when a step doesn't divide into whole micro batches on every replica."""
+    """`LayoutError` with the equation if a step doesn't divide into whole micro batches on every replica."""
     if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * replicas):
         raise LayoutError(
             f"global_batch {global_batch} isn't a multiple of micro_batch {micro_batch} x data parallel {replicas} "

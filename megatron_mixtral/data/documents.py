@@ -1,7 +1,7 @@
-"""Find a preparation's input files and stream their documents, a byte range at a time, in bounded memory.
+"""Finds the input files of `prepare`, and streams their documents by byte ranges, in bounded memory.
 
-A line of JSONL is a document; a plain text file is cut at blank lines into documents of about `TEXT_BYTES`. A file
-whose name doesn't tell is JSONL if it begins as an object does: nobody is to learn JSON by mistake.
+A line of JSONL is a document. A plain text file is cut at blank lines into documents of about `TEXT_BYTES`. A file
+with an unknown ending is JSONL if it begins like an object, so a model never learns JSON by mistake.
 """
 
 import codecs
@@ -20,17 +20,17 @@ from megatron_mixtral.tokenization import chat
 INSTRUCT = chat.Instruct()
 RANGE_BYTES = 8 << 20  # one unit of parallel work
 ZSTD_BYTES = 16 << 10  # decompressed at a time
-ZSTD_WINDOW = 1 << 31  # the largest there is, `zstd --long=31`; memory follows the file's own
-TEXT_BYTES = 16 << 10  # a document of a plain text file, about
+ZSTD_WINDOW = 1 << 31  # the largest window, `zstd --long=31`; memory depends on the file's own window
+TEXT_BYTES = 16 << 10  # about the size of a document of plain text
 COMPRESSED = ("", ".gz", ".zst")
 JSONL = tuple(kind + how for how in COMPRESSED for kind in (".jsonl", ".ndjson", ".json"))
-LONGEST_REASON = 200  # characters that say what is wrong with a line
+LONGEST_REASON = 200  # characters of a bad line that an error shows
 TEXT = tuple(kind + how for how in COMPRESSED for kind in (".txt", ".md", ".rst"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Where a JSON object keeps its text; the first that is there decides what the document is."""
+    """The keys of a JSON object; the first one that exists decides the kind of document."""
 
     text: str = "text"
     messages: str = "messages"
@@ -40,7 +40,7 @@ class Fields:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Bytes start <= b < end of a file, moved forward to the next separator; a compressed file is one piece."""
+    """Bytes start <= b < end of a file, both moved to the next separator; a compressed file is one piece."""
 
     file: Path
     start: int
@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Text, or a conversation's turns; `opens`/`closes` tell a cut text file's first and last part."""
+    """Text, or a conversation's turns; `opens` and `closes` mark the first and last part of a text file."""
 
     text: str = ""
     turns: tuple[chat.Turn, ...] = ()
@@ -60,15 +60,14 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Bad:
-    """A line that is no document; `line` counts from 1 within its piece."""
+    """A line that isn't a document; `line` counts from 1 within its piece."""
 
     line: int
     reason: str
 
 
 def find(inputs: list[str]) -> list[Path]:
-    """Files named by `inputs`, a folder standing for those in it that aren't hidden; `InputError` names one that
-    isn't there."""
+    """Files named by `inputs`, a folder means its files that aren't hidden; `InputError` names a missing one."""
     found: list[Path] = []
     for name in inputs:
         path = Path(name).expanduser()
@@ -97,7 +96,7 @@ def _is_input(path: Path) -> bool:
 
 
 def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
-    """Cut every file into ranges that workers take; order is the order of the output."""
+    """Cut every file into ranges for the workers, in the order of the output."""
     cut: list[Piece] = []
     for file in files:
         size = file.stat().st_size
@@ -108,7 +107,7 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
 
 
 def read(piece: Piece, fields: Fields, form: chat.Form = INSTRUCT) -> Iterator[Document | Bad]:
-    """The documents that begin in `piece`, in order; conversations in the turns that `form` makes of them."""
+    """The documents that begin in `piece`, in order; `form` makes the turns of a conversation."""
     try:
         if _is_jsonl(piece.file):
             yield from _objects(piece, fields, form)
@@ -131,7 +130,7 @@ def _is_compressed(file: Path) -> bool:
 
 
 def lines(piece: Piece) -> Iterator[bytes]:
-    """Whole lines that begin in `piece`: the one cut by `start` belongs to the piece before."""
+    """Whole lines that begin in `piece`; a line that `start` cuts belongs to the previous piece."""
     return (line for line, _ in _lines(piece))
 
 
@@ -162,7 +161,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """The frames of a file, one after another; `EOFError` where the last one is cut short."""
+    """The frames of a file, one after another; `EOFError` if the last frame is cut short."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -207,14 +206,14 @@ def _objects(piece: Piece, fields: Fields, form: chat.Form) -> Iterator[Document
         try:
             found = document(json.loads(line), fields, form)
             for text in (found.text, *(content for _, content in found.turns)):
-                text.encode()  # JSON can write half a character, which is no text
+                text.encode()  # JSON can encode half a character, which isn't text
             yield found
         except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
             yield Bad(line=number, reason=str(error)[:LONGEST_REASON])
 
 
 def document(value: Any, fields: Fields, form: chat.Form) -> Document:
-    """One JSON object as a document; `ValueError` lists the fields that would have made it one."""
+    """One JSON object as a document; `ValueError` lists the fields that it needs."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object on each line, got {type(value).__name__}")
     value = {name: one for name, one in value.items() if one is not None}
@@ -237,10 +236,10 @@ def document(value: Any, fields: Fields, form: chat.Form) -> Document:
 
 
 def _texts(piece: Piece) -> Iterator[Document | Bad]:
-    """Plain text: lines gathered until they are `TEXT_BYTES` and a blank line comes; nothing is lost or added.
+    """Plain text as documents: each ends at the first blank line after `TEXT_BYTES`; nothing is lost or added.
 
-    Text without blank lines is cut at a line's end once it is four times as long. Text that spans two pieces
-    becomes two documents of one file, as at any other cut.
+    Text without blank lines is cut at a line end after four times as many bytes. Text over two pieces becomes two
+    documents.
     """
     gathered: list[bytes] = []
     size, first, opens, last = 0, 1, piece.start == 0, False

@@ -1,4 +1,4 @@
-"""Megatron's `.bin`/`.idx`, written as a stream and whole or not at all.
+"""Writes Megatron's `.bin`/`.idx` as a stream; the files are complete or don't exist.
 
 Byte for byte what megatron-core's IndexedDatasetBuilder writes for one sequence a document, without its Python
 loop over sequences and without importing torch; megatron-core's IndexedDataset reads it.

@@ -1,6 +1,6 @@
-"""What a training run reads: its data checked against the model, and each step's batches, made while the last runs.
+"""Loads a run's data: checks it against the model, and makes each step's batches during the previous step.
 
-Shapes: B sequences of S tokens; packed ones are laid end to end, [1, B * S], with the stretches in `packed`.
+Shapes: B sequences of S tokens; packed ones are laid end to end, [1, B * S], with the segments in `packed`.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,17 +29,19 @@ Sequences = Samples | PackedSamples | Blend
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Training and validation samples. `identity` tells which data in which order: a resumed run must have it."""
+    """Training and validation samples. `identity` names data and order; a resumed run must have the same."""
 
     train: Sequences
     validation: Sequences | None
     identity: dict[str, Any]
     masked: bool  # whether some tokens aren't learnt
     notes: tuple[str, ...]
-    forms: frozenset[str | None] = frozenset()  # chat templates that conversations are written by; None: Mixtral's
+    forms: frozenset[str | None] = frozenset()  # chat templates of the conversations; None is Mixtral's
 
     def assets(self, source: Path) -> dict[str, bytes]:
-        """What goes with the trained weights so that they are asked as they learnt; nothing where `source` does."""
+        """The chat template that goes with the trained weights, so `serve` uses it; nothing if `source` has the
+        same.
+        """
         words = tokenizer.find(source) if self.forms else None
         for template in self.forms:
             if words and template != chat_template.form(words).source:
@@ -70,7 +72,7 @@ class MicroBatch:
 
 
 def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
-    """Open and check the data; all ranks call it. `InputError` for data that doesn't go with the model or batch."""
+    """Open and check the data; all ranks call it. `InputError` for data that doesn't fit the model or the batch."""
     given = blend.parse(config.data)
     parts = [_part(config, Path(prefix).expanduser(), shape, source) for prefix, _ in given]
     weights = [
@@ -91,10 +93,10 @@ def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
 
 
 def _part(config: FinetuneConfig, prefix: Path, shape: MixtralShape, source: Path) -> Corpus:
-    """One data set of those that a run reads."""
+    """One of a run's data sets."""
 
     def look() -> str:
-        Documents(prefix)  # by one rank first: what is wrong with it is everyone's error
+        Documents(prefix)  # rank 0 reads first, and its error is raised on all ranks
         return _check_tokenizer(prefix, shape, source)
 
     notes = [collectives.on_first_rank(look)]
@@ -131,13 +133,13 @@ def _forms(prefix: Path) -> frozenset[str | None]:
 
 
 def _blended(config: FinetuneConfig, parts: list[Corpus], weights: list[float]) -> Corpus:
-    """All parts as one; its identity holds what each is and weighs."""
+    """All parts as one; its identity has the parts' identities and weights."""
     held = [(p.validation, w) for p, w in zip(parts, weights, strict=True) if p.validation]
     shares = {"weights": [float(weight) for weight in weights]}
     each = {name: [part.identity[name] for part in parts] for name in ("digest", "packing")}
     forms = frozenset().union(*(part.forms for part in parts))
     if len(forms) > 1:
-        raise InputError(f"{', '.join(config.data)}: their conversations are written by different chat templates")
+        raise InputError(f"{', '.join(config.data)}: their conversations have different chat templates")
     return Corpus(
         train=Blend([part.train for part in parts], weights),
         validation=Blend([v for v, _ in held], [w for _, w in held]) if held else None,
@@ -157,7 +159,7 @@ def _tell_blend(given: list[tuple[str, float | None]], parts: list[Corpus], weig
 
 
 def same(config: FinetuneConfig, found: dict[str, Any], saved: dict[str, Any]) -> None:
-    """`InputError` when a resumed run would not go on with the data, in the order, that it began with."""
+    """`InputError` if a resumed run's data or its order differs from the run's beginning."""
     for name, before in saved.items():
         if found.get(name) == before:
             continue
@@ -178,31 +180,31 @@ def _samples(
 
 
 def _tell_packing(train: PackedSamples, packing: str) -> str:
-    how = "packed, none sees another" if packing == "documents" else "one a sequence"
-    cut = f"; {train.cut} cuts in longer ones" if train.cut else ""
-    cut += f", {train.left_out} parts without anything to learn left out" if train.left_out else ""
-    return f"documents {how}: {train.per_epoch:,} sequences, {train.waste:.1%} of their places empty{cut}"
+    how = "packed, and none sees another" if packing == "documents" else "one a sequence"
+    cut = f"; longer ones were cut {train.cut} times" if train.cut else ""
+    cut += f", {train.left_out} parts without learnt tokens left out" if train.left_out else ""
+    return f"documents {how}: {train.per_epoch:,} sequences, {train.waste:.1%} of their tokens are padding{cut}"
 
 
 def _check_tokenizer(prefix: Path, shape: MixtralShape, source: Path) -> str:
-    """Compare the vocabulary of the data with the model's; what to say where that can't be done."""
+    """Compare the tokenizer of the data with the model's; returns a note if that isn't possible."""
     described = prepare.meta(prefix)
     if not described:
-        return f"{prefix}.json isn't there (prepare writes it): whose tokenizer made the data isn't checked"
+        return f"{prefix}.json isn't there (prepare writes it), so the data's tokenizer isn't checked"
     if described["vocab_size"] > shape.vocab_size:
         raise InputError(
             f"{prefix}: prepared with {described['vocab_size']} tokens, but the model knows {shape.vocab_size}"
         )
     words = tokenizer.find(source)
     if not words:
-        return f"{source} has no tokenizer: whether it is the data's isn't checked"
+        return f"{source} has no tokenizer, so the data's tokenizer isn't checked"
     if described["tokenizer"] != tokenizer.digest(words):
-        raise InputError(f"{prefix}: prepared with another tokenizer than the model's in {source}")
+        raise InputError(f"{prefix}: prepared with a tokenizer that differs from the model's in {source}")
     return ""
 
 
 class Feed:
-    """Batches of one data-parallel replica, those of the next step made in a thread while this one's are used."""
+    """Batches of one data-parallel replica; a thread makes those of the next step in advance."""
 
     def __init__(self, samples: Sequences, config: FinetuneConfig, replica: int, replicas: int) -> None:
         self._samples, self._config, self._place = samples, config, (replica, replicas)
@@ -210,7 +212,7 @@ class Feed:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def take(self, first: int, *, ahead: bool = False) -> list[MicroBatch]:
-        """The micro batches of the step that begins at sample `first`; with `ahead` the next step's are begun."""
+        """The micro batches of the step that begins at sample `first`; `ahead` starts those of the next step."""
         known = self._ahead and self._ahead[0] == first
         made = self._ahead[1].result() if self._ahead and known else self._make(first)
         if ahead:
@@ -248,7 +250,7 @@ def _batch(samples: list[Sample]) -> MicroBatch:
 
 
 def _stretches(whole: MicroBatch) -> MicroBatch:
-    """This context-parallel rank's two stretches of each sequence, one from either end."""
+    """This context-parallel rank's two segments of each sequence, one from either end."""
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
 
     def mine(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Whole documents put together into sequences without one seeing another; a pure function of data, seed and number.
+"""Packs whole documents into sequences in which none sees another; a pure function of data, seed and number.
 
-A document of n tokens takes n - 1 places, for its last token is only ever predicted; one that is longer than a
-sequence is cut, and its parts don't see each other either. A part without anything to learn, as of a long question,
+A document of n tokens takes n - 1 positions, because its last token is only predicted. A document longer than a
+sequence is cut into parts that don't see each other. A part without learnt tokens, such as one of a long question,
 is left out.
 """
 
@@ -17,7 +17,9 @@ Bin = list[int]  # pieces that share a sequence
 
 
 class PackedSamples:
-    """An endless sequence of samples over `chosen` documents; with `share=False` each has a sequence of its own."""
+    """An endless sequence of samples over `chosen` documents; with `share=False` each document has its own
+    sequence.
+    """
 
     def __init__(
         self, documents: Documents, chosen: np.ndarray, sequence_length: int, seed: int, *, share: bool = True
@@ -27,7 +29,7 @@ class PackedSamples:
         pieces = _pieces(chosen, documents.lengths[chosen], sequence_length)
         if not len(pieces[0]):
             raise InputError(
-                f"{documents.prefix}: no document of two tokens or more, so there is nothing to predict"
+                f"{documents.prefix}: no document has two tokens or more, so there is nothing to predict"
             )
         self.cut = len(pieces[0]) - int((documents.lengths[chosen] > 1).sum())
         useful = _useful(documents, *pieces)
@@ -40,11 +42,11 @@ class PackedSamples:
 
     @property
     def waste(self) -> float:
-        """Share of an epoch's places that hold no token."""
+        """Share of an epoch's positions that are padding."""
         return 1 - int(self._places.sum(dtype=np.int64)) / (self.per_epoch * self._length)
 
     def _packed(self, epoch: int) -> list[Bin]:
-        """The sequences of one epoch, in its order; as many in every epoch."""
+        """The sequences of one epoch, in order; every epoch has the same number."""
         random = np.random.default_rng([self._seed, 1, epoch])
         order = random.permutation(len(self._places))
         if not self._share:
@@ -53,7 +55,7 @@ class PackedSamples:
         return [[int(order[i]) for i in bins[number]] for number in random.permutation(len(bins))]
 
     def sample(self, number: int) -> Sample:
-        """Sample `number`; what is left over at its end is a stretch of its own, not learnt."""
+        """Sample `number`; the padding at its end is a segment of its own that isn't learnt."""
         epoch, within = divmod(number, self.per_epoch)
         ids, labels, mask = np.zeros((3, self._length), dtype=np.int64)
         lengths, end = [], 0
@@ -70,7 +72,7 @@ class PackedSamples:
 
 
 def _pieces(chosen: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every piece: its document, where in it it begins, and how many places it takes."""
+    """For every piece: its document, its begin within the document, and its number of positions."""
     places = np.maximum(lengths.astype(np.int64) - 1, 0)
     counts = -(-places // longest)
     first = np.cumsum(counts) - counts
@@ -80,7 +82,7 @@ def _pieces(chosen: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.n
 
 
 def _useful(documents: Documents, document: np.ndarray, begin: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Of every piece, which are in order: whether any of what it predicts is learnt."""
+    """For every piece, in order: whether it predicts any learnt token."""
     if documents.masks is None:
         return np.ones(len(places), dtype=bool)
     first = documents.starts[document] + begin + 1
@@ -90,9 +92,9 @@ def _useful(documents: Documents, document: np.ndarray, begin: np.ndarray, place
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> list[Bin]:
-    """Which of `sizes` go together with no sum over `capacity`: the largest first, each where it fits tightest."""
+    """Bin packing of `sizes` into bins of `capacity`: the largest first, each into the fullest bin with room."""
     bins: list[Bin] = []
-    rooms: list[int] = []  # sorted: how much is left in the open bins, each number once
+    rooms: list[int] = []  # the free sizes of open bins, sorted, each once
     with_room: dict[int, list[int]] = {}
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])

@@ -1,7 +1,7 @@
 """Text and conversations -> `PREFIX.bin/.idx`, plus `PREFIX_mask.bin/.idx` when there are any.
 
-Parallel over byte ranges of the inputs, in bounded memory; killed and started again it goes on with the ranges
-that aren't done. Output is the same for any number of workers, and `PREFIX.json`, written last, says it is whole.
+It is parallel over byte ranges of the inputs, in bounded memory. After a kill it continues with the remaining
+ranges. The output is the same for any number of workers. `PREFIX.json` is written last and marks it complete.
 """
 
 import functools
@@ -29,23 +29,23 @@ from megatron_mixtral.tokenization import chat, chat_template, tokenizer
 
 FORMAT = 1
 NAMED_BAD = 10  # bad lines named in an error
-SHOWN = 256  # tokens of a document that are shown from either end
+SHOWN = 256  # tokens that are shown from either end of a document
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one piece came to; its bytes lie beside it in the work folder."""
+    """The result of one piece; its bytes are beside it in the work folder."""
 
     documents: int
     tokens: int
     learnt: int  # tokens whose loss counts
     masked: int  # documents that are conversations
-    bad: int  # lines that are no document
+    bad: int  # lines that aren't a document
     named: list[Bad]  # the first of them
 
 
 def prepare(config: PrepareConfig, run_dir: Path) -> None:
-    """Prepare; `InputError` for the input's mistakes, the machine's errors as they come."""
+    """Prepare; `InputError` for mistakes in the input; errors of the machine are passed on."""
     words = tokenizer.load(Path(config.tokenizer).expanduser())
     files = documents.find(config.inputs)
     prefix = Path(config.output).expanduser()
@@ -75,13 +75,13 @@ def prepare(config: PrepareConfig, run_dir: Path) -> None:
 
 
 def _say(events: EventLog, text: str) -> None:
-    """To the log, and to whoever watches the run."""
+    """Print to the log, and write an event."""
     print(text, flush=True)
     events.write("note", text=text)
 
 
 def meta(prefix: Path) -> dict[str, Any] | None:
-    """The description `prepare` writes last, or None for data that isn't there or that another program made.
+    """The description that `prepare` writes last; None for missing data, or data of another program.
 
     `InputError` for one that can't be read.
     """
@@ -98,7 +98,7 @@ def meta(prefix: Path) -> dict[str, Any] | None:
 
 
 def _done(prefix: Path, key: str, max_bad: int) -> dict[str, Any] | None:
-    """The description of what an earlier run made of the very same, if all of it is there."""
+    """The description of an earlier run with the same inputs, if its output is complete."""
     described = meta(prefix)
     if not described or described.get("key") != key or described.get("bad", 0) > max_bad:
         return None
@@ -110,14 +110,16 @@ def _done(prefix: Path, key: str, max_bad: int) -> dict[str, Any] | None:
 
 
 def _key(files: list[Path], fields: Fields, words: str, template: str | None) -> str:
-    """Changes whenever the output would: inputs by path, size and time; fields; vocabulary; template; format."""
+    """A key that changes whenever the output would: inputs by path, size and time; fields; vocabulary; template;
+    format.
+    """
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     text = json.dumps([FORMAT, stats, asdict(fields), words, template])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _work_folder(prefix: Path, key: str) -> Path:
-    """The folder of finished pieces beside the output; one of other inputs is emptied."""
+    """The folder of finished pieces beside the output; it is emptied if it belongs to other inputs."""
     work = Path(f"{prefix}.parts")
     marker = work / "key"
     if work.exists() and (not marker.is_file() or marker.read_text() != key):
@@ -128,7 +130,7 @@ def _work_folder(prefix: Path, key: str) -> Path:
 
 
 def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path, events: EventLog) -> list[Part]:
-    """Every piece's part, in order, made or found; stops at the first bad line over the allowed number."""
+    """Every piece's part, in order, made now or before; stops when there are too many bad lines."""
     workers = min(config.workers or len(os.sched_getaffinity(0)), len(cut))
     task = partial(
         convert_piece,
@@ -155,7 +157,7 @@ def _convert(config: PrepareConfig, cut: list[Piece], fields: Fields, work: Path
 
 
 class _mapper:
-    """`map` over one process or many; leaving early cancels what hasn't begun."""
+    """`map` over one process or many; an early exit cancels pieces that haven't begun."""
 
     def __init__(self, workers: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -172,7 +174,7 @@ class _mapper:
 def convert_piece(
     numbered: tuple[int, Piece], *, fields: Fields, tokenizer_path: str, template: str | None, work: Path
 ) -> Part:
-    """Encode one piece into `work/NUMBER.{bin,mask,len}`; `NUMBER.json`, last and by rename, says it's done."""
+    """Encode one piece into `work/NUMBER.{bin,mask,len}`; `NUMBER.json`, written last by rename, marks it done."""
     number, piece = numbered
     base = work / f"{number:08d}"
     done = base.with_suffix(".json")
@@ -231,7 +233,7 @@ def _ids(item: Document, words: tokenizer.Tokenizer, form: chat.Form) -> tuple[l
         return ids, bytes(mask)
     ids = words.encode(item.text)
     if item.opens:
-        ids.insert(0, words.bos)  # in place: a book in one line isn't held thrice
+        ids.insert(0, words.bos)  # in place, so a book in one line isn't held three times
     if item.closes:
         ids.append(words.eos)
     return ids, b"\x01" * len(ids)
@@ -245,7 +247,7 @@ def _assemble(
     words: tokenizer.Tokenizer,
     files: list[Path],
 ) -> dict[str, Any]:
-    """Join the parts, then put all files in place; a reader that comes in between finds no description."""
+    """Join the parts, then put all files in place; a reader in between finds no description."""
     totals = {n: sum(getattr(p, n) for p in parts) for n in ("documents", "tokens", "learnt", "masked", "bad")}
     if not totals["documents"]:
         raise InputError(f"no document in {', '.join(map(str, files[:5]))}: every input is empty")
@@ -260,7 +262,7 @@ def _assemble(
         indexed.join([b.with_suffix(suffix) for b in bases], work / f"out{name}.bin")
         indexed.write_index(work / f"out{name}.idx", lengths, dtype)
     (work / "out.json").write_text(json.dumps(description, indent=1))
-    # Killed between any two of these, it leaves nothing that can be read without its mask.
+    # In this order a kill never leaves data that can be read without its mask.
     for stale in (".json", ".idx", "_mask.bin", "_mask.idx"):
         Path(f"{prefix}{stale}").unlink(missing_ok=True)
     for name in [f"{n}{s}" for n, _, _ in reversed(kinds) for s in (".bin", ".idx")] + [".json"]:
@@ -297,6 +299,6 @@ def _explain(bad: int, named: list[tuple[Piece, Bad]], allowed: int) -> str:
 
 
 def _line(piece: Piece, bad: Bad) -> int:
-    """Line number within the file: counts what lies before the piece, which only errors pay for."""
+    """Line number within the file. It counts the lines before the piece, only for an error."""
     before = documents.lines(Piece(file=piece.file, start=0, end=piece.start, size=piece.size))
     return bad.line + (sum(1 for _ in before) if piece.start else 0)

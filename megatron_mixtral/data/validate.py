@@ -1,6 +1,6 @@
-"""One reading of a run's data before its first step: what would poison training is named, the rest gets a digest.
+"""Reads a run's data once before its first step: bad data is an error, and good data gets a digest.
 
-Ranks share the reading, so that it takes a second a gigabyte and rank; a resumed run compares the digest.
+The ranks share the reading. A resumed run compares the digest.
 """
 
 import math
@@ -20,7 +20,7 @@ BLOCK = 64 << 20  # bytes that one rank reads at a time
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBlock:
-    """What one stretch of tokens holds; `stranger` is an id that the model doesn't know, and its place."""
+    """The result for one segment of tokens; `stranger` is an id beyond the vocabulary, and its index."""
 
     number: int
     digest: str
@@ -29,8 +29,9 @@ class TokenBlock:
 
 
 def check(documents: Documents, vocab_size: int) -> str:
-    """The digest of `documents`; on every rank alike `InputError` for an id that the model doesn't know, or for a
-    mask that says nothing."""
+    """The digest of `documents`; `InputError` on every rank for an id beyond the vocabulary, or for a mask that
+    selects no token or every token.
+    """
     numbers = range(dist.get_rank(), _count(documents), dist.get_world_size())
     mine = [_block(documents, number, vocab_size) for number in numbers]
     blocks = sorted((b for rank in collectives.gathered(mine) for b in rank), key=lambda b: b.number)
@@ -46,7 +47,7 @@ def check(documents: Documents, vocab_size: int) -> str:
 
 
 def _joined(prefix: Path, blocks: list[TokenBlock]) -> str:
-    """One digest of the index and of all blocks, whoever read them."""
+    """One digest of the index and of all blocks; it doesn't depend on which rank read them."""
     whole = blake3(Path(f"{prefix}.idx").read_bytes())
     for block in blocks:
         whole.update(bytes.fromhex(block.digest))

@@ -1,6 +1,6 @@
-"""Ranks come to one decision together: what one of them finds wrong ends them all, with the same words.
+"""Collective decisions: an error on one rank is raised on all ranks, with the same message.
 
-Every function here is called by all ranks of the group, or the others wait for ever.
+All ranks of the group must call these functions, otherwise the others wait for ever.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,29 @@ T = TypeVar("T")
 
 
 def on_first_rank(action: Callable[[], T], *, failure: type[JobError] = JobError, group: Any = None) -> T:
-    """What `action` returned on rank 0, on every rank; its error is everyone's, an OSError as `failure`."""
+    """Run `action` on rank 0 and return its result on every rank; its error is raised on all ranks, an OSError as
+    `failure`.
+    """
     told = [_tried(action, failure) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(told, src=0, group=group, device=None if group else ranks.device())
     return _result(told[0])
 
 
 def everywhere(action: Callable[[], T], *, failure: type[JobError] = JobError, group: Any = None) -> list[T]:
-    """What `action` returned on each rank, by rank; the first one's error is everyone's."""
+    """Run `action` on every rank and return the results by rank; the first rank's error is raised on all."""
     tried = gathered(_tried(action, failure), group)
     failed = next((t for t in tried if t[1] is not None), None)
     return [_result(failed or t) for t in tried]
 
 
 def raise_alike(problem: str | None, *, failure: type[JobError] = InputError) -> None:
-    """On every rank, `failure` with what the first rank that has one calls the problem."""
+    """Raise `failure` on every rank, with the problem of the first rank that has one."""
     if found := [said for said in gathered(problem) if said]:
         raise failure(found[0])
 
 
 def gathered(mine: T, group: Any = None) -> list[T]:
-    """What each rank has to say, by rank."""
+    """Each rank's value, by rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine, group=group)
     return everyone

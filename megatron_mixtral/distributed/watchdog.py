@@ -1,7 +1,7 @@
-"""Watches that a rank gets on: a phase that takes longer than its limit ends the job with the stacks of all ranks.
+"""The watchdog: a phase that takes longer than its limit ends the job with the stacks of all ranks.
 
-Ranks tell each other where they are by small files in the log folder, so the one that the others wait for is named
-even when it is stopped dead and can say nothing.
+Ranks write their position to small files in the log folder. So the rank that the others wait for is named, even if
+it is stopped and can't report.
 """
 
 import faulthandler
@@ -14,15 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-GRACE = 5.0  # seconds for the other ranks to tell where they are
+GRACE = 5.0  # seconds for the other ranks to write their positions
 LOOK = 0.5  # seconds between looks at the clock
-EXIT = 1  # a fault: tried again while there is progress
-# Where a rank waits for others, in stacks: by a part of the file's name, or by the function's.
+EXIT = 1  # a fault; the job is retried while it makes progress
+# Stack frames in which a rank waits for others: a part of the file name, or of the function name.
 WAITING = ("torch/distributed", "torch\\distributed", "process_group", "p2p_communication")
 
 
 class Watchdog:
-    """One rank's. `enter` names what begins now and how long it may take."""
+    """One rank's. `enter` names the phase that begins and its limit."""
 
     def __init__(self, folder: Path, *, rank: int, world: int) -> None:
         self._folder, self._rank, self._world = folder, rank, world
@@ -41,7 +41,7 @@ class Watchdog:
         """From now on `phase`, for at most `limit` seconds."""
         self._phase, self._limit = phase, limit
         self._deadline = time.monotonic() + limit
-        # For code that never lets another thread run, this one included.
+        # A fallback in C, for code that never lets another thread run.
         faulthandler.dump_traceback_later(limit + 4 * GRACE, exit=True)
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class Watchdog:
         while not self._over.wait(LOOK):
             now = time.monotonic()
             if (stood_still := now - last) > 10 * LOOK:
-                self._deadline += stood_still  # the whole process was suspended: that was no hang of its own
+                self._deadline += stood_still  # the whole process was suspended, which isn't a hang
             last = now
             if now > self._deadline:
                 self._end()
@@ -76,7 +76,7 @@ class Watchdog:
 
 
 def at_work(main: int | None) -> FrameType | None:
-    """The stack of thread `main`, or of the one that saves while that waits for it."""
+    """The stack of thread `main`, or of the saving thread if `main` waits for it."""
     frames = sys._current_frames()
     found = inner = frames.get(main or 0)
     while inner and "megatron_mixtral" not in inner.f_code.co_filename:
@@ -88,7 +88,7 @@ def at_work(main: int | None) -> FrameType | None:
 
 
 def whereabouts(frame: FrameType | None) -> dict[str, Any]:
-    """Whether the stack ends in waiting for other ranks, and the innermost place that isn't a library's."""
+    """Whether the stack ends in waiting for other ranks, and the innermost place outside libraries."""
     waits, place, innermost = False, "", ""
     while frame:
         name = frame.f_code.co_filename
@@ -102,7 +102,7 @@ def whereabouts(frame: FrameType | None) -> dict[str, Any]:
 
 
 def summary(folder: Path, world: int) -> str:
-    """Who is slow, by what the ranks told: those that don't wait for others, or that said nothing."""
+    """The slow ranks: those that don't wait for others, and those that wrote nothing."""
     told: dict[int, dict[str, Any]] = {}
     for rank in range(world):
         try:
@@ -112,10 +112,10 @@ def summary(folder: Path, world: int) -> str:
     silent = [rank for rank in range(world) if rank not in told]
     busy = {rank: said for rank, said in told.items() if not said["waits"]}
     slow = [f"rank {rank} in {said['phase']} at {said['at']}" for rank, said in busy.items()]
-    slow += [f"rank {rank}, which says nothing" for rank in silent]
+    slow += [f"rank {rank}, which reports nothing" for rank in silent]
     waiting = len(told) - len(busy)
     where = sorted({said["phase"] for said in told.values()})
     return (
-        f"no progress in {', '.join(where)}: slow is {'; '.join(slow[:8]) or 'none that shows'}; "
+        f"no progress in {', '.join(where)}: slow: {'; '.join(slow[:8]) or 'no rank found'}; "
         f"{waiting} of {world} ranks wait for others"
     )

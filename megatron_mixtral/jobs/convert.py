@@ -9,7 +9,7 @@ from megatron_mixtral.weights.convert import convert
 
 
 def run(config: ConvertConfig, run_dir: Path) -> None:
-    """Convert, as the one of `WORLD_SIZE` processes that `RANK` says."""
+    """Convert as process `RANK` of `WORLD_SIZE`."""
     signals.listen_in_a_job()
     convert(config, run_dir, compare=compare_logits)
 

@@ -1,6 +1,7 @@
-"""The job `download`: one repository of the hub into a folder, resumed where it was cut, checked when it has come.
+"""The job `download`: fetches one repository of the hub into a folder, resumes an interrupted download, and checks
+the result.
 
-Weights in pickles (`*.pt`) stay behind; a repository that wants its conditions accepted is answered with how to.
+Weights in pickles (`*.pt`) aren't fetched. For a gated repository the error says how to get access.
 """
 
 import shutil
@@ -24,7 +25,7 @@ def run(config: DownloadConfig, run_dir: Path) -> None:
 
 
 def fetch(repo: str, output: Path, revision: str | None, events: EventLog) -> None:
-    """Fill `output`; `InputError` says what the user can do, `JobError` is for what a later try may mend."""
+    """Fill `output`; `InputError` says what the user can do, and `JobError` means that a later try may succeed."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -35,7 +36,7 @@ def fetch(repo: str, output: Path, revision: str | None, events: EventLog) -> No
         files = {f.rfilename: f.size or 0 for f in info.siblings or () if not left_behind(f.rfilename)}
         _check(repo, files, output)
         events.write("progress", done=_present(files, output), total=sum(files.values()), unit="bytes")
-        # By commit: a repository that changes between two tries must not be mixed.
+        # Fetch by commit, so files of two revisions are never mixed.
         huggingface_hub.snapshot_download(repo, revision=info.sha, local_dir=output, ignore_patterns=LEFT_BEHIND)
     except errors.HFValidationError as error:
         raise InputError(f"{repo}: not a repository's name, owner/name: {error}") from error
@@ -67,9 +68,9 @@ def _present(files: dict[str, int], output: Path) -> int:
 
 
 def _check(repo: str, files: dict[str, int], output: Path) -> None:
-    """There are weights that can be read, and room for what is still to come."""
+    """Check that there are readable weights, and room for the rest."""
     if not any(file.endswith(".safetensors") for file in files):
-        raise InputError(f"{repo}: has no *.safetensors; weights in pickles run code when read and aren't fetched")
+        raise InputError(f"{repo}: has no *.safetensors; weights in pickles can run code, so they aren't fetched")
     parent = next(p for p in (output, *output.parents) if p.exists())
     needed, free = sum(files.values()) - _present(files, output), shutil.disk_usage(parent).free
     if needed > free:
@@ -87,7 +88,7 @@ def _gated(repo: str) -> str:
 
 
 def _fault(repo: str, output: Path, error: Exception) -> JobError:
-    """The error for what went wrong on the way: the network's, the disk's, the server's fault or a bad token."""
+    """The error for a failed download: network, disk, server, or a bad token."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return InputError(f"{repo}: the hub refuses this token ({status}). Log in again (`hf auth login`)")

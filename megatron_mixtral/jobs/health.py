@@ -1,7 +1,7 @@
-"""`python -m megatron_mixtral.jobs.health`: whether each node is fit, by one process a node before the ranks start.
+"""`python -m megatron_mixtral.jobs.health`: tests each node before the ranks start, with one process a node.
 
-Each looks at its own node, then all of them reduce a tensor together, and if that fails, neighbours two by two: a
-node that fails with every neighbour is to blame. The last line of its output is `health: ok` or `health: REASON`.
+Each process tests its own node. Then all nodes do an all-reduce. If it fails, neighbours are tested in pairs, and a
+node that fails with every neighbour is bad. The last line of its output is `health: ok` or `health: REASON`.
 """
 
 import argparse
@@ -24,19 +24,19 @@ import torch.distributed as dist
 
 OK = "ok"
 CUT_OFF = "cut off"
-GATHER = 60.0  # seconds in which every node must have looked at itself, counted from the first node's end
-REDUCE = 60.0  # seconds for one all-reduce, starting its process included
+GATHER = 60.0  # seconds that a node may take longer than the first node to test itself
+REDUCE = 60.0  # seconds for one all-reduce, including the start of its process
 SPARE = 0.02  # share of main memory that must be free
 USED = 0.05  # share of a GPU's memory that may be in use before the job has begun
 SKEW = 30.0  # seconds that a clock may be wrong
-SOME = 1 << 20  # bytes written to see that it works
+SOME = 1 << 20  # bytes of a test file
 TENSOR = {"nccl": 16 << 20, "gloo": 1 << 16}  # elements
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=0, help="that each node must show")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node must have")
     parser.add_argument("--group", help="the all-reduce of these ranks: a round's name and ranks, in JSON")
     arguments = parser.parse_args()
     if arguments.group:
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 class Node:
-    """This node among the others. They meet in the first node's store, each at its own pace."""
+    """This node among the others. They exchange results through a store on the first node."""
 
     def __init__(self, folder: Path, gpus: int) -> None:
         self.folder, self.gpus = folder, gpus
@@ -69,7 +69,7 @@ class Node:
         store.set(f"report/{self.rank}", json.dumps(mine))
         members = self._members(store)
         if self.rank not in members:
-            return f"it took more than {GATHER:.0f} s longer than the first node to look at itself"
+            return f"its own test took over {GATHER:.0f} s longer than the first node's"
         reports = {rank: json.loads(store.get(f"report/{rank}")) for rank in members}
         skew = self._skew(store, members)
         most = max(report["gpus"] for report in reports.values())
@@ -81,7 +81,7 @@ class Node:
         return _first(found)
 
     def _members(self, store: dist.TCPStore) -> list[int]:
-        """Those that reported in time, by the first node's word."""
+        """The nodes that reported in time, as the first node decides."""
         if self.rank == 0:
             deadline = time.monotonic() + GATHER
             missing = set(range(self.world))
@@ -92,7 +92,7 @@ class Node:
         return json.loads(store.get("members"))
 
     def _skew(self, store: dist.TCPStore, members: list[int]) -> list[str]:
-        """Clocks at the moment at which the first node says so."""
+        """Compare the clocks at a moment that the first node chooses."""
         if self.rank == members[0]:
             store.set("now", "")
         store.wait(["now"])
@@ -104,7 +104,7 @@ class Node:
         )
 
     def _network(self, store: dist.TCPStore, fit: list[int]) -> list[str]:
-        """All of them at once; if that fails, every two neighbours of a ring."""
+        """An all-reduce of all nodes; if it fails, of every two neighbours in a ring."""
         if self._round(store, "all", fit):
             return []
         works: dict[int, bool] = {}
@@ -118,14 +118,14 @@ class Node:
         return [f"an all-reduce with {names} fails"]
 
     def _round(self, store: dist.TCPStore, name: str, ranks: list[int]) -> bool:
-        """Whether all of `ranks` got the right sum. A process of its own: one that hangs can be ended."""
+        """Whether all of `ranks` got the right sum. It runs in its own process, which can be killed if it hangs."""
         argv = [sys.executable, "-P", "-m", "megatron_mixtral.jobs.health"]
         argv += ["--folder", str(self.folder), "--group", json.dumps([name, ranks])]
         with subprocess.Popen(argv) as process:
             deadline = time.monotonic() + REDUCE
             while process.poll() is None:
                 if time.monotonic() > deadline or store.check([f"{name}/failed"]):
-                    process.kill()  # without the other one it can only wait
+                    process.kill()  # without its partner it can only wait
                 time.sleep(0.05)
         if process.returncode:
             store.set(f"{name}/failed", "")
@@ -196,7 +196,7 @@ def _gpu(index: int) -> Iterator[str]:
         free, total = torch.cuda.mem_get_info(index)
         if total - free > max(USED * total, 1 << 30):
             taken = f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB"
-            yield f"GPU {index}: {taken} are taken by somebody else"
+            yield f"GPU {index}: {taken} are used by another program"
         ones = torch.ones(256, 256, device=f"cuda:{index}")
         if float((ones @ ones).sum()) != 256.0**3:
             yield f"GPU {index}: it multiplies wrongly"
@@ -205,14 +205,14 @@ def _gpu(index: int) -> Iterator[str]:
 
 
 def _gpu_count(asked: int, mine: int, most: int) -> list[str]:
-    """Too few GPUs speak against a node where others show theirs, or where there is a driver."""
+    """Too few GPUs make a node bad if other nodes show theirs, or if it has a driver."""
     if mine >= asked or (most == 0 and not shutil.which("nvidia-smi")):
         return []
     return [f"{mine} of {asked} GPUs are visible"]
 
 
 def _ring(ranks: list[int]) -> Iterator[list[int]]:
-    """Every two neighbours, each pair once, in an order in which no two that share a node come together."""
+    """Pairs of neighbours in a ring, each once, in rounds in which every node is in at most one pair."""
     edges = list(zip(ranks, [*ranks[1:], ranks[0]], strict=True)) if len(ranks) > 2 else [tuple(ranks)]
     last = edges[-1:] if len(edges) % 2 and len(edges) > 1 else []
     paired = edges[: len(edges) - len(last)]

@@ -15,4 +15,4 @@ def run(config: PrepareConfig, run_dir: Path) -> None:
     except OSError as error:
         raise JobError(f"{error.filename or config.output}: {error.strerror or error}") from error
     except BrokenProcessPool as error:
-        raise JobError("a worker was killed, perhaps for want of memory: fewer workers need less") from error
+        raise JobError("a worker was killed, perhaps because memory was full; use fewer --workers") from error

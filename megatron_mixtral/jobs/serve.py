@@ -11,7 +11,7 @@ ENGINES = ("megatron", "vllm")
 
 
 def run(config: ServeConfig, run_dir: Path) -> None:
-    """Serve `config.model` until told to stop; `InputError` before anything is loaded when it can't."""
+    """Serve `config.model` until a stop signal; `InputError` before anything is loaded if it can't be served."""
     if config.engine not in ENGINES:
         raise InputError(f"engine {config.engine!r} isn't one of {', '.join(ENGINES)}")
     if config.engine == "vllm":
@@ -20,9 +20,9 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     checked = setup.checked(config)
     listener = setup.listener(config) if checked.rank == 0 else None
     if listener and config.port and (port := listener.getsockname()[1]) != config.port:
-        print(f"port {config.port} is taken; this server takes {port}", flush=True)
-    setup.on_signal(lambda: os._exit(0))  # while it imports and loads, nobody waits for anything
-    # Not above: where vLLM serves, there needn't be the torch and megatron-core that this imports.
+        print(f"port {config.port} is in use; this server uses {port}", flush=True)
+    setup.on_signal(lambda: os._exit(0))  # nobody waits for an answer while it imports and loads
+    # Imported here, because an environment for vLLM may lack the torch and megatron-core that it needs.
     from megatron_mixtral.serve import server
 
     server.run(checked, run_dir, listener)

@@ -1,6 +1,7 @@
-"""Makes a small Mixtral with random weights in the hub's own layout, with the real Mixtral tokenizer, offline.
+"""The job `tiny`: makes a small Mixtral with random weights in the hub's layout, with the real Mixtral tokenizer,
+offline.
 
-What comes out is a folder as `download` leaves it: whatever reads a downloaded Mixtral reads this one.
+The folder looks like one that `download` made, so every reader of a downloaded Mixtral can read it.
 """
 
 import importlib.util
@@ -96,7 +97,7 @@ def write_weights(folder: Path, config: TinyConfig, shape: MixtralShape) -> None
 
 
 def _random(shape: tuple[int, ...], config: TinyConfig, generator: torch.Generator) -> torch.Tensor:
-    if len(shape) == 1:  # norms: near one, but no two alike, so that a mix-up of layers shows
+    if len(shape) == 1:  # norms: near one and all different, so swapped layers are noticed
         tensor = 1 + 0.02 * torch.randn(shape, generator=generator)
     else:
         tensor = 0.02 * torch.randn(shape, generator=generator)
@@ -145,7 +146,7 @@ def mixtral_sentencepiece() -> Path:
 def fast_tokenizer(model_file: Path) -> Any:
     """The `tokenizers.Tokenizer` equal to a sentencepiece BPE model with byte fallback (hub: `tokenizer.json`).
 
-    Without it transformers 5 reads the sentencepiece file without its leading-space rule and gets other ids.
+    Without it transformers 5 reads the sentencepiece file without its leading-space rule, and the ids are wrong.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -168,7 +169,7 @@ def fast_tokenizer(model_file: Path) -> Any:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    # The best score merges first. Mixtral's runs of spaces share the worst one; there the lower id wins.
+    # The best score merges first. Mixtral's runs of spaces share the worst score; among them the lower id wins.
     merges = []
     for piece, rank in vocab.items():
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]

@@ -1,4 +1,4 @@
-"""The job `verify`: whether every tensor of a converted folder still has the digest it had as it was written."""
+"""The job `verify`: compares every tensor of a converted folder with its recorded digest."""
 
 from pathlib import Path
 
@@ -30,6 +30,6 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
     progress = CopyProgress(mine.bytes, label=f"rank {workers.rank}", events=events)
     mine.check(progress.add)
     progress.finish()
-    verdict = f"{folder}: {len(mine.runs)} tensors as they were converted"
+    verdict = f"{folder}: {len(mine.runs)} tensors are as they were converted"
     print(verdict, flush=True)
     events.write("note", text=verdict if workers.size == 1 else f"rank 0: {verdict}")

@@ -1,6 +1,6 @@
-"""`events.jsonl`: what a job tells the people and programs that watch its run directory.
+"""`events.jsonl`: a job's reports for people and programs that watch its run directory.
 
-One JSON object a line, appended with a single write so that readers never see half of one; one rank writes.
+One JSON object a line. Each is appended with a single write, so readers never see half of it. One rank writes.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class EventLog:
-    """Appends to `path`; with no path it swallows everything, which is what the other ranks want."""
+    """Appends to `path`; without a path it writes nothing, as on the other ranks."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -24,13 +24,12 @@ class EventLog:
         try:
             with self._path.open("a") as stream:
                 stream.write(line + "\n")
-        except OSError as error:  # a full disk: what must be written there says so itself, on all ranks
+        except OSError as error:  # a full disk: files that must be written there report it themselves, on all ranks
             print(f"warning: {self._path}: {error}", file=sys.stderr, flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole event in `path`, oldest first; what a job killed as it wrote, or a lost node, made of others is
-    left out."""
+    """Every whole event in `path`, oldest first; lines that a killed job or a lost node damaged are left out."""
     if not path.is_file():
         return []
     events = []
@@ -45,11 +44,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def last_of_each_step(told: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Events of `kind` by step; a step that was done again after a restart counts as it was done last."""
+    """Events of `kind` by step; of a step that was repeated after a restart, the last event counts."""
     steps = {e["step"]: e for e in told if e["event"] == kind and isinstance(e.get("step"), int)}
     return [steps[step] for step in sorted(steps)]
 
 
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: such a number becomes its name, so that strict readers can parse the line."""
+    """JSON has no NaN, so such a number becomes text, and strict readers can parse the line."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}

@@ -1,8 +1,8 @@
-"""A run's loss and expert load as a picture, and its loss as a chart of characters, from its events alone.
+"""Draws a run's loss and expert load as a picture, and its loss as a text chart, from its events.
 
 `python -m megatron_mixtral.observability.plot RUN [FILE]`
 
-Imports no torch, so that it works wherever the run directory is. A picture needs matplotlib, which is optional.
+It imports no torch, so it works wherever the run directory is. A picture needs matplotlib, which is optional.
 """
 
 import itertools
@@ -20,7 +20,7 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#b8c4d4"
 
 
 def draw(run_dir: Path, target: Path) -> Path:
-    """The picture at `target`; `InputError` for a run without steps, or where matplotlib is missing."""
+    """The picture at `target`; `InputError` for a run without steps, or if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure  # optional, and slow: training imports this module at its start
     except ImportError as error:
@@ -37,7 +37,7 @@ def draw(run_dir: Path, target: Path) -> Path:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         for order, begun in enumerate(_attempts(told)):
-            label = None if number or order else "where an attempt went on"
+            label = None if number or order else "a new attempt began"
             panel.axvline(begun, color="#999999", linestyle=":", linewidth=1, label=label)
         panel.legend(frameon=False, loc="upper right")
     figure.suptitle(run_dir.resolve().name)
@@ -47,7 +47,7 @@ def draw(run_dir: Path, target: Path) -> Path:
 
 
 def _attempts(told: list[dict[str, Any]]) -> list[int]:
-    """Where later attempts went on."""
+    """The steps at which later attempts began."""
     return [e["step"] for e in told if e["event"] == "start" and e.get("step")]
 
 
@@ -61,7 +61,7 @@ def _loss(panel: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) 
 
 
 def _load(panel: Any, steps: list[dict[str, Any]]) -> None:
-    """Of the busiest expert to the mean: over all layers, and in the worst one."""
+    """The busiest expert's tokens divided by the mean: over all layers, and in the worst layer."""
     panel.plot(*_series(steps, "expert_load_worst"), color=ORANGE, linewidth=1.5, label="worst layer")
     panel.plot(*_series(steps, "expert_load"), color=BLUE, linewidth=1.5, label="mean over layers")
     panel.axhline(1, color="#999999", linewidth=1)
@@ -75,7 +75,7 @@ def _series(found: list[dict[str, Any]], field: str) -> tuple[list[int], list[fl
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Each value's mean with those before it, the older the lighter; over about a thirtieth of them."""
+    """An exponential moving average over about a thirtieth of the values."""
     keep = 1 - 1 / max(1.0, len(values) / 30)
     total = weight = 0.0
     means = []
@@ -86,14 +86,14 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def at_the_end(run_dir: Path) -> str:
-    """What a job says of the picture that it leaves; its lack is no reason to fail."""
+    """Draw the picture at a job's end and return a line for the log; a failure doesn't fail the job."""
     try:
         return f"plot: {draw(run_dir, run_dir / NAME)}"
     except (InputError, OSError) as error:
         return f"no plot: {error}"
 
 
-# The chart of characters: each column is the mean of the steps that fall into it, so that the trend stands.
+# The text chart: each column is the mean of its steps, so it shows the trend.
 
 
 def chart(points: Sequence[tuple[float, float]], *, title: str, width: int = 64, height: int = 12) -> str:
@@ -115,13 +115,15 @@ def chart(points: Sequence[tuple[float, float]], *, title: str, width: int = 64,
 
 
 def loss_chart(run_dir: Path) -> str:
-    """The training loss of the run in `run_dir`; steps done twice after a restart count once, the later time."""
+    """The training loss of the run in `run_dir`; of a step that was repeated after a restart, the last event
+    counts.
+    """
     steps = events.last_of_each_step(events.read(run_dir / "events.jsonl"), "step")
     return chart([(e["step"], e["loss"]) for e in steps if isinstance(e.get("loss"), float)], title="training loss")
 
 
 def _columns(values: list[float], count: int) -> list[float]:
-    """Mean of each of `count` equal stretches."""
+    """The means of `count` equal segments."""
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
 

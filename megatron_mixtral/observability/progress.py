@@ -1,4 +1,4 @@
-"""How far a long copy is: a bar at a terminal, a line now and then in a job's log, events for `status`."""
+"""Progress of a long copy: a bar on a terminal, a line now and then in a log, and events for `status`."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ EVENT_EVERY = 2.0
 
 
 class CopyProgress:
-    """Counts the bytes of this process, `total` of them; called from one thread.
+    """Counts the bytes of this process up to `total`; called from one thread.
 
     Events tell of all processes: `whole` is the bytes of all, `elsewhere` how many of them others have done.
     """
@@ -28,7 +28,7 @@ class CopyProgress:
     ) -> None:
         self.total, self.label, self.events, self.done = total, label, events, 0
         self.whole, self.elsewhere, self._first = total if whole is None else whole, elsewhere, elsewhere()
-        self.skipped = 0  # done by an earlier run: no measure of this one's speed
+        self.skipped = 0  # done by an earlier run, so it doesn't count for the speed
         self._begun = self._line = self._event = time.monotonic()
         self._bar = _bar(total) if sys.stderr.isatty() else None
 
@@ -47,7 +47,7 @@ class CopyProgress:
         self.add(count)
 
     def wait(self) -> None:
-        """This process has done its part; tell how far the others are."""
+        """This process has finished its part; report the progress of the others."""
         if time.monotonic() - self._event > EVENT_EVERY:
             self._tell(time.monotonic())
 

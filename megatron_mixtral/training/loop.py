@@ -1,7 +1,7 @@
-"""Training: the loop around megatron-core's parts, its log, its saves, and its way out.
+"""The training loop around megatron-core's parts: steps, log, saves and stops.
 
-All ranks run the same code and agree on everything that decides where to go next (stop, skip) by one reduction a
-step. A run started again goes on from its newest complete checkpoint, with the same data as if never stopped.
+All ranks run the same code, and one reduction a step makes them agree on what to do next (stop, skip). A restarted
+run continues from its newest complete checkpoint, with the same data as if it had never stopped.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
 def train(config: FinetuneConfig, run_dir: Path) -> None:
-    """Train to `config.steps`; `Requeue` when asked to leave early, with everything saved."""
+    """Train to `config.steps`; `Requeue` after an early stop, with everything saved."""
     megatron_options.check(config)
     recorders.check(config)
     limits = (config.setup_timeout, config.step_timeout, config.save_timeout)
     ranks.initialize(
         config.layout, seed=config.seed, timeout=max(limits) + 120, virtual_pipeline=config.virtual_pipeline
     )
-    # Beside the ranks' logs, where there are such; ranks that hang name each other there.
+    # The folder is beside the ranks' logs, if there are any; hanging ranks are named there.
     folder = Path(os.environ.get("MIXLAUNCH_LOGS", run_dir))
     watch = Watchdog(folder, rank=dist.get_rank(), world=dist.get_world_size())
     watch.enter("setting up", config.setup_timeout)
@@ -91,10 +91,10 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Steps until the last one, a stop, or too many skipped in a row."""
+        """Run steps until the last one, a stop, or too many skipped updates in a row."""
         self._announce()
         self._leave_before_the_first_step()
-        gc.freeze()  # what is there now stays: looking through it again makes every collection slow
+        gc.freeze()  # existing objects stay for good, and scanning them would slow down every garbage collection
         skipped_in_a_row, limit = 0, max(self.config.setup_timeout, self.config.step_timeout)
         while self.progress.step < self.config.steps:
             self.watch.enter(f"step {self.progress.step + 1}", limit)
@@ -120,7 +120,7 @@ class Trainer:
             self._say(plot.at_the_end(self.run_dir))
 
     def close(self) -> None:
-        """Let what runs on threads come to its end; no error here hides the one that may be on its way."""
+        """Wait for the threads; errors here don't hide an error that is already being raised."""
         self.train.close()
         self.saver.close()
         self.recorder.close()
@@ -130,7 +130,7 @@ class Trainer:
         return self.run_dir / "checkpoints"
 
     def _leave_before_the_first_step(self) -> None:
-        """Asked to stop while everything was being loaded: nothing is new, so nothing is saved."""
+        """A stop during loading: nothing is new, so nothing is saved."""
         if self.progress.step < self.config.steps and any(collectives.gathered(signals.requested())):
             self.events.write("exit", code=Requeue.exit_code, reason="asked to stop")
             raise Requeue(f"asked to stop before step {self.progress.step + 1}")
@@ -198,7 +198,7 @@ class Trainer:
         )
 
     def _share_learnt(self, made: list[MicroBatch]) -> float:
-        """Learnt tokens among all of this step's; every rank of a replica counts the same."""
+        """The share of this step's tokens that are learnt; every rank of a replica counts the same."""
         learnt, everything = collectives.summed(
             [sum(float(getattr(b.mask, what)()) for b in made) for what in ("sum", "numel")]
         )
@@ -216,7 +216,7 @@ class Trainer:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        # Tensor-parallel ranks of the last stage all know the loss; one of them tells it.
+        # All tensor-parallel ranks of the last stage have the loss; one of them reports it.
         if not losses or parallel_state.get_tensor_model_parallel_rank():
             return 0.0, 0.0
         total, tokens = torch.stack(losses).double().sum(0).tolist()
@@ -249,7 +249,7 @@ class Trainer:
             self.watch.enter(f"validation after step {at}", config.step_timeout * (config.eval_steps + 1))
             self.report.evaluation(at, self._evaluate())
         self.save_due = self.save_due or at % config.save_interval == 0
-        if last or outcome.stop or (self.save_due and outcome.updated):  # a skipped step has nothing new to keep
+        if last or outcome.stop or (self.save_due and outcome.updated):  # a skipped step has nothing new to save
             self.save_due = False
             self.watch.enter(f"saving step {at}", config.save_timeout)
             self._save(wait=last or outcome.stop)
@@ -279,6 +279,6 @@ def _forward(waiting: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[tor
 
 
 def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum over learnt tokens and their number: megatron-core divides by the number in the whole global batch."""
+    """The sum over learnt tokens, and their number; megatron-core divides by the number in the global batch."""
     total, tokens = (losses.float() * mask).sum(), mask.sum()
     return total, tokens.int(), torch.stack([total.detach(), tokens])

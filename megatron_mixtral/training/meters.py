@@ -1,6 +1,6 @@
-"""What a step is measured by beside its loss: arithmetic done, memory, and how evenly experts are used.
+"""Measures of a step besides its loss: FLOPs, memory, and the balance of the experts.
 
-A FLOP is counted where the model needs it: what is recomputed or dropped counts once, causal attention by half.
+Only FLOPs that the model needs are counted: not those of recomputation, and half of causal attention.
 """
 
 import resource
@@ -13,7 +13,7 @@ from megatron_mixtral.spec.jobs import MixtralShape
 
 from megatron.core.transformer.moe.router import TopKRouter
 
-# bf16 without sparsity, TFLOP/s, by a part of the name that CUDA gives the device; the first that fits.
+# Dense bf16 TFLOP/s, by a part of CUDA's name of the device; the first match counts.
 PEAKS = {
     "GB200": 2500,
     "B200": 2250,
@@ -56,7 +56,7 @@ def peak() -> float | None:
 
 
 def memory() -> float:
-    """GiB that this rank has held at most: of its GPU, or of the process without one."""
+    """This rank's peak memory in GiB: of its GPU, or of the process if there is no GPU."""
     if cpu.HAVE_GPU:
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -74,11 +74,11 @@ class ExpertLoad:
 
     def _count(self, router: Any, _: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
         if not router.training or not torch.is_grad_enabled():
-            return  # validation, or a pass that will be computed again and counted then
+            return  # validation, or a pass that is recomputed and counted later
         with torch.no_grad():
             sent = routed[1].reshape(-1, self._counts.shape[1])
             if router.config.moe_pad_expert_input_to_capacity:
-                sent = sent & (routed[0].reshape(sent.shape) > 0)  # the rest only fills up what an expert must get
+                sent = sent & (routed[0].reshape(sent.shape) > 0)  # the others are padding rows
             self._counts[router.layer_number - 1] += sent.sum(0)
 
     def take(self) -> list[float]:
@@ -89,7 +89,9 @@ class ExpertLoad:
 
 
 def balance(counts: list[float], experts: int) -> tuple[float, float]:
-    """(mean, worst) over layers of the busiest expert's tokens to the mean; 1 is even. Counts of all ranks."""
+    """(mean, worst) over the layers: the busiest expert's tokens divided by the mean; 1 is perfect balance.
+    `counts` are of all ranks.
+    """
     layers = torch.tensor(counts, dtype=torch.float64).view(-1, experts)
     layers = layers[layers.sum(1) > 0]
     if not len(layers):

@@ -1,6 +1,6 @@
-"""megatron-core's data parallelism, optimizer and learning-rate schedule, put together for one model.
+"""Builds megatron-core's data parallelism, optimizer and learning-rate schedule for one model.
 
-`step` is the one place where parameters change, and it changes none when a gradient isn't finite.
+Parameters change only in `step`, and don't change if a gradient isn't finite.
 """
 
 import math
@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """The wrapped model chunks of this rank with what updates them."""
+    """The wrapped model chunks of this rank, and their optimizer."""
 
     chunks: list[DistributedDataParallel]
     optimizer: Any
@@ -31,7 +31,7 @@ class Optimization:
 
 
 def build(config: FinetuneConfig, *models: torch.nn.Module) -> Optimization:
-    """Wrap `models`, this rank's chunks with the weights they have now, and make their optimizer and schedule."""
+    """Wrap `models`, this rank's chunks with their present weights, and make the optimizer and schedule."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -39,9 +39,9 @@ def build(config: FinetuneConfig, *models: torch.nn.Module) -> Optimization:
         overlap_param_gather=config.overlap_param_gather and config.overlap_grad_reduce,
         align_param_gather=len(models) > 1,  # the schedule of several chunks gathers for all stages at once
     )
-    # Chunks after the first are one bucket each: they have other chunks' arithmetic to be sent behind.
+    # Each chunk after the first is one bucket: it is sent while other chunks compute.
     chunks = [DistributedDataParallel(m.config, settings, m, disable_bucketing=i > 0) for i, m in enumerate(models)]
-    schedule: Any = models[0].config  # whose settings are everyone's while a step runs
+    schedule: Any = models[0].config  # the configuration that all modules share during a step
     schedule.finalize_model_grads_func = finalize_model_grads
     if settings.overlap_grad_reduce:
         schedule.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
@@ -68,9 +68,9 @@ def build(config: FinetuneConfig, *models: torch.nn.Module) -> Optimization:
 
 
 def _allocate_state(optimizer: Any) -> None:
-    """Give torch's Adam the zero state of its first step; other Adams make it by themselves.
+    """Give torch's Adam its zero state before the first step; other Adams make it themselves.
 
-    megatron-core describes what is saved, and what it wants loaded, from the state that is there.
+    megatron-core describes the tensors to save and load by the existing state.
     """
     for part in optimizer.chained_optimizers:
         if not isinstance(part.optimizer, torch.optim.Adam):
@@ -82,8 +82,8 @@ def _allocate_state(optimizer: Any) -> None:
 
 
 def _speed_up(chunks: list[DistributedDataParallel], optimizer: Any) -> None:
-    """Weight gradients added where they are kept, and an update in one pass over memory."""
-    from megatron_mixtral.kernels import adam, wgrad  # needs triton, which is there wherever a model is fused
+    """Use the kernels: weight gradients are added to their buffers, and the update reads memory once."""
+    from megatron_mixtral.kernels import adam, wgrad  # needs triton, which every fused model has
 
     for chunk in chunks:
         compat.accumulate_in_place(chunk, wgrad.extension)
@@ -92,7 +92,7 @@ def _speed_up(chunks: list[DistributedDataParallel], optimizer: Any) -> None:
         plain = type(part) is DistributedOptimizer and type(part.optimizer) is torch.optim.AdamW
         if plain and not any(part.model_fp32_groups):
             part.optimizer = adam.FusedAdamW(part.optimizer.param_groups, compat.model_shards(part))
-            part._copy_main_params_to_model_params = lambda: None  # the update has written them already
+            part._copy_main_params_to_model_params = lambda: None  # the update has already written them
 
 
 def _scheduler(config: FinetuneConfig, optimizer: Any) -> OptimizerParamScheduler:
@@ -113,7 +113,7 @@ def _scheduler(config: FinetuneConfig, optimizer: Any) -> OptimizerParamSchedule
 
 
 def warmup(config: FinetuneConfig) -> int:
-    """Steps of warm-up: what was asked for, but the last step is always of the cosine."""
+    """Steps of warm-up: as asked, but the last step is always part of the cosine."""
     return min(config.warmup_steps, max(config.steps - 1, 0))
 
 
@@ -124,21 +124,23 @@ def zero_grad(parts: Optimization) -> None:
 
 
 def set_step(parts: Optimization, step: int) -> float:
-    """Set the learning rate of step `step` (from 1), a function of the step alone, and return it."""
+    """Set and return the learning rate of step `step` (from 1); it depends only on the step."""
     parts.scheduler.num_steps = step
     parts.scheduler.step(0)
     return parts.scheduler.get_lr({})
 
 
 def settle(parts: Optimization) -> None:
-    """Let every rank have all parameters of the last update, before anything but a training step reads them."""
+    """Gather all parameters of the last update on every rank. Call it before anything but a training step reads
+    them.
+    """
     for chunk in parts.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 
 class Spikes:
-    """Tells gradient norms that are `factor` times the usual one, the median of the last so many; 0 tells none."""
+    """Finds gradient norms that are `factor` times the usual one, the median of recent steps; 0 turns it off."""
 
     WINDOW = 64
 
@@ -147,7 +149,7 @@ class Spikes:
         self._norms: deque[float] = deque(maxlen=self.WINDOW)
 
     def refuse(self, norm: float) -> bool:
-        """Whether an update of this norm is to be left out; when it isn't, it counts as usual from now on."""
+        """Whether to skip an update of this norm; otherwise the norm joins the median."""
         usual = statistics.median(self._norms) if len(self._norms) >= self.WINDOW // 4 else math.inf
         if self._factor and norm > self._factor * usual:
             return True
@@ -157,9 +159,9 @@ class Spikes:
 
 @torch.no_grad()
 def step(parts: Optimization, spikes: Spikes | None = None) -> tuple[bool, float]:
-    """Clip and update; (whether parameters changed, gradient norm over all ranks).
+    """Clip and update; returns whether parameters changed, and the gradient norm over all ranks.
 
-    The norm is the same number on every rank, so all of them skip an update or none does.
+    Every rank gets the same norm, so all ranks skip an update or none does.
     """
     optimizer = parts.optimizer
     if optimizer.prepare_grads():
@@ -170,7 +172,7 @@ def step(parts: Optimization, spikes: Spikes | None = None) -> tuple[bool, float
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad <= 0 or not (parameters := part.get_parameters()):
             continue
-        if hasattr(part.optimizer, "scale"):  # ours clips while it updates
+        if hasattr(part.optimizer, "scale"):  # our optimizer clips during the update
             part.optimizer.scale = min(1.0, part.config.clip_grad / (norm + 1e-6))
         else:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)

@@ -1,7 +1,7 @@
-"""The same numbers for TensorBoard and Weights & Biases, where a run asks for them; rank 0 writes.
+"""Reports a step's numbers to TensorBoard and Weights & Biases; rank 0 writes.
 
-What is missing (a package, a key) is named before anything else is done. From then on a service that can't be
-reached is told of once, and the run goes on without it.
+A missing package or key is an error before anything else is done. If a service can't be reached later, that is
+reported once, and the run continues without it.
 """
 
 import importlib.util
@@ -14,13 +14,13 @@ from typing import Any
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.spec.jobs import FinetuneConfig
 
-NO_PROJECT = "/\\#?%:"  # characters that no project's name has
-NO_RUN = "/\\#?%:;,'"  # that no run's has
-FINISH_SECONDS = "15"  # for what isn't sent yet at the end: the job's place in the queue may depend on leaving
+NO_PROJECT = "/\\#?%:"  # characters that a project's name can't have
+NO_RUN = "/\\#?%:;,'"  # characters that a run's name can't have
+FINISH_SECONDS = "15"  # limit for sending the rest at the end, because the job may have to exit soon to be requeued
 
 
 def check(config: FinetuneConfig) -> None:
-    """`InputError` for a package that isn't installed, a key that isn't there, or a name that can't be."""
+    """`InputError` for a missing package, a missing key, or an invalid name."""
     wanted = {"tensorboard": config.tensorboard, "wandb": bool(config.wandb_project)}
     for package, asked in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
@@ -33,7 +33,7 @@ def check(config: FinetuneConfig) -> None:
 
 
 class Recorder:
-    """Writes to what `config` asks for; to nothing on the other ranks."""
+    """Writes to the services in `config`; does nothing on the other ranks."""
 
     def __init__(self, config: FinetuneConfig, run_dir: Path, *, writes: bool) -> None:
         self._board: Any = None
@@ -62,13 +62,13 @@ class Recorder:
     def _unless_it_fails(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # whatever a service says: no report is worth a run
+        except Exception as error:  # catch every error: a report must never end a run
             self._wandb = None
-            print(f"warning: Weights & Biases: {error}; the run goes on without", file=sys.stderr, flush=True)
+            print(f"warning: Weights & Biases: {error}; the run continues without it", file=sys.stderr, flush=True)
 
 
 def _join(project: str, run_dir: Path) -> Any:
-    """The run that has the run directory's name, so that an attempt goes on with what the last one wrote."""
+    """Join the W&B run with the run directory's name, so all attempts are one W&B run."""
     import wandb
 
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)

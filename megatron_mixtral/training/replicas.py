@@ -1,6 +1,6 @@
-"""Whether data-parallel replicas still hold the same parameters: cheap enough to ask every so many steps.
+"""Checks that data-parallel replicas hold the same parameters, at low cost.
 
-They compute the same update from the same sum; a GPU that computes wrongly is seen here as one that differs.
+Replicas compute the same update from the same sum, so a GPU that computes wrongly shows as a difference.
 """
 
 import torch
@@ -44,7 +44,9 @@ def _difference(named: list[tuple[str, torch.nn.Parameter]], group: dist.Process
 
 
 def _hash(value: torch.Tensor) -> torch.Tensor:
-    """A sum over the bits, weighted by place so that swapped numbers show; in little memory; wraps around."""
+    """A sum over the bits, weighted by position so swapped numbers are noticed. It needs little memory, and wraps
+    around.
+    """
     bits = value.detach().flatten().view({2: torch.int16, 4: torch.int32}[value.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for part in bits.split(1 << 22):

@@ -1,6 +1,6 @@
-"""What a training run tells: a line a step, an event a step, and what they are made of.
+"""Reports a training run: a log line and an event for each step.
 
-Only rank 0 prints and writes; every rank may call.
+Only rank 0 prints and writes; every rank may call it.
 """
 
 import math
@@ -16,7 +16,7 @@ from megatron_mixtral.training.recorders import Recorder
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one step came to, the same numbers on every rank."""
+    """The results of one step, the same on every rank."""
 
     step: int
     loss: float  # mean over the step's learnt tokens
@@ -27,10 +27,10 @@ class Outcome:
     skipped: int  # updates, so far
     stop: bool
     seconds: float
-    data_wait: float  # seconds of those that the slowest rank waited for its batches
+    data_wait: float  # the part of them that the slowest rank waited for its batches
     memory: float  # GiB at most, on the fullest rank
-    load: tuple[float, float]  # (mean, worst) over layers: the busiest expert's tokens to the mean
-    dropped: float  # share of the tokens' places that no expert took
+    load: tuple[float, float]  # (mean, worst) over layers: the busiest expert's tokens divided by the mean
+    dropped: float  # share of the routed tokens that no expert took
 
 
 class Reporter:

@@ -1,6 +1,6 @@
-"""What happens before a run's first step: where it starts from, its data, its model with everything loaded.
+"""Everything before a run's first step: it finds the source, checks the data, builds the model and loads it.
 
-All of it is checked on the way, alike on all ranks; nothing is written but the event that says it's loaded.
+All ranks check everything alike. Nothing is written except the event after loading.
 """
 
 import time
@@ -26,16 +26,16 @@ from megatron_mixtral.weights.lora import Lora
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingProgress:
-    """Where a run stands; with the weights and the optimizer, all that a resume needs."""
+    """A run's progress; with weights and optimizer it is all that a resume needs."""
 
     step: int = 0  # steps done
     samples: int = 0  # samples consumed
-    skipped: int = 0  # updates skipped for a gradient that wasn't finite, or too large by far
+    skipped: int = 0  # updates skipped, because a gradient wasn't finite or was a spike
 
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """A run ready for its next step. `source` is where its values came from, `assets` what lay beside them."""
+    """A run ready for its next step. `source` is the folder of its weights, and `assets` the files beside them."""
 
     source: Path
     resumes: bool
@@ -47,13 +47,13 @@ class Started:
     progress: TrainingProgress
 
     def notes(self, config: FinetuneConfig) -> list[str]:
-        """What the user should hear before the first step."""
+        """Notes for the user before the first step."""
         said = [build.ways(self.parts.chunks[0].module)] if cpu.HAVE_GPU else []
         if self.lora:
             said.append(adapters.share(self.shape, self.lora))
         said += self.corpus.notes
         if config.warmup_steps > (warmup := optimizer.warmup(config)):
-            said.append(f"warm-up of {config.warmup_steps} steps is cut to {warmup}: the run has no more")
+            said.append(f"warm-up of {config.warmup_steps} steps is shortened to {warmup}: the run is too short")
         return said
 
 
@@ -63,7 +63,7 @@ def start(config: FinetuneConfig, checkpoints: Path, events: EventLog) -> Starte
     resumes = source.parent == checkpoints
     shape = MixtralShape.from_folder(source)
     corpus = loader.read(config, shape, source)
-    assets: dict[str, bytes] = {}  # what goes with checkpoints, on the rank that writes them
+    assets: dict[str, bytes] = {}  # files that go into checkpoints, on the rank that writes them
     collectives.on_first_rank(lambda: assets.update(save_load.read_assets(source) | corpus.assets(source)))
     begun = time.monotonic()
     lora = Lora.asked(config)
@@ -108,7 +108,7 @@ def _source(config: FinetuneConfig, checkpoints: Path) -> Path:
 
 
 def _build(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None) -> list[Any]:
-    """This rank's chunks of the model: one, unless its stage works on several in turn."""
+    """This rank's chunks of the model: one, or several with --virtual-pipeline."""
     several = config.virtual_pipeline > 1
     return [_chunk(config, shape, lora, i if several else None) for i in range(config.virtual_pipeline)]
 
@@ -122,7 +122,7 @@ def _chunk(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None, vp_st
         max_sequence_length=config.sequence_length,
         random_weights=False,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=vp_stage is None,  # of several chunks one may still be on its way
+        deallocate_pipeline_outputs=vp_stage is None,  # with several chunks an output may still be in transit
         lora=lora,
         seed=config.seed,
         split_sequence=True,
@@ -137,7 +137,7 @@ def _chunk(config: FinetuneConfig, shape: MixtralShape, lora: Lora | None, vp_st
 def _base(
     config: FinetuneConfig, source: Path, shape: MixtralShape, lora: Lora | None, *, resumes: bool
 ) -> dict[str, Any]:
-    """Which weights the adapters belong to, checked by rank 0; empty where the whole model is trained."""
+    """The base of the adapters, checked by rank 0; empty if the whole model is trained."""
     if not lora:
         return {}
 
@@ -150,12 +150,12 @@ def _base(
 
 
 def _load_training(parts: optimizer.Optimization, source: Path) -> save_load.State:
-    """The newest checkpoint; one that is damaged ends the run and says what there is to go on from."""
+    """Load the newest checkpoint; a damaged one ends the run, and the error names an older one."""
     try:
         return save_load.load_training(parts.chunks, parts.optimizer, source)
     except CheckpointError as error:
         older = [p.name for p in folder.complete(source.parent) if p.name < source.name]
-        hint = f"; to go on from {older[-1]} instead, remove {source}" if older else ""
+        hint = f"; to continue from {older[-1]} instead, remove {source}" if older else ""
         raise CheckpointError(f"{error}{hint}") from error
 
 

@@ -28,7 +28,7 @@ from megatron_mixtral.weights.tensors import ITEMSIZE
 
 
 def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str] | None = None) -> None:
-    """Convert, as the one of `WORLD_SIZE` processes that `RANK` says.
+    """Convert as process `RANK` of `WORLD_SIZE`.
 
     `compare` computes the logits of both folders, where `config.check_logits` asks for it: a function of the layers
     above, which need what this module doesn't.

@@ -70,7 +70,7 @@ def test_packing_is_tight_and_repeats(chats):
 
 def test_documents_of_one_token_are_nothing_to_learn_from(tmp_path):
     documents = write_chats(tmp_path / "ones", [1, 1, 1])
-    with pytest.raises(InputError, match="no document of two tokens or more"):
+    with pytest.raises(InputError, match="no document has two tokens or more"):
         PackedSamples(documents, np.arange(3), 16, seed=1)
 
 

@@ -32,7 +32,7 @@ def test_a_rank_that_is_stopped_dead_is_named_by_the_others(world, tmp_path):
     said = job.outputs[0].read_text()
     assert "takes longer than 3 s; stacks follow" in said
     assert "most recent call first" in said
-    assert "slow is rank 1, which says nothing; 1 of 2 ranks wait for others" in said
+    assert "slow: rank 1, which reports nothing; 1 of 2 ranks wait for others" in said
 
 
 def test_where_a_save_is_stuck_is_told_of_the_thread_that_saves():
@@ -79,5 +79,5 @@ def test_every_rank_shows_its_stacks_and_the_slow_one_is_named(world, tmp_path):
     assert "in slow_take" in second
     for said in (first, second):
         assert "most recent call first" in said
-        assert "slow is rank 1 in step 3 at test_watchdog.py" in said
+        assert "slow: rank 1 in step 3 at test_watchdog.py" in said
         assert "slow_take; 1 of 2 ranks wait for others" in said

@@ -101,7 +101,7 @@ def check_port(taken, running):
     assert taken < running.state["port"] <= taken + 100
     assert running.state["taken"] == taken
     assert running.client().get("/health").status_code == 200
-    assert f"port {taken} is taken; this server takes {running.state['port']}" in running.job.output()
+    assert f"port {taken} is in use; this server uses {running.state['port']}" in running.job.output()
     loaded = running.job.events("progress")[-1]
     assert loaded["done"] == loaded["total"] > 1e6
 

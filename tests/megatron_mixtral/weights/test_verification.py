@@ -31,7 +31,7 @@ def converted(tmp_path):
 @pytest.mark.parametrize("name", ["megatron", "back"])
 def test_what_was_converted_is_as_it_was(converted, name, capsys):
     verify.run(VerifyConfig(folder=str(converted / name)), converted)
-    assert "tensors as they were converted" in capsys.readouterr().out
+    assert "tensors are as they were converted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("megatron", "*.distcp"), ("back", "*.safetensors")])
@@ -84,7 +84,7 @@ def test_the_command_proves_it_and_names_what_has_changed(converted, monkeypatch
         return done.returncode, done.stdout + done.stderr
 
     code, said = typed("convert", "verify", "megatron", "-j", "2")
-    assert (code, "tensors as they were converted" in said) == (0, True), said
+    assert (code, "tensors are as they were converted" in said) == (0, True), said
     (path,) = (converted / "megatron").rglob("__0_0.distcp")
     data = bytearray(path.read_bytes())
     data[-1024] ^= 1  # among the last tensor's numbers
