@@ -63,7 +63,7 @@ class Conversation:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer's pieces. What came of it is remembered, also when it is left in the middle."""
+        """The answer's pieces. An answer that is broken off is remembered as far as it came."""
         self.turns.append({"role": "user", "content": question})
         said: list[str] = []
         try:
@@ -96,14 +96,14 @@ class Conversation:
 
 
 def complete(server: Server, text: str, settings: Settings) -> Iterator[str]:
-    """The pieces that continue `text`, for models that were never taught to chat."""
+    """The pieces that continue `text`, for a base model that was never taught to chat."""
     body = {**_model(server), "prompt": text, **settings.fields()}
     for piece in _stream(server, "/v1/completions", body):
         yield piece["text"]
 
 
 def _model(server: Server) -> dict[str, str]:
-    """By name where it is known: our server has but one, others want to be told."""
+    """The model's name, where it is known. Our server has one model; other servers must be told which."""
     return {"model": server.name} if server.name else {}
 
 
@@ -128,7 +128,7 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
 
 
 def _tolerate_any_bytes() -> None:
-    """Not all that is typed is text, and not every terminal can show what a model says."""
+    """Keep what is typed though it may be no text, and replace what the terminal can't show."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -155,7 +155,7 @@ def _converse(conversation: Conversation) -> None:
 
 
 def _line_editing() -> None:
-    """Arrow keys within a line and back through what was asked, kept for its owner alone."""
+    """Arrow keys edit a line and bring back earlier ones, from a file that only the user can read."""
     try:
         import atexit
         import readline
@@ -210,7 +210,7 @@ def _obey(conversation: Conversation, line: str) -> None:
 
 
 def _print(pieces: Iterator[str]) -> None:
-    """As it comes; Ctrl-C ends the answer, and the server stops making it."""
+    """Print pieces as they come. Ctrl-C ends the answer, and the server stops generating."""
     try:
         for piece in pieces:
             sys.stdout.write(piece)
@@ -222,7 +222,7 @@ def _print(pieces: Iterator[str]) -> None:
 
 
 def _stream(server: Server, route: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The first choice of each chunk."""
+    """The first choice of each chunk of the answer."""
     import httpx  # takes long to import, and the command line doesn't wait for it before it is needed
 
     try:

@@ -1,6 +1,6 @@
 """What the shell offers on TAB: clusters, runs, keys of a profile, and all that click knows by itself.
 
-It answers while somebody waits at a prompt: profiles are read, not validated, and nobody is asked over a network.
+It answers while somebody waits at a prompt: profiles are read, not validated, and no network is used.
 """
 
 import functools
@@ -23,7 +23,7 @@ Offer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def _offer(proposals: Callable[[str], Iterable[str]]) -> Offer:
-    """The proposals that begin as it was typed. A prompt is no place for errors; the command itself tells them."""
+    """The proposals that begin with what was typed. Errors are left to the command itself to report."""
 
     @functools.wraps(proposals)
     def offer(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -36,7 +36,7 @@ def _offer(proposals: Callable[[str], Iterable[str]]) -> Offer:
 
 
 def clusters(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Profiles by name; a path is the shell's own affair."""
+    """Profiles by name. A path is completed by the shell itself."""
     return _profiles(ctx, param, incomplete) or [CompletionItem(incomplete, type="file")]
 
 
@@ -59,7 +59,7 @@ def runs(incomplete: str) -> Iterable[str]:
 @_offer
 def keys(incomplete: str) -> Iterator[str]:
     """Keys of a profile, for -o."""
-    from launcher.cluster import profile  # with pydantic, for which nobody waits who asks for help
+    from launcher.cluster import profile  # it imports pydantic, and `--help` and most of TAB do without
 
     for key in profile.keys_at(()):
         nested = profile.keys_at((key,))

@@ -97,7 +97,7 @@ def _expanded(names: tuple[str, ...]) -> list[str]:
 
 
 def _known(cluster: ClusterProfile, wanted: list[str]) -> None:
-    """A name that the cluster hasn't got would have later submissions refused: say so now, if Slurm answers."""
+    """Refuse a name that Slurm doesn't know: with it on the list, every later submission would fail."""
     if cluster.is_local:
         raise UsageError(f"{cluster.name}: its jobs run on this machine alone; there are no nodes to leave out")
     arguments = ("--noheader", "--Node", "--format=%N")

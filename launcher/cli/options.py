@@ -125,7 +125,7 @@ def job_command(
 
 
 def _only_model(words: tuple[str, ...], model: str | None, under: Sequence[str]) -> str:
-    """The model that the words of a command name; `UsageError` where they can't."""
+    """The model among a command's words; `UsageError` for any other word."""
     context = click.get_current_context()
     word, *more = words
     if word in under:  # behind options, which would be lost on it

@@ -1,6 +1,6 @@
 """`plan JOB`: what a job's options come to, and whether it fits, without a submission.
 
-Exit codes are those of the submission: 2 for what would be refused, with the nearest layouts that wouldn't.
+Exit codes are those of the submission: 2 for a job that would be refused, with the nearest layouts that fit.
 """
 
 import sys
@@ -40,7 +40,7 @@ def _show(job: str, typed: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _refusal_as_json(command: click.Command) -> click.Command:
-    """`command` with an answer in JSON also for what can't be at all."""
+    """`command` that prints JSON for a refused layout as well."""
     inner = command.callback
     assert inner is not None
 

@@ -41,6 +41,6 @@ def understood(job: str, typed: dict[str, Any]) -> tuple[ClusterProfile, dict[st
 
 
 def print_remarks(plan: JobPlan, head: str = "") -> None:
-    """What stops nothing and is worth knowing before the queue tells it, on stderr."""
+    """Print to stderr what a user should know before the job waits in the queue. Nothing is refused."""
     for remark in describe.remarks(plan):
         click.echo(f"note: {head}{remark}", err=True)

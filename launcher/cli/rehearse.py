@@ -1,4 +1,4 @@
-"""`rehearse`: a job's script on a private Slurm of the cluster's shape, each thing tried told as it goes."""
+"""`rehearse`: a job's script on a private Slurm of the cluster's shape, a line for each thing that was tried."""
 
 import shutil
 import sys
@@ -30,14 +30,14 @@ def rehearse() -> None:
 
 
 def _rehearse(job: str, typed: dict[str, Any], *, keep: bool) -> None:
-    """Exits with 0 when all went well, with 1 otherwise; what failed leaves its folder, to look at."""
+    """Exit with 0 when all went well, else with 1. The folder of a failed rehearsal is kept."""
     plan = planned(job, typed)
     print_remarks(plan)
     rehearsal.check(plan)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     failed = False
     try:
-        _act(plan, folder)
+        _try_all(plan, folder)
     except rehearsal.Failed as failure:
         failed = True
         terminal.say(f"FAILED: {failure}", "bold red")
@@ -50,7 +50,7 @@ def _rehearse(job: str, typed: dict[str, Any], *, keep: bool) -> None:
     terminal.say("The rehearsal went well.", "bold green")
 
 
-def _act(plan: JobPlan, folder: Path) -> None:
+def _try_all(plan: JobPlan, folder: Path) -> None:
     cluster = plan.profile.name
     terminal.heading(f"a private Slurm in the shape of {cluster}")
     with rehearsal.ended_by_signals(), rehearsal.private_slurm(plan, folder / "slurm") as slurm:
@@ -65,11 +65,11 @@ def _act(plan: JobPlan, folder: Path) -> None:
         for line in rehearsal_plan.what_differs(plan, mirrored):
             terminal.say(f"  {line}")
         terminal.heading("the rehearsal")
-        _tell(rehearsal.acts(mirrored, path, asked=sys.argv[1:]))
+        _tell(rehearsal.tried(mirrored, path, asked=sys.argv[1:]))
 
 
 def _tell(facts: Iterable[tuple[str, str]]) -> None:
-    """Each as it comes."""
+    """Print each fact as it comes."""
     for what, text in facts:
         terminal.facts([(f"{what:<14}", text)])
 

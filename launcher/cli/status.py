@@ -133,7 +133,7 @@ def _progress(run: dict[str, Any]) -> str:
 
 
 def _number(value: Any, form: str) -> str:
-    """A number in its form; what isn't finite arrives as text and stays so."""
+    """A number in that format. `nan` and `inf` come as text and are shown as they are."""
     if isinstance(value, str):
         return value
     return format(value, form) if isinstance(value, int | float) else ""

@@ -29,10 +29,10 @@ POLL = 0.5
 def submit(
     plan: JobPlan, *, asked: tuple[str, ...], wait: bool | None, follow: bool, through_tunnel: bool = False
 ) -> int:
-    """Submit, say so, and stay as long as `wait` says; the exit code for the shell.
+    """Submit, say so, and watch as long as `wait` says; returns the exit code for the shell.
 
-    True is until the end. None is the job's own way: to the end on this machine; elsewhere until a server is ready,
-    and not at all for other jobs. A tunnel to a server is held until Ctrl-C.
+    True is to the end. None is to the end on this machine; elsewhere a server is watched until it is ready, and any
+    other job not at all. A tunnel to a server is held until Ctrl-C.
     """
     if through_tunnel and plan.profile.is_local:
         raise UsageError("--tunnel: this server will be on this machine already")
@@ -52,8 +52,8 @@ def submit(
 def to_the_end(run: Run, *, follow: bool) -> int:
     """Watch `run` until it has ended.
 
-    Ctrl-C and SIGTERM end a run on this machine, which outlives its terminal all the same, but only the watching of
-    one elsewhere.
+    Ctrl-C and SIGTERM cancel a run on this machine, though it would outlive its terminal. Elsewhere they end the
+    watching alone.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -131,9 +131,9 @@ def _fraction(event: dict[str, Any]) -> tuple[float, float]:
 
 
 def to_ready(run: Run, *, through_tunnel: bool = False) -> int:
-    """Until `run` is a server that answers; the exit code for the shell. Ctrl-C ends the waiting alone.
+    """Watch until `run` is a server that answers; the exit code for the shell. Ctrl-C ends the waiting alone.
 
-    Through a tunnel a port of this machine leads to it then, until Ctrl-C or its end.
+    With a tunnel, a port of this machine then leads to the server until Ctrl-C or the server's end.
     """
     try:
         if _is_ready(run):
@@ -189,13 +189,13 @@ def _is_ready(run: Run) -> bool:
 
 
 class _Queue:
-    """Where a run stands before it says anything itself, each place told once."""
+    """Where a run stands before it says anything itself: in the queue, or starting. Each is said once."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._asked, self._told = run, time.monotonic(), ""
 
     def news(self) -> str:
-        """What is new; Slurm is asked no more often than is polite."""
+        """What is new since the last call. Slurm is asked every few seconds at most."""
         if time.monotonic() - self._asked < going_on.ASK_SLURM_EVERY:
             return ""
         self._asked, state = time.monotonic(), states.of_run(self._run)

@@ -1,6 +1,6 @@
 """What an attempt left behind for those who ask why it ended: the host's log, the ranks' logs, who left first.
 
-Reading only; of long logs the end. What it means is `judge`'s to say.
+It is only read here, and of long logs only the end. `judge` says what it means.
 """
 
 import re
@@ -120,7 +120,7 @@ def _tail(log: Path) -> tuple[Line, ...]:
 
 
 def _line_ends(log: Path, size: int) -> int | None:
-    """How many lines end in the first `size` bytes; of very long logs nobody counts them."""
+    """How many lines end in the first `size` bytes; of very long logs they aren't counted."""
     if size > COUNTED:
         return None
     count = 0

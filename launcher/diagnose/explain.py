@@ -1,6 +1,6 @@
-"""`explain`: what a run is doing or why it ended, where that began, the lines that say so, and what to do.
+"""What a run is doing or why it ended, where that began, the lines that say so, and what to do.
 
-It says no more than it knows: a healthy run is called healthy, and what nobody recorded is called unknown.
+A healthy run is called healthy, and what no log or scheduler recorded is called unknown.
 """
 
 import re
@@ -40,7 +40,7 @@ class Explanation:
 
     @property
     def bad_nodes(self) -> dict[str, str]:
-        """Nodes that any attempt speaks against, with what they are accused of."""
+        """Nodes that are to blame for the end of an attempt, each with the reason."""
         found = [*self.earlier, *([self.finding] if self.finding else [])]
         return {
             node: f"{finding.cause.title} in {self.run.name}" for finding in found for node in finding.bad_nodes
@@ -48,7 +48,7 @@ class Explanation:
 
     @property
     def failed_nodes(self) -> tuple[str, ...]:
-        """`bad_nodes`; without any, the node with which the last failure began."""
+        """`bad_nodes`, or if there are none, the node with which the last failure began."""
         last = self.finding.nodes if self.finding and self.finding.cause is not table.CANCELLED else ()
         return tuple(self.bad_nodes) or last
 
@@ -83,7 +83,7 @@ def _finding(run: Run, left: Evidence) -> Finding | None:
 
 
 def _goes_on(left: Evidence, state: State, newest: bool) -> bool:
-    """Whether an attempt is under way. The newest of a job that lives may have ended: it waits for its next."""
+    """Whether an attempt is under way. An active job may be between two attempts."""
     return state.active and newest and not left.last_word
 
 
@@ -154,7 +154,7 @@ def _finished(run: Run) -> str:
 
 
 def _with_slurms_word(run: Run, found: Finding | None, nodes: Sequence[str]) -> Finding | None:
-    """A node failure whose node no log names: `nodes` of the job that Slurm calls down now are named."""
+    """If no log names the node that failed: those `nodes` of the job that Slurm calls down now."""
     if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local:
         return found
     down = _down(nodes, run.environment)
@@ -207,7 +207,7 @@ def _sentence(run: Run, found: Finding) -> str:
 
 
 def _addressed(run: Run, advice: Iterable[str], *, again: bool = True) -> Iterable[str]:
-    """With the run and its job in place of RUN and ID, without what can't be done: Slurm's here, `again` if not."""
+    """Advice with the run's name for RUN and its job for ID, without what can't be done for this run."""
     for text in advice:
         if not again and re.search(r"mixlaunch (?:resume|retry)", text):
             continue

@@ -22,7 +22,7 @@ UNDERLINE = re.compile(r"^[\s~^]+$")
 PREFIX = re.compile(r"^\[rank\d+\]:\s?")
 FRAME = re.compile(r'^\s+File "')
 COMMAND = re.compile(r"\s+\(\s*trap .*")
-KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # the shell's word on a rank that a signal ended
+KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # what the shell says of a rank that a signal ended
 SIGNALS = range(129, 160)
 ENDED_BY_OTHERS = (0, 15, 137, 143, 85)  # codes of ranks that were ended, and so say nothing
 TOLD_TO_LEAVE = (15, 85, 130, 143)  # all ranks were told to leave, so the first one to do it means nothing
@@ -50,14 +50,14 @@ class Finding:
 
     @property
     def brief(self) -> str:
-        """What, and with which rank on which node it began."""
+        """What happened, and with which rank on which node it began."""
         rank = f"rank {self.rank}" if self.rank is not None else ""
         where = " on ".join(filter(None, [rank, hostlist.compress(self.nodes)]))
         return f"{self.cause.title}{f': {where}' if where else ''}"
 
     @property
     def bad_nodes(self) -> tuple[str, ...]:
-        """Nodes that this speaks against."""
+        """Nodes that are to blame."""
         return self.nodes if self.cause.bad_node or self.node_to_blame else ()
 
 
@@ -183,7 +183,7 @@ def _only_secondary(evidence: Evidence, secondary: Symptoms, silent: tuple[int, 
 
 
 def _best(lines: Sequence[Line]) -> Symptom | None:
-    """The most telling of a log's last lines: causes of a rank's own first, in the order of the table."""
+    """The most telling of a log's last lines: secondary failures last, else in the order of the table."""
     start = max(0, len(lines) - RECENT)
     found = [(start + place, cause) for place, cause in table.of_rank_lines(line.text for line in lines[start:])]
     return min(found, key=lambda item: (item[1].secondary, _precedence(item[1]), -item[0]), default=None)
@@ -195,13 +195,13 @@ def _precedence(cause: Cause) -> int:
 
 
 def excerpt(lines: Sequence[Line], place: int) -> tuple[Line, ...]:
-    """The line at `place`, the frame of the caller's own code above it and the last one, and what follows."""
+    """The line at `place`, the two frames of a traceback above it that matter, and the lines that follow."""
     after = [line for line in lines[place + 1 : place + 3] if line.text.strip() and not KILLED.match(line.text)]
     return tuple(replace(line, text=_plain(line)) for line in [*_frames(lines[:place]), lines[place], *after])
 
 
 def _frames(before: Sequence[Line]) -> list[Line]:
-    """Of a traceback that ends here: the last frame outside of installed packages, and the last of all."""
+    """From a traceback that ends here: the last frame outside of installed packages, and the last one of all."""
     indented: list[Line] = []
     for line in reversed(before):
         if not _plain(line).startswith("  "):
@@ -215,7 +215,7 @@ def _frames(before: Sequence[Line]) -> list[Line]:
 
 
 def _plain(line: Line) -> str:
-    """Without what torch puts in front, and without our own script in the shell's word on a killed rank."""
+    """The line without torch's prefix, and without our own script where the shell reports a killed rank."""
     return COMMAND.sub("", PREFIX.sub("", line.text))
 
 

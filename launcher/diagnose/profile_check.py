@@ -1,6 +1,6 @@
-"""A profile held against the live cluster: one finding a question, with the reason when the answer isn't yes.
+"""A profile compared with the live cluster: a finding for each question, with the reason when the answer isn't yes.
 
-`unknown` is an honest answer: what a login node can't see and what Slurm doesn't keep isn't called right or wrong.
+What a login node can't see and what Slurm doesn't keep is `unknown`, neither right nor wrong.
 """
 
 import os
@@ -117,7 +117,7 @@ def _names(cluster: Site) -> list[str]:
 
 
 def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> Iterator[ProfileFinding]:
-    """GPUs, cores and memory of the nodes that have all of what a whole node is said to have."""
+    """Whether some nodes have all the GPUs, cores and memory that the profile says a node has."""
     node = profile.node
     where = partition.name
     most = max((kind.gpus for kind in kinds), default=0)
@@ -286,7 +286,7 @@ def _elsewhere(profile: ClusterProfile) -> Iterator[ProfileFinding]:
 
 
 def _script(profile: ClusterProfile) -> Iterator[ProfileFinding]:
-    """Templates of the user's own make a script that is fit to run."""
+    """Whether the user's own templates make a valid script."""
     if profile.templates:
         try:
             lint.check(render.render(jobs.plan_finetune(profile)), profile.slurm_version)
@@ -297,7 +297,7 @@ def _script(profile: ClusterProfile) -> Iterator[ProfileFinding]:
 
 
 def _test_only(profile: ClusterProfile) -> ProfileFinding:
-    """sbatch's own verdict on one whole node as the profile describes it."""
+    """What `sbatch --test-only` says to a job of one whole node."""
     what = "sbatch --test-only"
     try:
         text = render.render(_whole_node(profile))

@@ -1,6 +1,6 @@
 """The daemons of a sandbox: started with its mark, recorded at once, and waited for until they answer.
 
-Slurm's own are plain; what takes care is munge, and MariaDB for slurmdbd, both private to their folder.
+munge, and MariaDB for slurmdbd, are private to the sandbox's folder.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def _install_mariadb(sandbox: Sandbox, options: list[str]) -> None:
 
 
 def _environment(sandbox: Sandbox) -> dict[str, str]:
-    """For every process that is ours: marked, so that it is found again whatever happens to us."""
+    """The environment of each process of the sandbox. Its mark finds the process again, even after a crash."""
     ours = {MARK: sandbox.mark, "MYSQL_UNIX_PORT": str(_socket(sandbox))}
     return {**os.environ, **sandbox.environment, **ours}
 

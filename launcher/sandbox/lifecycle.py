@@ -165,14 +165,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_open(folder: Path, descriptor: int) -> bool:
-    """Whether `folder` is what `descriptor` holds: a `down` we waited for has removed it and left us a ghost."""
+    """Whether `descriptor` still is `folder`: a `down` that had the lock before us may have removed it."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(folder.stat(), os.fstat(descriptor))
     return False
 
 
 def _start_or_clear(folder: Path, shape: ClusterShape, accounting: bool, deadline: float) -> Sandbox:
-    """Somebody may take a port between our look at it and a daemon's; then once more, on others."""
+    """Start, or clear what was started. If another program took one of the ports meanwhile, try others."""
     try:
         return _start(folder, shape, accounting, deadline)
     except BaseException as error:

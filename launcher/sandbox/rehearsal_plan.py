@@ -85,7 +85,7 @@ def shape(plan: JobPlan) -> ClusterShape:
 
 
 def tiny(layout: Layout, config: dict[str, Any]) -> Tiny:
-    """At least two layers, eight experts and two query groups, and more where they are divided further."""
+    """At least two layers, eight experts and two query groups; more where the layout needs more."""
     query_groups = math.lcm(2, layout.tensor)
     heads = math.lcm(4, query_groups)
     return Tiny(
@@ -99,7 +99,7 @@ def tiny(layout: Layout, config: dict[str, Any]) -> Tiny:
 
 
 def _fewest_layers(layout: Layout, config: dict[str, Any]) -> int:
-    """One for each stage, or chunk of one, but where the first or the last has a number of its own."""
+    """One for each stage or interleaved chunk; the first and the last stage may have a number of their own."""
     own: list[int] = [n for n in (config.get("first_stage_layers"), config.get("last_stage_layers")) if n]
     return sum(own) + (layout.pipeline - len(own)) * int(config.get("virtual_pipeline", 1))
 

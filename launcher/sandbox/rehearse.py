@@ -1,7 +1,7 @@
 """The dress rehearsal: the very script a cluster would get, on a private Slurm of its shape, with a tiny model.
 
-It goes through what kills first nights: the request, the rendezvous, the layout, the data, three steps, the early
-warning, a save, the requeue and the resume. What was tried comes as facts, each when it is known.
+It tries what fails in a first night: the request, the rendezvous, the layout, the data, three steps, the early
+warning, a save, the requeue and the resume. Each comes as a fact once it is known.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ Fact = tuple[str, str]  # what was tried, and what came of it
 
 
 class Failed(Fault):
-    """The rehearsal found something; its folder stays, to look at."""
+    """The rehearsal found a fault. Its folder is kept."""
 
 
 def check(plan: JobPlan) -> None:
@@ -139,8 +139,8 @@ def mirrored(plan: JobPlan, slurm: Sandbox, folder: Path) -> JobPlan:
     )
 
 
-def acts(mirrored: JobPlan, path: Path, *, asked: Sequence[str]) -> Iterator[Fact]:
-    """The rehearsal itself, in the run directory `path`; `Failed` where it finds something."""
+def tried(mirrored: JobPlan, path: Path, *, asked: Sequence[str]) -> Iterator[Fact]:
+    """The rehearsal itself, in the run directory `path`; `Failed` where something goes wrong."""
     run = start.run(mirrored, asked=asked, path=path)
     yield "submitted", f"job {run.job_id}, accepted by sbatch as it would be there"
     yield from _first_attempt(run)
@@ -193,7 +193,7 @@ def _second_attempt(run: Run) -> Iterator[Fact]:
 
 
 def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-    """The first event that is `wanted`; `Failed` when a rank or the job ends before, or all is quiet for long."""
+    """The first event that is `wanted`; `Failed` when a rank or the job ends first, or nothing happens for long."""
     seen, quiet_since = 0, time.monotonic()
     while True:
         ended = not states.of_run(run).active  # asked before reading, so that the last events aren't missed
@@ -212,7 +212,7 @@ def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dic
 
 
 def _fault(run: Run) -> str:
-    """Who left the newest attempt first, unless it was with 85, which is no fault."""
+    """Who left the newest attempt first; nothing for exit code 85, which is no fault."""
     numbers = logs.attempts(run.path)
     if not numbers:
         return ""

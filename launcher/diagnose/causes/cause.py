@@ -1,6 +1,6 @@
-"""What a cause is: the words that give it away, what it means, and what to do about it (pure).
+"""What a cause is: the patterns by which it is found, what it means, and what to do about it (pure).
 
-Its patterns are searched for in single lines; named groups `node` and `rank` of a pattern tell where it was.
+Patterns are searched for in single lines. Named groups `node` and `rank` of a pattern say where it happened.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Causes that Slurm and the host tell of: they outrank what ranks say, because they are why they say it (pure).
+"""Causes that Slurm and the host report. They count before what ranks say, because they explain it (pure).
 
 Rows are in order of precedence: the first that fits wins.
 """

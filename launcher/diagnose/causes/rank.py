@@ -1,4 +1,4 @@
-"""Causes that a rank tells of in its log: CUDA, NCCL, gloo, the operating system, Python, our own jobs (pure).
+"""Causes that the log of a rank reports: CUDA, NCCL, gloo, the operating system, Python, our own jobs (pure).
 
 Rows are in order of precedence: if a log holds several causes, the first row counts. Secondary failures come last:
 those that follow another rank's end.

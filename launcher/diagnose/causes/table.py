@@ -1,7 +1,7 @@
-"""Why runs end, as tables: what hosts tell of, what ranks do, what an exit code alone says, and what is left.
+"""All causes: those of the host, those of ranks, those of an exit code alone, and those of a run that says nothing.
 
-Found by lines of the host's log or of a rank's, by the first exit code, or by Slurm's state. Patterns are the
-programs' own words.
+A cause is found by a line of the host's log or of a rank's, by the first exit code, or by Slurm's state. Patterns
+are the programs' own words.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from launcher.diagnose.causes.cause import MARK, RESUME, RETRY, Cause
 from launcher.diagnose.causes.host import HOST
 from launcher.diagnose.causes.rank import RANK
 
-# What only the first exit code tells.
+# What only the first exit code says.
 EXITS = (
     Cause(
         name="requeue",
@@ -55,7 +55,7 @@ EXITS = (
     ),
 )
 
-# A Python exception that nothing above knows by name.
+# A Python exception that no other cause matches.
 EXCEPTION = Cause(
     name="exception",
     title="an exception ended a rank",
@@ -65,7 +65,7 @@ EXCEPTION = Cause(
         r"^(?:\[rank\d+\]:\s*)?(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b(?::|$)",
     ),
 )
-# Where no rank left a code of its own: srun's word on a node. After a failure it says the same of the slow ones.
+# srun says this of a node where no rank left a code of its own. After a failure it also says so of slow ranks.
 NODE_LOST = Cause(
     name="node_lost",
     title="everything on a node was killed at once",
