@@ -5,7 +5,7 @@ They read profiles and ask Slurm; none of them submits anything.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,6 @@ JSON = click.Option(["--json", "as_json"], is_flag=True, help="For programs.")
 PROFILE = click.argument("name", metavar="[NAME|FILE.yaml]", required=False, shell_complete=completion.clusters)
 
 
-def _with(*options: click.Option) -> Callable[[click.Command], click.Command]:
-    """Give a command options that others have, too."""
-
-    def add(command: click.Command) -> click.Command:
-        command.params.extend(options)
-        return command
-
-    return add
-
-
 @click.group(invoke_without_command=True)
 @click.pass_context
 def clusters(ctx: click.Context) -> None:
@@ -47,8 +37,7 @@ def clusters(ctx: click.Context) -> None:
         ctx.invoke(clusters_list, as_json=False)
 
 
-@_with(JSON)
-@clusters.command("list")
+@clusters.command("list", params=[JSON])
 def clusters_list(as_json: bool) -> None:
     """Every profile that --cluster can name."""
     if as_json:
@@ -57,8 +46,7 @@ def clusters_list(as_json: bool) -> None:
         _table()
 
 
-@_with(override(), JSON)
-@clusters.command("show")
+@clusters.command("show", params=[override(), JSON])
 @PROFILE
 def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
     """A profile as it is understood: parents merged, variables expanded, defaults filled in."""
@@ -70,8 +58,7 @@ def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) ->
     terminal.code(_text(cluster), "yaml")
 
 
-@_with(override(), JSON)
-@clusters.command("check")
+@clusters.command("check", params=[override(), JSON])
 @PROFILE
 def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
     """Hold a profile against the live cluster.

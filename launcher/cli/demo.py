@@ -17,7 +17,7 @@ from launcher.errors import Fault, UsageError
 
 TEXT_BYTES = 2 << 20  # enough English for the loss to fall, little enough for seconds of tokenizing
 LEAST_TEXT = 8000  # bytes: a batch and what is kept aside to test on
-QUESTION = "Return a list of the"
+QUESTION = shlex.split("--raw --prompt 'Return a list of the' --temperature 0.8 --seed 7 --max-tokens 40")
 # Small enough for two cores, and with all that makes a Mixtral one: grouped queries, 8 experts, 2 of them a token.
 MODEL = shlex.split("--hidden 128 --intermediate 256")
 TRAINING = shlex.split(
@@ -54,20 +54,7 @@ def run(text: Path | None, folder: Path) -> None:
     server = newest(runs, "serve")
     try:
         wait_for(server / "server.json", seconds=120)
-        chain.step(
-            "A question",
-            "chat",
-            server,
-            "--raw",
-            "--prompt",
-            QUESTION,
-            "--temperature",
-            "0.8",
-            "--seed",
-            "7",
-            "--max-tokens",
-            "40",
-        )
+        chain.step("A question", "chat", server, *QUESTION)
     finally:
         chain.step("The server ends", "cancel", server.name)
     terminal.heading(f"Done in {time.monotonic() - began:.0f} s. Where everything lies:")

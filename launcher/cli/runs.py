@@ -15,24 +15,18 @@ from launcher.runs.record import Run
 from launcher.slurm import hostlist
 from launcher.submit import resume as again
 
-
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """What both can be asked for."""
-    for option in (
-        click.option("--time", metavar="LIMIT", help="Another time limit.  [default: the one it had]"),
-        click.option("--exclude", multiple=True, metavar="NODES", help="Nodes to leave out; repeat it."),
-        click.option("--exclude-failed", is_flag=True, help="Leave out the nodes that failed, as `explain` says."),
-        click.option("--wait", is_flag=True, help="Wait for the end."),
-        click.option("--follow", is_flag=True, help="Wait, and print rank 0's log."),
-        IN_CLUSTER,
-    )[::-1]:
-        command = option(command)
-    return command
+AGAIN = (
+    click.Option(["--time"], metavar="LIMIT", help="Another time limit.  [default: the one it had]"),
+    click.Option(["--exclude"], multiple=True, metavar="NODES", help="Nodes to leave out; repeat it."),
+    click.Option(["--exclude-failed"], is_flag=True, help="Leave out the nodes that failed, as `explain` says."),
+    click.Option(["--wait"], is_flag=True, help="Wait for the end."),
+    click.Option(["--follow"], is_flag=True, help="Wait, and print rank 0's log."),
+)
 
 
-@click.command()
+@click.command(params=[*AGAIN])
 @run_argument()
-@_options
+@IN_CLUSTER
 def resume(**how: Any) -> None:
     """Go on with a run that ended too early.
 
@@ -41,9 +35,9 @@ def resume(**how: Any) -> None:
     _go_on(again.resume, **how)
 
 
-@click.command()
+@click.command(params=[*AGAIN])
 @run_argument()
-@_options
+@IN_CLUSTER
 def retry(**how: Any) -> None:
     """Run a failed run again.
 

@@ -17,18 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 ENOUGH = 20  # characters of a note that tell something
-STYLES = {  # of the states that Slurm knows
-    "COMPLETED": "green",
-    "RUNNING": "cyan",
-    "PENDING": "yellow",
-    "FAILED": "red",
-    "TIMEOUT": "red",
-    "PREEMPTED": "red",
-    "BOOT_FAIL": "red",
-    "NODE_FAIL": "red",
-    "OUT_OF_MEMORY": "red",
-    "CANCELLED": "magenta",
-}
+BAD = ("FAILED", "TIMEOUT", "PREEMPTED", "BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY")
+STYLES = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "CANCELLED": "magenta"}
+STYLES |= dict.fromkeys(BAD, "red")  # of the states that Slurm knows
 
 
 @functools.cache

@@ -32,8 +32,8 @@ class Explanation:
 
     run: Run
     state: State
-    verdict: str
-    summary: str
+    verdict: str = "unknown"
+    summary: str = ""
     advice: tuple[str, ...] = ()
     finding: Finding | None = None
     earlier: tuple[Finding, ...] = ()
@@ -60,17 +60,18 @@ def explain(run: Run, *, attempt: int | None = None) -> Explanation:
     there = logs.attempts(run.path)
     if attempt is not None and attempt not in there:
         raise UsageError(f"{run.name} has no attempt {attempt}; there are: {', '.join(map(str, there)) or 'none'}")
+    blank = Explanation(run=run, state=state)
     if attempt is not None:
-        return _of_attempt(run, state, _evidence(run, attempt, state, there), newest=attempt == there[-1])
+        return _of_attempt(blank, _evidence(run, attempt, state, there), newest=attempt == there[-1])
     attempts = (_evidence(run, number, state, there) for number in there)
     findings = [_finding(run, left) for left in attempts if not _goes_on(left, state, left.attempt == there[-1])]
-    earlier = tuple(found for found in findings if found)
+    blank = replace(blank, earlier=tuple(found for found in findings if found))
     if state.active:
-        return _of_active(run, state, earlier)
+        return _of_active(blank)
     if state.state == "COMPLETED":
-        return Explanation(run=run, state=state, verdict="finished", summary=_finished(run), earlier=earlier)
+        return replace(blank, verdict="finished", summary=_finished(run))
     last = findings[-1] if there else judge.judge(evidence.of_attempt(run, None, state))
-    return _of_ended(run, state, last, tuple(found for found in earlier if found is not last))
+    return _of_ended(replace(blank, earlier=tuple(found for found in blank.earlier if found is not last)), last)
 
 
 def _evidence(run: Run, number: int, state: State, there: Sequence[int]) -> Evidence:
@@ -87,45 +88,36 @@ def _goes_on(left: Evidence, state: State, newest: bool) -> bool:
     return state.active and newest and not left.last_word
 
 
-def _of_attempt(run: Run, state: State, left: Evidence, *, newest: bool) -> Explanation:
-    if _goes_on(left, state, newest):
-        return _of_active(run, state, ())
-    if (found := _finding(run, left)) is None:
-        summary = f"attempt {left.attempt} did its work"
-        return Explanation(run=run, state=state, verdict="finished", summary=summary)
-    return _of_ended(run, state, found, ())
+def _of_attempt(blank: Explanation, left: Evidence, *, newest: bool) -> Explanation:
+    if _goes_on(left, blank.state, newest):
+        return _of_active(blank)
+    if found := _finding(blank.run, left):
+        return _of_ended(blank, found)
+    return replace(blank, verdict="finished", summary=f"attempt {left.attempt} did its work")
 
 
-def _of_ended(run: Run, state: State, found: Finding | None, earlier: tuple[Finding, ...]) -> Explanation:
+def _of_ended(blank: Explanation, found: Finding | None) -> Explanation:
+    run, state = blank.run, blank.state
     if found is None:  # the logs say done where Slurm says otherwise: it was ended in its last moments
-        summary = f"Slurm says {state.state}, and its own log says that it was done"
-        return Explanation(run=run, state=state, verdict="unknown", summary=summary, earlier=earlier)
+        return replace(blank, summary=f"Slurm says {state.state}, and its own log says that it was done")
     verdict = "cancelled" if found.cause is table.CANCELLED else "failed"
-    return Explanation(
-        run=run,
-        state=state,
-        verdict=verdict,
-        summary=_sentence(run, found),
-        advice=tuple(_addressed(run, found.cause.advice, again=state.resumable)),
-        finding=found,
-        earlier=earlier,
-    )
+    advice = tuple(_addressed(run, found.cause.advice, again=state.resumable))
+    return replace(blank, verdict=verdict, summary=_sentence(run, found), advice=advice, finding=found)
 
 
-def _of_active(run: Run, state: State, earlier: tuple[Finding, ...]) -> Explanation:
+def _of_active(blank: Explanation) -> Explanation:
+    run, state = blank.run, blank.state
     if state.state == "PENDING":
         reason = reasons.find(state.reason)
         starts = f"; Slurm expects it to start about {words.moment(state.start)}" if state.start else ""
         summary = f"it hasn't started: {reason.words} ({state.reason or 'no reason given'}){starts}"
-        advice = _addressed(run, [reason.advice] if reason.advice else [])
-        return Explanation(
-            run=run, state=state, verdict="waiting", summary=summary, advice=tuple(advice), earlier=earlier
-        )
+        advice = tuple(_addressed(run, [reason.advice] if reason.advice else []))
+        return replace(blank, verdict="waiting", summary=summary, advice=advice)
     if state.state in ("UNKNOWN", states.SUBMITTING):
-        return Explanation(run=run, state=state, verdict="unknown", summary=state.reason, earlier=earlier)
+        return replace(blank, summary=state.reason)
     summary, quiet = _progress(run)
     advice = (f"`mixlaunch logs {run.name} --rank all` shows what each rank said last",) if quiet else ()
-    return Explanation(run=run, state=state, verdict="running", summary=summary, advice=advice, earlier=earlier)
+    return replace(blank, verdict="running", summary=summary, advice=advice)
 
 
 def _progress(run: Run) -> tuple[str, bool]:
