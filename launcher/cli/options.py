@@ -55,11 +55,15 @@ class SectionedCommand(click.Command):
 
 
 class CommandWithOthers(SectionedCommand):
-    """A command with others under it: its first word is the name of one of them, or else a model."""
+    """A command with others under it: its first word is the name of one of them, or else its model."""
 
-    def __init__(self, *args: Any, under: Sequence[click.Command], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, name: str, *, under: Sequence[click.Command], params: list[click.Parameter], **parts: Any
+    ) -> None:
         self.commands = {str(command.name): command for command in under}
+        metavar = f"[MODEL | {'|'.join(self.commands)} ...]"
+        words = click.Argument(["words"], nargs=-1, metavar=metavar, shell_complete=self._offered)
+        super().__init__(name, params=[words, *params], **parts)
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -68,6 +72,25 @@ class CommandWithOthers(SectionedCommand):
             return super().make_context(info_name, args, parent, **extra)
         name, *rest = args
         return self.commands[name].make_context(f"{info_name} {name}", rest, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if words := ctx.params.pop("words"):
+            ctx.params["model"] = self._model(ctx, *words)
+        return super().invoke(ctx)
+
+    def _model(self, ctx: click.Context, word: str, *more: str) -> str:
+        if word in self.commands:  # what was typed before it would be lost
+            typed = [p for p in ctx.params if ctx.get_parameter_source(p) == click.core.ParameterSource.COMMANDLINE]
+            first = next((p.opts[0] for p in self.params if p.name in typed), "--")
+            raise click.UsageError(f"{first} goes behind `{self.name} {word}`", ctx=ctx)
+        if more:
+            raise click.UsageError(f"Got unexpected extra argument ({more[0]})", ctx=ctx)
+        if ctx.params["model"] is not None:
+            raise click.UsageError(f"{word!r} and --model: give one of them", ctx=ctx)
+        return word
+
+    def _offered(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        return [name for name in self.commands if name.startswith(incomplete)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -107,8 +130,6 @@ def job_command(
 
     def callback(**typed: Any) -> None:
         own = {name: typed.pop(name) for name in names}
-        if words := typed.pop("words", ()):
-            typed["model"] = _only_model(words, typed["model"], [str(command.name) for command in under])
         action(job, typed, **own)
 
     parts: dict[str, Any] = {
@@ -117,29 +138,7 @@ def job_command(
         "help": HELP[job],
         "context_settings": {"max_content_width": 110},
     }
-    if not under:
-        return SectionedCommand(job, **parts)
-    metavar = f"[MODEL | {'|'.join(str(command.name) for command in under)} ...]"
-    parts["params"].insert(0, click.Argument(["words"], nargs=-1, metavar=metavar))
-    return CommandWithOthers(job, under=under, **parts)
-
-
-def _only_model(words: tuple[str, ...], model: str | None, under: Sequence[str]) -> str:
-    """The model among a command's words; `UsageError` for any other word."""
-    context = click.get_current_context()
-    word, *more = words
-    if word in under:  # behind options, which would be lost on it
-        typed = (p.opts[0] for p in context.command.params if _is_typed(context, p) and p.name != "words")
-        raise click.UsageError(f"{next(typed, '--')} goes behind `{context.info_name} {word}`", ctx=context)
-    if more:
-        raise click.UsageError(f"Got unexpected extra argument ({more[0]})", ctx=context)
-    if model is not None:
-        raise click.UsageError(f"{word!r} and --model: give one of them", ctx=context)
-    return word
-
-
-def _is_typed(context: click.Context, parameter: click.Parameter) -> bool:
-    return context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE
+    return CommandWithOthers(job, under=under, **parts) if under else SectionedCommand(job, **parts)
 
 
 def _option(section: str, name: str, help: str, default: str = "", **rest: Any) -> click.Option:

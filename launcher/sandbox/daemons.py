@@ -15,7 +15,7 @@ from launcher.common import processes
 from launcher.errors import Fault
 from launcher.sandbox.config import ACCOUNT, CLUSTER, DATABASE
 from launcher.sandbox.record import MARK, Sandbox, write
-from launcher.slurm import client as slurm
+from launcher.slurm import client
 
 
 def start_munge(sandbox: Sandbox, deadline: float) -> None:
@@ -48,13 +48,13 @@ def start_accounting(sandbox: Sandbox, deadline: float) -> None:
         _add(sandbox, "account", name, f"cluster={CLUSTER}")
     _add(sandbox, "user", user, f"account={','.join(accounts)}", f"defaultaccount={ACCOUNT}", "adminlevel=admin")
     if qos:
-        client(sandbox, "sacctmgr", "--immediate", "modify", "user", user, "set", f"qos+={','.join(qos)}")
+        call(sandbox, "sacctmgr", "--immediate", "modify", "user", user, "set", f"qos+={','.join(qos)}")
 
 
 def launch(sandbox: Sandbox, name: str, program: str, *arguments: str) -> None:
     """Start one daemon in the foreground of a session of its own and record it."""
     folder = sandbox.folder
-    argv = [slurm.which(program) or program, *arguments]
+    argv = [client.which(program) or program, *arguments]
     log = folder / "logs" / f"{name}.out"
     sandbox.processes[name] = processes.start(argv, env=_environment(sandbox), cwd=folder, log=log)
     write(sandbox)
@@ -71,9 +71,9 @@ def wait(sandbox: Sandbox, condition: Callable[[], bool], deadline: float) -> No
         time.sleep(0.05)
 
 
-def client(sandbox: Sandbox, program: str, *arguments: str) -> str:
+def call(sandbox: Sandbox, program: str, *arguments: str) -> str:
     """What one of Slurm's commands says about the sandbox."""
-    return slurm.call(program, *arguments, environment=sandbox.environment, timeout=15)
+    return client.call(program, *arguments, environment=sandbox.environment, timeout=15)
 
 
 def _start_mariadb(sandbox: Sandbox, deadline: float) -> None:
@@ -93,7 +93,7 @@ def _start_mariadb(sandbox: Sandbox, deadline: float) -> None:
 
 
 def _install_mariadb(sandbox: Sandbox, options: list[str]) -> None:
-    program = slurm.which("mariadb-install-db") or "mariadb-install-db"
+    program = client.which("mariadb-install-db") or "mariadb-install-db"
     argv = [program, *options, "--auth-root-authentication-method=normal", "--skip-test-db"]
     with (sandbox.folder / "logs" / "mariadb-install-db.out").open("ab") as log:
         done = subprocess.run(
@@ -114,11 +114,11 @@ def _socket(sandbox: Sandbox) -> Path:
 
 
 def _add(sandbox: Sandbox, *what: str) -> None:
-    client(sandbox, "sacctmgr", "--immediate", "add", *what)
+    call(sandbox, "sacctmgr", "--immediate", "add", *what)
 
 
 def _answers(sandbox: Sandbox, *argv: str) -> bool:
     with contextlib.suppress(Fault):
-        client(sandbox, *argv)
+        call(sandbox, *argv)
         return True
     return False

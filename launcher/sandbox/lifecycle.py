@@ -126,7 +126,7 @@ def status(folder: Path | None = None) -> Status:
         return Status(folder=folder, state="broken", sandbox=sandbox, dead=dead)
     try:
         nodes = _node_states(sandbox)
-        jobs = len(daemons.client(sandbox, "squeue", "--noheader", "--format=%i").split())
+        jobs = len(daemons.call(sandbox, "squeue", "--noheader", "--format=%i").split())
     except Fault:
         return Status(folder=folder, state="broken", sandbox=sandbox, dead=("slurmctld",))
     return Status(folder=folder, state="up", sandbox=sandbox, nodes=nodes, jobs=jobs)
@@ -271,7 +271,7 @@ def _all_idle(sandbox: Sandbox) -> bool:
 
 
 def _node_states(sandbox: Sandbox) -> dict[str, str]:
-    lines = daemons.client(sandbox, "sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+    lines = daemons.call(sandbox, "sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
     return dict(line.split(maxsplit=1) for line in lines)
 
 

@@ -65,6 +65,8 @@ def test_keys_variables_commands_and_choices_are_offered(monkeypatch):
     assert "node.gpus=" in offered("mixlaunch", "finetune", "-o", "node.")
     assert offered("mixlaunch", "finetune", "--env", "MY_TO") == ["MY_TOKEN"]
     assert offered("mixlaunch", "fine") == ["finetune"]
+    assert offered("mixlaunch", "convert", "v") == ["verify"]
+    assert "tiny" not in offered("mixlaunch", "")
     assert offered("mixlaunch", "finetune", "--precision", "") == ["bf16", "fp32"]
 
 
@@ -96,5 +98,5 @@ def test_it_answers_at_once(run):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    for words in (["finetune", "--cluster", ""], ["logs", ""]):
+    for words in ([""], ["finetune", "--cluster", ""], ["logs", ""]):
         assert min(once("mixlaunch", *words) for _ in range(3)) < 0.3
