@@ -4,6 +4,7 @@ In a conversation a line that ends in a backslash goes on in the next one, and s
 lines of three quotes; lines with a slash are commands.
 """
 
+import atexit
 import io
 import json
 import math
@@ -157,7 +158,6 @@ def _converse(conversation: Conversation) -> None:
 def _line_editing() -> None:
     """Arrow keys edit a line and bring back earlier ones, from a file that only the user can read."""
     try:
-        import atexit
         import readline
     except ImportError:
         return
