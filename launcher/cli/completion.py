@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
@@ -59,10 +60,9 @@ def runs(incomplete: str) -> Iterable[str]:
 @_offer
 def keys(incomplete: str) -> Iterator[str]:
     """Keys of a profile, for -o."""
-    from launcher.cluster import profile  # it imports pydantic, and `--help` and most of TAB do without
-
-    for key in profile.keys_at(()):
-        nested = profile.keys_at((key,))
+    keys_at = _profile().keys_at
+    for key in keys_at(()):
+        nested = keys_at((key,))
         yield from (f"{key}.{name}=" for name in nested)
         if not nested:
             yield f"{key}{'.' if key in ('environment', 'extra', 'templates') else '='}"
@@ -72,6 +72,13 @@ def keys(incomplete: str) -> Iterator[str]:
 def variables(incomplete: str) -> Iterable[str]:
     """Names of the environment, for --env."""
     return sorted(os.environ)
+
+
+def _profile() -> ModuleType:
+    """It imports pydantic, which `--help` and most of TAB do without."""
+    from launcher.cluster import profile
+
+    return profile
 
 
 def glob(text: str) -> str:
@@ -86,9 +93,7 @@ def _runs_folders() -> list[Path]:
         try:
             values = yaml_layers.read(path).values
             if (values.get("login") or {}).get("host"):
-                from launcher.cluster import profile
-
-                folders.append(profile.read(path).runs_here)
+                folders.append(_profile().read(path).runs_here)
             else:
                 folders.append(Path(os.path.expanduser(str(values["paths"]["runs"]))))
         except (MixlaunchError, KeyError, TypeError, AttributeError):

@@ -14,14 +14,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from launcher.common import quoting
 from launcher.errors import Fault, MixlaunchError, UsageError
 from launcher.host import copies
 from launcher.runs import find, record
+
+if TYPE_CHECKING:
+    import httpx  # takes a tenth of a second to import, and only a question to a server needs it
 
 STATE = "server.json"
 KEY = "MIXLAUNCH_API_KEY"
@@ -56,8 +57,10 @@ class Server:
     name: str = ""  # of the model, where known
     run: record.Run | None = None  # whose server it is, where known
 
-    def client(self) -> httpx.Client:
+    def client(self) -> "httpx.Client":
         """An HTTP client for it; waits for answers as long as they take."""
+        import httpx
+
         if self.key and not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"the key of {self.url} ({KEY}) holds characters that can't be sent")
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -77,6 +80,8 @@ def choose(where: str | None, roots: Iterable[Path]) -> Server:
 
 def _checked(url: str) -> str:
     """`url` if a server could be there; `UsageError` otherwise."""
+    import httpx
+
     try:
         httpx.URL(url)
         parts = urllib.parse.urlsplit(url)
@@ -120,21 +125,25 @@ def newest(roots: Iterable[Path]) -> Server:
 
 def answers(server: Server) -> bool:
     """Whether somebody is there."""
-    try:
-        return httpx.get(f"{server.url}/health", timeout=PROBE_SECONDS).status_code < 500
-    except httpx.HTTPError:
-        return False
+    response = _get(server, "/health")
+    return response is not None and response.status_code < 500
+
+
+def _get(server: Server, route: str) -> "httpx.Response | None":
+    """A short question; None when nobody answers."""
+    import httpx
+
+    with suppress(httpx.HTTPError), server.client() as client:
+        return client.get(route, timeout=PROBE_SECONDS)
+    return None
 
 
 def load_of(run: record.Run) -> Load | None:
     """How busy a run's server is; None when there is none or it doesn't answer. It never raises."""
-    try:
-        with of_run(run).client() as client:
-            answer = client.get("/metrics", timeout=PROBE_SECONDS)
-        answer.raise_for_status()
-    except (MixlaunchError, httpx.HTTPError):
-        return None
-    return load(answer.text)
+    with suppress(MixlaunchError):
+        response = _get(of_run(run), "/metrics")
+        return load(response.text) if response is not None and response.is_success else None
+    return None
 
 
 def load(text: str, at: float | None = None) -> Load:
@@ -152,11 +161,10 @@ def load(text: str, at: float | None = None) -> Load:
 
 
 def named(server: Server) -> Server:
-    """With the model that it serves, which other servers than ours want to be told; as it was if it doesn't say."""
-    if not server.name:
-        with suppress(httpx.HTTPError, ValueError, LookupError, TypeError), server.client() as client:
-            models = client.get("/v1/models", timeout=PROBE_SECONDS).json()
-            return replace(server, name=str(models["data"][0]["id"]))
+    """With the name of its model, which servers other than ours must be told; unchanged if it doesn't say."""
+    if not server.name and (response := _get(server, "/v1/models")):
+        with suppress(ValueError, LookupError, TypeError):
+            return replace(server, name=str(response.json()["data"][0]["id"]))
     return server
 
 
@@ -198,7 +206,7 @@ def _key_of(path: Path) -> str | None:
     return None
 
 
-def explain(response: httpx.Response) -> str:
+def explain(response: "httpx.Response") -> str:
     """What a server's refusal says, in one line."""
     try:
         body: Any = response.json()
