@@ -53,9 +53,10 @@ def test_a_users_mistake_is_never_retried(plan, stub, finish):
 
 
 def test_faults_are_retried_while_there_is_progress_and_thrice_without(plan, stub, finish):
-    """The first attempt saves and fails, the next three fail at the same place: four in all."""
-    save_once = f'[ "$RANK" != 0 ] || [ "$MIXLAUNCH_ATTEMPT" != 1 ] || {{ {SAVE}; }}'
-    run = start.run(plan(stub(f"{COUNT}; {save_once}; exit 1"), nodes=1))
+    """The second attempt saves and fails, the next two fail at the same place: four in all."""
+    save_once = f'[ "$MIXLAUNCH_ATTEMPT" != 1 ] || {{ {SAVE}; }}'
+    others_wait = '[ "$RANK" = 0 ] || exec sleep 60'  # or their failure ends rank 0 before it has saved
+    run = start.run(plan(stub(f"{COUNT}; {others_wait}; {save_once}; exit 1"), nodes=1))
     state = finish(run, 120)
     assert (state.state, state.exit_code) == ("FAILED", 1)
     assert logs.attempts(run.path) == [0, 1, 2, 3]
