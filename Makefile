@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 export TEXT ?=
 export FOLDER ?= demo
 # Three files at a time keep two cores busy, since many tests wait for Slurm; the short tests of the launcher come last.
-TESTS ?= tests/megatron_mixtral tests/golden tests/gpu tests/slurm tests/launcher $(wildcard tests/test_*.py)
+TESTS ?= tests/megatron_mixtral tests/golden tests/gpu tests/slurm $(wildcard tests/test_*.py) tests/launcher
 WORKERS ?= 3
+# COVERAGE=1 also reports which lines ran, in the tests' own processes and in those that they start; what measures time
+# or memory is left out then.
+COVERED := $(if $(COVERAGE),--cov --cov-report=term:skip-covered -m "not soak and not alone")
 BENCH ?= $(wildcard tests/bench/bench_*.py)
 
 # Without a GPU the CPU build of torch is enough; with one, pip's default build is the right one.
@@ -31,7 +34,8 @@ demo: setup
 	@$(BIN)/mixlaunch demo --folder "$$FOLDER" $${TEXT:+--text "$$TEXT"}
 
 test: setup debian
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 $(TESTS)
+	@$(if $(filter file,$(origin TESTS)),echo "All tests take about 20 minutes on two cores; a line says every 15 seconds what runs.")
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 $(COVERED) $(TESTS)
 
 # What takes too long for every change: run before a release.
 soak: setup debian
@@ -65,4 +69,4 @@ debian:
 	fi
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage*

@@ -1,4 +1,4 @@
-"""For all tests: nothing that they start outlives them, and some don't share the machine.
+"""For all tests: nothing that they start outlives them, one sees what runs, and some don't share the machine.
 
 `make test` runs files of tests side by side; a test that is marked `alone` has the machine to itself all the same,
 and of those that are marked `many_ranks` one runs at a time.
@@ -9,7 +9,7 @@ import fcntl
 
 import pytest
 
-pytest_plugins = ["end_with_pytest"]
+pytest_plugins = ["end_with_pytest", "progress"]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
