@@ -18,7 +18,7 @@ TESTS = """
 import os, signal, time
 from pathlib import Path
 from launcher.sandbox import lifecycle
-from launcher.sandbox.config import Shape
+from launcher.sandbox.config import ClusterShape
 from launcher.slurm import client
 from spawn_ranks import ranks
 
@@ -29,7 +29,7 @@ def rank(folder):
 
 def test_that_is_never_done(tmp_path):
     if not lifecycle.missing_packages():
-        site = lifecycle.up(tmp_path / "sandbox", Shape(nodes=1), accounting=False)
+        site = lifecycle.up(tmp_path / "sandbox", ClusterShape(nodes=1), accounting=False)
         script = "trap '' TERM; touch $STARTED/job; sleep 600 & wait"
         client.call("sbatch", f"--wrap={script}", environment=site.environment)
     ranks(2, rank, os.environ["STARTED"], timeout=600)
