@@ -54,11 +54,13 @@ async def _soak(running, seconds, share, probe_seconds, draw) -> Watched:
         await _as_fast_as_it_goes(client, steady, probe_seconds / 2, draw)  # what the first ones make it keep
         found.capacity = await _as_fast_as_it_goes(client, steady, probe_seconds, draw)
         watching = asyncio.create_task(_watch(running, found))
-        begin, asked = time.monotonic(), []
+        begin, due, asked = time.monotonic(), 0.0, []
         while (now := time.monotonic() - begin) < seconds:
             asked.append(asyncio.create_task(_one(client, steady, draw.random(), random.Random(len(asked)), found)))
             asked = [task for task in asked if not task.done()] if len(asked) > 2000 else asked
-            await asyncio.sleep(draw.expovariate(found.capacity * share))
+            # By the clock: pauses one after another ask for less than the share where the machine is busy.
+            due += draw.expovariate(found.capacity * share)
+            await asyncio.sleep(max(0.0, due - (time.monotonic() - begin)))
         await asyncio.gather(*asked)
         found.seconds = now
         watching.cancel()
