@@ -1,4 +1,4 @@
-"""The commands of the chain that are jobs. What they do is in `start`, which is imported when one is called."""
+"""The commands of the chain that are jobs. What they do is in `run_job`, which is imported when one is called."""
 
 import importlib
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from launcher.cli.options import FORCE, PARALLEL, SectionedOption, job_command
 
 
 def _later(name: str) -> Callable[..., None]:
-    """The function of `start` with that name."""
+    """The function of `run_job` with that name."""
 
     def call(*given: Any, **more: Any) -> None:
-        getattr(importlib.import_module("launcher.cli.start"), name)(*given, **more)
+        getattr(importlib.import_module("launcher.cli.run_job"), name)(*given, **more)
 
     return call
 
@@ -39,12 +39,12 @@ START = (
 AS_JOB = _flag("--as-job", "As a job, not here in the foreground.")
 TUNNEL = _flag("--tunnel", "Wait, then let a port of this machine lead to it until Ctrl-C.")
 MORE = {"serve": (TUNNEL,)}
-UNDER = {"convert": (job_command("verify", _later("start"), more=START),)}
+UNDER = {"convert": (job_command("verify", _later("run"), more=START),)}
 
 
 def _command(job: str) -> click.Command:
     more = (*START, *((FORCE,) if job in PARALLEL else ()), *MORE.get(job, ()))
-    return job_command(job, _later("start"), more=more, under=UNDER.get(job, ()))
+    return job_command(job, _later("run"), more=more, under=UNDER.get(job, ()))
 
 
 COMMANDS = (

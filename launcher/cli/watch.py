@@ -1,4 +1,4 @@
-"""From a submission to its end: says what was submitted, shows how far it is, and ends with the job's own verdict.
+"""A run from its submission to its end: how far it is, and then the job's own verdict.
 
 On a terminal one line moves; elsewhere a line comes now and then, for people and programs that read logs. A server
 is watched until it answers; leaving early leaves it alone.
@@ -13,40 +13,14 @@ from typing import Any
 from launcher.common import terminal
 from launcher.errors import UsageError
 from launcher.host import copies
-from launcher.planning import describe
-from launcher.planning.jobs import JobPlan
 from launcher.runs import follow as going_on
 from launcher.runs import logs, servers, states, tunnel
 from launcher.runs.record import Run
 from launcher.slurm import reasons
-from launcher.submit import start
 
 LAST_LINES = 15
 MISTAKE = 2
 POLL = 0.5
-
-
-def submit(
-    plan: JobPlan, *, asked: tuple[str, ...], wait: bool | None, follow: bool, through_tunnel: bool = False
-) -> int:
-    """Submit, say so, and watch as long as `wait` says; returns the exit code for the shell.
-
-    True is to the end. None is to the end on this machine; elsewhere a server is watched until it is ready, and any
-    other job not at all. A tunnel to a server is held until Ctrl-C.
-    """
-    if through_tunnel and plan.profile.is_local:
-        raise UsageError("--tunnel: this server will be on this machine already")
-    run = start.run(plan, asked=asked)
-    where = "this machine" if run.is_local else f"{run.cluster} as job {run.job_id}"
-    terminal.done(f"{plan.job} {'started on' if run.is_local else 'submitted to'} {where}")
-    facts = [(name, value) for name, value in describe.plan_facts(plan) if name in ("ranks", "layout", "limit")]
-    later = [("follow", f"mixlaunch logs -f {run.name}"), ("cancel", f"mixlaunch cancel {run.name}")]
-    until_ready = through_tunnel or (wait is None and plan.job == "serve" and not run.is_local and not follow)
-    until_end = follow or (run.is_local if wait is None else wait)
-    terminal.facts([*facts, ("run", copies.shown(run.path)), *([] if until_end else later)])
-    if until_ready:
-        return to_ready(run, through_tunnel=through_tunnel)
-    return to_the_end(run, follow=follow) if until_end else 0
 
 
 def to_the_end(run: Run, *, follow: bool) -> int:

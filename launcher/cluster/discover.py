@@ -17,7 +17,7 @@ from launcher.cluster import catalog, profile
 from launcher.common import quoting
 from launcher.errors import Fault, UsageError
 from launcher.slurm import client, inventory, sbatch_options
-from launcher.slurm.inventory import Kind, Partition, Site
+from launcher.slurm.inventory import Inventory, Kind, Partition
 
 DAY = 24 * 60  # minutes; the longest limit that a first profile asks for
 STYLES = {"gpus-per-node": "--gpus-per-node=", "gres": "--gres=gpu:", "gpus-per-task": "--gpus-per-task="}
@@ -90,7 +90,7 @@ def called(path: Path) -> str:
     return path.stem if found and found.resolve() == path.resolve() else str(path)
 
 
-def _lines(cluster: Site, name: str, reference: str) -> Iterator[str]:
+def _lines(cluster: Inventory, name: str, reference: str) -> Iterator[str]:
     partition = _choose(cluster)
     kinds = cluster.of(partition.name)
     kind = max(kinds, key=lambda k: (k.gpus > 0, k.nodes * k.gpus, k.nodes))
@@ -122,7 +122,7 @@ def _key(name: str, value: object, comment: str = "", *, indent: str = "") -> st
     return f"{indent}{text}{f'  # {comment}' if comment else ''}"
 
 
-def _choose(cluster: Site) -> Partition:
+def _choose(cluster: Inventory) -> Partition:
     """The default partition if it has GPUs, else the one with most of them; what is down comes last."""
 
     def worth(partition: Partition) -> tuple[bool, int, bool, int]:
@@ -145,7 +145,7 @@ def _others(chosen: str, every: Sequence[str], what: str) -> str:
     return f"{what}: {', '.join(rest)}" if rest else ""
 
 
-def _request(cluster: Site, partition: Partition, kinds: list[Kind], style: Style) -> Iterator[str]:
+def _request(cluster: Inventory, partition: Partition, kinds: list[Kind], style: Style) -> Iterator[str]:
     with_gpus = [p.name for p in cluster.partitions if any(kind.gpus for kind in cluster.of(p.name))]
     yield _key("partition", partition.name, _others(partition.name, with_gpus, "also with GPUs"))
     yield from _account(cluster)
@@ -162,7 +162,7 @@ def _request(cluster: Site, partition: Partition, kinds: list[Kind], style: Styl
     yield _key("gpu_request", style.name, style.why)
 
 
-def _account(cluster: Site) -> Iterator[str]:
+def _account(cluster: Inventory) -> Iterator[str]:
     """The user's default account and QoS, where accounting tells."""
     mine, account = cluster.associations, _charged(cluster)
     if not mine:
@@ -176,7 +176,7 @@ def _account(cluster: Site) -> Iterator[str]:
         yield f"# qos: {found.qos[0]}  # allowed: {', '.join(found.qos)}"
 
 
-def _charged(cluster: Site) -> str:
+def _charged(cluster: Inventory) -> str:
     return cluster.default_account or next((a.account for a in cluster.associations or ()), "")
 
 

@@ -15,7 +15,7 @@ from launcher.errors import Fault, UsageError
 from launcher.planning import jobs
 from launcher.script import lint, render
 from launcher.slurm import client, inventory, sbatch_options
-from launcher.slurm.inventory import Kind, Partition, Site
+from launcher.slurm.inventory import Inventory, Kind, Partition
 
 Verdict = Literal["ok", "failed", "unknown"]
 PROBE = 'for p; do [ -e "$p" ] && [ -r "$p" ] && echo r || echo -; done'
@@ -66,7 +66,7 @@ def _unknown(what: str, why: str) -> ProfileFinding:
     return ProfileFinding(what=what, verdict="unknown", why=" ".join(why.split()))
 
 
-def _of_slurm(profile: ClusterProfile, cluster: Site) -> Iterator[ProfileFinding]:
+def _of_slurm(profile: ClusterProfile, cluster: Inventory) -> Iterator[ProfileFinding]:
     yield _version(profile, cluster)
     names: list[str | None] = [*profile.partition.split(",")] if profile.partition else [None]
     for name in names:
@@ -84,7 +84,7 @@ def _of_slurm(profile: ClusterProfile, cluster: Site) -> Iterator[ProfileFinding
         yield _constraint(profile.constraint, cluster, names)
 
 
-def _version(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
+def _version(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     what = "Slurm version"
     ours, theirs = sbatch_options.number(profile.slurm_version), sbatch_options.number(cluster.version or "0.0")
     if not cluster.version:
@@ -102,7 +102,7 @@ def _near(name: str, there: Iterable[str]) -> str:
     return words.choices(name, sorted(set(there)))
 
 
-def _partition(name: str | None, found: Partition | None, cluster: Site) -> ProfileFinding:
+def _partition(name: str | None, found: Partition | None, cluster: Inventory) -> ProfileFinding:
     if found is None:
         if name is None:
             return _failed("partition", f"the cluster has no default one; {_near('', _names(cluster))}")
@@ -112,7 +112,7 @@ def _partition(name: str | None, found: Partition | None, cluster: Site) -> Prof
     return _ok("partition", f"{found.name}, {found.nodes} nodes{'' if name else ' (the default)'}")
 
 
-def _names(cluster: Site) -> list[str]:
+def _names(cluster: Inventory) -> list[str]:
     return [partition.name for partition in cluster.partitions]
 
 
@@ -159,7 +159,7 @@ def _time(profile: ClusterProfile, partition: Partition) -> ProfileFinding:
     return _ok("time limit", profile.time)
 
 
-def _account(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
+def _account(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     found = cluster.associations
     if found is None:
         return _unknown("account", "the cluster keeps no accounts that one can ask for")
@@ -179,7 +179,7 @@ def _account(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
     return _ok("account", name if profile.account else f"{name} (your default)")
 
 
-def _qos(profile: ClusterProfile, cluster: Site) -> ProfileFinding:
+def _qos(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     assert profile.qos is not None
     if cluster.associations is None:
         return _unknown("QoS", "the cluster keeps no accounts that one can ask for")
@@ -211,7 +211,7 @@ def _reservation(name: str, profile: ClusterProfile) -> ProfileFinding:
     return _ok("reservation", said) if state == "ACTIVE" else _unknown("reservation", f"{said}; jobs wait for it")
 
 
-def _constraint(text: str, cluster: Site, names: list[str | None]) -> ProfileFinding:
+def _constraint(text: str, cluster: Inventory, names: list[str | None]) -> ProfileFinding:
     chosen = [p.name for p in (cluster.partition(name) for name in names) if p]
     there = {feature for name in chosen for kind in cluster.of(name) for feature in kind.features}
     for feature in re.findall(r"[A-Za-z_][\w.-]*", text):

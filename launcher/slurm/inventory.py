@@ -55,7 +55,7 @@ class Association:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class Inventory:
     """One Slurm. Where it keeps no accounts, there are no associations and nothing can be said about them."""
 
     config: Mapping[str, str]
@@ -89,7 +89,7 @@ class Site:
         return [kind for kind in self.kinds if kind.partition == partition]
 
 
-def ask(environment: Mapping[str, str]) -> Site:
+def ask(environment: Mapping[str, str]) -> Inventory:
     """Everything that a profile can be held against; `Fault` if the controller doesn't answer."""
     config = dict(_config(client.call("scontrol", "show", "config", environment=environment)))
     shown = client.call("scontrol", "--all", "--oneliner", "show", "partition", environment=environment)
@@ -98,7 +98,7 @@ def ask(environment: Mapping[str, str]) -> Site:
     )
     associations, default = _accounts(environment, config)
     try:
-        return Site(
+        return Inventory(
             config=config,
             partitions=tuple(partitions(shown)),
             kinds=tuple(kinds(listed)),

@@ -85,9 +85,9 @@ def test_it_outlives_the_command_and_its_terminal(plan, tmp_path):
 def test_a_command_that_is_told_to_end_takes_it_along(plan, tmp_path):
     (tmp_path / "plan").write_bytes(pickle.dumps(plan("touch $MIXLAUNCH_RUN/ready; sleep 300")))
     code = (
-        "import pickle, sys\nfrom pathlib import Path\nfrom launcher.cli import watch\n"
+        "import pickle, sys\nfrom pathlib import Path\nfrom launcher.cli import run_job\n"
         "plan = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
-        "sys.exit(watch.submit(plan, asked=(), wait=None, follow=False))"
+        "sys.exit(run_job.submit(plan, asked=(), wait=None, follow=False))"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "plan")]
     command = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)

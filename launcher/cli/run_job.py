@@ -9,14 +9,15 @@ from typing import Any
 from launcher.cli import watch
 from launcher.cli.planned import planned, print_remarks
 from launcher.common import terminal
+from launcher.errors import UsageError
+from launcher.host import copies
 from launcher.planning import describe, inputs
 from launcher.planning.jobs import JobPlan
 from launcher.script import lint, render
-from launcher.submit import foreground
-from launcher.submit import start as submission
+from launcher.submit import foreground, start
 
 
-def start(
+def run(
     job: str,
     typed: dict[str, Any],
     *,
@@ -29,21 +30,42 @@ def start(
     tunnel: bool = False,
 ) -> None:
     """Submit the job that was asked for, or show what a submission would do."""
-    plan = submission.keep_off(planned(job, typed), exclude, health_check=health_check)
+    plan = start.keep_off(planned(job, typed), exclude, health_check=health_check)
     if dry_run:
         # Planning needs no network: a list behind a login node is read when the job is submitted.
-        _show(plan if plan.profile.login_node else submission.leave_out(plan))
+        _show(plan if plan.profile.login_node else start.leave_out(plan))
     describe.require(plan, force=force)
     if dry_run:
         return
     inputs.require(plan)
     print_remarks(plan)
-    sys.exit(watch.submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow, through_tunnel=tunnel))
+    sys.exit(submit(plan, asked=tuple(sys.argv[1:]), wait=wait, follow=follow, tunnel=tunnel))
+
+
+def submit(plan: JobPlan, *, asked: tuple[str, ...], wait: bool | None, follow: bool, tunnel: bool = False) -> int:
+    """Submit, say so, and watch as long as `wait` says; returns the exit code for the shell.
+
+    True is to the end. None is to the end on this machine; elsewhere a server is watched until it is ready, and any
+    other job not at all. A tunnel to a server is held until Ctrl-C.
+    """
+    if tunnel and plan.profile.is_local:
+        raise UsageError("--tunnel: this server will be on this machine already")
+    made = start.run(plan, asked=asked)
+    where = "this machine" if made.is_local else f"{made.cluster} as job {made.job_id}"
+    terminal.done(f"{plan.job} {'started on' if made.is_local else 'submitted to'} {where}")
+    facts = [(name, value) for name, value in describe.plan_facts(plan) if name in ("ranks", "layout", "limit")]
+    later = [("follow", f"mixlaunch logs -f {made.name}"), ("cancel", f"mixlaunch cancel {made.name}")]
+    until_ready = tunnel or (wait is None and plan.job == "serve" and not made.is_local and not follow)
+    until_end = follow or (made.is_local if wait is None else wait)
+    terminal.facts([*facts, ("run", copies.shown(made.path)), *([] if until_end else later)])
+    if until_ready:
+        return watch.to_ready(made, through_tunnel=tunnel)
+    return watch.to_the_end(made, follow=follow) if until_end else 0
 
 
 def _show(plan: JobPlan, *, script: bool = True) -> None:
     """What a submission would do, without doing any of it."""
-    run_dir = submission.new_path(plan)
+    run_dir = start.new_path(plan)
     text = render.render(plan, str(run_dir))
     lint.check(text, plan.profile.slurm_version)
     terminal.heading(f"{plan.job}: what would run")
@@ -59,7 +81,7 @@ def _show(plan: JobPlan, *, script: bool = True) -> None:
 def download(job: str, typed: dict[str, Any], *, as_job: bool, dry_run: bool, **how: Any) -> None:
     """Downloads need the network, which compute nodes often lack: they run here unless told otherwise."""
     if as_job:
-        start(job, typed, dry_run=dry_run, **how)
+        run(job, typed, dry_run=dry_run, **how)
     elif dry_run:
         _show(planned(job, typed), script=False)
     else:
