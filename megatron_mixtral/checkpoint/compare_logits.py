@@ -26,7 +26,7 @@ from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import legacy, lora, merged, tensors
 from megatron_mixtral.weights.copying import BLOCK, Source, read_rows
 from megatron_mixtral.weights.hub import open_model
-from megatron_mixtral.weights.mapping import Names, Rows, links, megatron_axes
+from megatron_mixtral.weights.tensors import Names, Rows, links, megatron_axes
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -21,8 +21,7 @@ from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import merged
 from megatron_mixtral.weights.copying import Source, WeightsFolder, read_rows
 from megatron_mixtral.weights.hub import HubRows
-from megatron_mixtral.weights.mapping import Rows, megatron_axes
-from megatron_mixtral.weights.tensors import PADDED
+from megatron_mixtral.weights.tensors import PADDED, Rows, megatron_axes
 
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
 from megatron.core.dist_checkpointing.mapping import (

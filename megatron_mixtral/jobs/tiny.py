@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.spec.jobs import MixtralShape, TinyConfig
 from megatron_mixtral.tokenization.chat_template import CHAT_TEMPLATE
-from megatron_mixtral.weights.mapping import hub_shapes
+from megatron_mixtral.weights.tensors import hub_shapes
 
 VOCAB_SIZE = 32000
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

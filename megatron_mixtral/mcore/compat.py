@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -165,12 +165,12 @@ def transformer_engine_block(config: Any, *, vp_stage: int | None) -> Any:
     return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
-def moe_spec(experts: type, layer: type = MoELayer) -> Any:
-    """megatron-core's router and dispatcher around `experts`: a specification in 0.16, a builder since."""
-    parts = MoESubmodules(experts=experts)
+def moe_spec(layer: type, **parts: Any) -> Any:
+    """megatron-core's router and dispatcher around `parts`: a specification in 0.16, a builder since."""
+    submodules = MoESubmodules(**parts)
     if hasattr(transformer_layer, "MlpBuilder"):
-        return partial(layer, submodules=parts)
-    return ModuleSpec(module=layer, submodules=parts)
+        return partial(layer, submodules=submodules)
+    return ModuleSpec(module=layer, submodules=submodules)
 
 
 def accumulate_in_place(model: torch.nn.Module, extension: Any) -> None:

@@ -15,10 +15,12 @@ from megatron_mixtral.errors import LayoutError
 from megatron_mixtral.mcore import compat, cpu, ranks
 from megatron_mixtral.model import fp8, layers
 from megatron_mixtral.model import lora as adapting
+from megatron_mixtral.model.layers import LayerParts
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 from megatron_mixtral.weights.lora import Lora
 
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -26,7 +28,12 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 
 def build(
@@ -67,7 +74,7 @@ def build(
         )
         model = kind(
             config=settings,
-            transformer_layer_spec=layers.decoder_spec(
+            transformer_layer_spec=decoder_spec(
                 settings, parts=parts, vp_stage=vp_stage, own=lora is not None or fp8_experts
             ),
             vocab_size=padded_vocabulary(shape, layout),
@@ -90,11 +97,11 @@ def build(
     return model
 
 
-def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], layers.LayerParts]:
+def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], LayerParts]:
     """The model's class and what its layers are made of."""
     if fuse is None:
         fuse = cpu.HAVE_GPU and kernels.missing() is None
-    kind, parts = GPTModel, layers.LayerParts()
+    kind, parts = GPTModel, LayerParts()
     if fuse:
         from megatron_mixtral.model import fused as modules  # imports triton
 
@@ -104,6 +111,37 @@ def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[t
     if fp8_experts:
         parts = replace(parts, experts=fp8.Experts)
     return kind, parts
+
+
+def decoder_spec(
+    config: TransformerConfig, *, parts: LayerParts, vp_stage: int | None, own: bool
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the norm after the last; `own` ones even beside Transformer Engine."""
+    if compat.have_transformer_engine() and not own:
+        return compat.transformer_engine_block(config, vp_stage=vp_stage)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.norm,
+            self_attention=ModuleSpec(
+                module=parts.self_attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=parts.core_attention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.block_norm,
+            mlp=compat.moe_spec(parts.moe, experts=parts.experts),
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine fuses this norm into the projection and names it so in checkpoints.
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        ),
+    )
+    count = compat.layers_of_stage(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.block_norm)
 
 
 def ways(model: GPTModel) -> str:

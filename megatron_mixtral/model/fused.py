@@ -4,6 +4,7 @@ Each falls back to what it extends where it is asked for something else than tra
 sequences.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -87,7 +88,7 @@ class MoE(MoELayer):
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         spread_out = self.ep_group.size() > 1 or self.experts.tensor_group.size() > 1
-        other_way = self.moe_layer_recompute or self.config.moe_expert_capacity_factor
+        other_way = self.moe_layer_recompute or self.config.moe_expert_capacity_factor or self.use_shared_expert
         if spread_out or intermediate_tensors is not None or padding_mask is not None or other_way:
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         probs, chosen = self.route(hidden_states)
@@ -97,13 +98,11 @@ class MoE(MoELayer):
         return permute.Gather.apply(out, plan).view(hidden_states.shape), None
 
 
-class WordEmbeddings(VocabParallelEmbedding):
-    """Adds gradients to its rows in place, where there is such a place and the whole vocabulary is here."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if self.tp_group.size() == 1 and not self.reduce_scatter_embeddings and wgrad.accumulates(self.weight):
-            return embedding.Embedding.apply(ids, self.weight)
-        return super().forward(ids)
+def _look_up(table: VocabParallelEmbedding, ids: Tensor) -> Tensor:
+    """Gradients are added to rows in place, where there is such a place and the whole vocabulary is here."""
+    if table.tp_group.size() == 1 and not table.reduce_scatter_embeddings and wgrad.accumulates(table.weight):
+        return embedding.Embedding.apply(ids, table.weight)
+    return VocabParallelEmbedding.forward(table, ids)
 
 
 class Model(GPTModel):
@@ -112,7 +111,8 @@ class Model(GPTModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.pre_process:
-            self.embedding.word_embeddings.__class__ = WordEmbeddings
+            table = self.embedding.word_embeddings  # megatron-core makes it of a class that it doesn't ask for
+            table.forward = partial(_look_up, table)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V of this rank] -> [B, S]."""

@@ -1,7 +1,6 @@
-"""The decoder layer's parts in plain torch, and the specification that puts them together for megatron-core.
+"""The decoder layer's parts in plain torch, which `build` puts together for megatron-core.
 
-Where Transformer Engine is installed its own specification is used; ours writes the same sharded tensor names, so
-checkpoints move freely between the two.
+They write the same sharded tensor names as Transformer Engine's, so checkpoints move freely between the two.
 
 Shapes: S sequence, B batch, N query heads and K key/value heads of this rank, D head size, T tokens routed to this
 rank, E experts of this rank, H hidden, F expert width of this rank.
@@ -17,27 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mixtral.kernels.grouped_gemm import grouped_mm_serves
-from megatron_mixtral.mcore import compat, ranks
+from megatron_mixtral.mcore import ranks
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -298,34 +292,3 @@ class LayerParts:
     core_attention: type = Attention
     experts: type = Experts
     moe: type = MoELayer
-
-
-def decoder_spec(
-    config: TransformerConfig, *, parts: LayerParts = LayerParts(), vp_stage: int | None = None, own: bool = False
-) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the norm after the last; `own` ones even beside Transformer Engine."""
-    if compat.have_transformer_engine() and not own:
-        return compat.transformer_engine_block(config, vp_stage=vp_stage)
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
-            self_attention=ModuleSpec(
-                module=parts.self_attention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=parts.core_attention,
-                    linear_proj=RowParallelLinear,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.block_norm,
-            mlp=compat.moe_spec(parts.experts, parts.moe),
-            mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses this norm into the projection and names it so in checkpoints.
-            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
-        ),
-    )
-    count = compat.layers_of_stage(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=parts.block_norm)

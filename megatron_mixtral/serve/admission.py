@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_mixtral.serve.messages import Cancel, Event, Order, PromptScores, Request, Token
+from megatron_mixtral.serve.messages import Cancel, Event, Order, Request, Token
 from megatron_mixtral.serve.metrics import Metrics
 
 
@@ -116,7 +116,7 @@ class Service:
             if stream is None:
                 continue
             stream.push(event)
-            if not isinstance(event, PromptScores) and event.finish:
+            if event.finish:
                 self._remove(event.request)
 
     def forget(self, request: int) -> None:

@@ -4,7 +4,7 @@ Everything here turns into plain JSON values and back, so that no rank ever unpi
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Finish = Literal["stop", "length"]
 Top = list[tuple[int, float]]  # (token id, log probability), best first
@@ -66,6 +66,10 @@ class Token:
     def to_json(self) -> list[Any]:
         return ["t", self.request, self.token, self.logprob, self.top, self.finish]
 
+    @classmethod
+    def from_json(cls, request: int, token: int | None, logprob: float | None, top: Any, finish: Any) -> "Token":
+        return cls(request, token, logprob, None if top is None else _pairs(top), finish)
+
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
@@ -74,22 +78,24 @@ class PromptScores:
     request: int
     logprobs: list[float]
     tops: list[Top]
+    finish: ClassVar[None] = None
 
     def to_json(self) -> list[Any]:
         return ["p", self.request, self.logprobs, self.tops]
 
+    @classmethod
+    def from_json(cls, request: int, logprobs: list[float], tops: list[list[list[Any]]]) -> "PromptScores":
+        return cls(request, logprobs, [_pairs(top) for top in tops])
+
 
 Event = Token | PromptScores
+EVENTS: dict[str, type[Event]] = {"t": Token, "p": PromptScores}
 
 
 def event_from_json(raw: list[Any]) -> Event:
     """The inverse of `to_json`; pairs come back as tuples."""
     kind, *values = raw
-    if kind == "t":
-        request, token, logprob, top, finish = values
-        return Token(request, token, logprob, None if top is None else _pairs(top), finish)
-    request, logprobs, tops = values
-    return PromptScores(request, logprobs, [_pairs(top) for top in tops])
+    return EVENTS[kind].from_json(*values)
 
 
 def _pairs(top: list[list[Any]]) -> Top:

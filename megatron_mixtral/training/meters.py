@@ -4,12 +4,14 @@ Only FLOPs that the model needs are counted: not those of recomputation, and hal
 """
 
 import resource
+from math import prod
 from typing import Any
 
 import torch
 
 from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.weights import tensors
 
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -36,15 +38,20 @@ PEAKS = {
 
 def flops_per_token(shape: MixtralShape, sequence_length: int) -> float:
     """Of one token's forward and backward pass."""
-    hidden, head = shape.hidden_size, shape.head_dim
-    attention = 2 * hidden * head * (shape.num_attention_heads + shape.num_key_value_heads)
-    experts = 3 * hidden * shape.intermediate_size * shape.num_experts_per_tok
-    router = hidden * shape.num_local_experts
-    weights = shape.num_hidden_layers * (attention + experts + router) + shape.vocab_size * hidden
-    scores = (
-        shape.num_hidden_layers * shape.num_attention_heads * head * sequence_length
-    )  # two products, half of each
-    return 6.0 * (weights + scores)
+    width = shape.num_attention_heads * shape.head_dim
+    scores = shape.num_hidden_layers * width * sequence_length  # two products, half of each
+    return 6.0 * (_weights_per_token(shape) + scores)
+
+
+def _weights_per_token(shape: MixtralShape) -> int:
+    """Numbers that a token is multiplied with: all matrices, of the experts those that it is sent to."""
+    tables = 1 if shape.tie_word_embeddings else 2  # looking up a row multiplies nothing
+    weights = (1 - tables) * shape.vocab_size * shape.hidden_size
+    for name, size in tensors.shapes(shape).items():
+        if len(size) > 1 + tensors.megatron_axes(name):  # not a norm
+            experts = name.startswith(tensors.EXPERTS)
+            weights += prod(size) * shape.num_experts_per_tok // size[1] if experts else prod(size)
+    return weights
 
 
 def peak() -> float | None:

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.weights.mapping import Rows
-from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE, Rows
 
 BLOCK = 1 << 20  # bytes read at a time: still in the processor's cache when they are digested and written
 BUFFERS = 8

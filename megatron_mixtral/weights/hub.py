@@ -16,8 +16,7 @@ from typing import Any
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights.copying import Files, Target, Unit
-from megatron_mixtral.weights.mapping import Names, Rows, hub_shapes, links
-from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE, Names, Rows, hub_shapes, links
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -17,8 +17,7 @@ from megatron_mixtral.weights import tensors, torch_archive
 from megatron_mixtral.weights.copying import Files, RowRun, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.hub import Stored
-from megatron_mixtral.weights.mapping import Names, RowLink, Rows, links, megatron_axes
-from megatron_mixtral.weights.tensors import EXPERTS, ITEMSIZE, LAYER
+from megatron_mixtral.weights.tensors import EXPERTS, ITEMSIZE, LAYER, Names, RowLink, Rows, links, megatron_axes
 from megatron_mixtral.weights.torch_archive import Call, Chunk, Tensor
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 

@@ -14,10 +14,9 @@ from blake3 import blake3
 
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
-from megatron_mixtral.weights import mapping, tensors
+from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.copying import Source, read_rows
-from megatron_mixtral.weights.mapping import Rows, megatron_axes
-from megatron_mixtral.weights.tensors import EXPERTS, LAYER
+from megatron_mixtral.weights.tensors import EXPERTS, LAYER, Rows, megatron_axes
 
 KIND = "adapter"  # of a weights folder that holds these alone
 OF_ATTENTION = f"{LAYER}.self_attention.adapters"
@@ -118,7 +117,7 @@ def spans(shape: MixtralShape, lora: Lora) -> dict[str, list[Span]]:
     """Megatron's tensor -> which rows of each of its planes which pair changes."""
     found: dict[str, list[Span]] = {}
     known = pairs(shape, lora)
-    for link in mapping.links(shape, mapping.Names(fused=True)):
+    for link in tensors.links(shape, tensors.Names(fused=True)):
         name = link.hub.name.removesuffix(".weight").rpartition(".")[2]
         if name in known and not any(link.megatron.index):  # all planes are alike
             span = Span(link.megatron.start, link.megatron.stop, known[name], link.hub.start)
@@ -177,7 +176,7 @@ def identity(source: Source, shape: MixtralShape) -> str:
 
 def _samples(shape: MixtralShape) -> Iterator[Rows]:
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
-    for link in mapping.links(shape):
+    for link in tensors.links(shape):
         plane = link.megatron.name, link.megatron.index
         sizes[plane] = max(sizes.get(plane, 0), link.megatron.stop)
     for (name, index), count in sizes.items():

@@ -17,8 +17,7 @@ from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import WeightsFolder, read_rows
 from megatron_mixtral.weights.hub import HubRows
 from megatron_mixtral.weights.lora import Lora, Pair
-from megatron_mixtral.weights.mapping import Rows
-from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE, Rows
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 
 if TYPE_CHECKING:

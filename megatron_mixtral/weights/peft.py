@@ -13,8 +13,7 @@ from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import RowRun, Target, read_rows
 from megatron_mixtral.weights.lora import Lora
-from megatron_mixtral.weights.mapping import Rows
-from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE, Rows
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

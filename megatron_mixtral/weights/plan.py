@@ -16,8 +16,7 @@ from megatron_mixtral.weights import hub, legacy, merged, peft, tensors, torch_d
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import RowRun, Source, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
-from megatron_mixtral.weights.mapping import Names, RowLink, hub_shapes, links
-from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE, Names, RowLink, hub_shapes, links
 
 UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
 SMALLEST_UNIT_BYTES = 1 << 20

@@ -15,8 +15,7 @@ from typing import Self
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import torch_archive
 from megatron_mixtral.weights.copying import Files, Target, Unit
-from megatron_mixtral.weights.mapping import Rows, megatron_axes, row_width
-from megatron_mixtral.weights.tensors import ITEMSIZE
+from megatron_mixtral.weights.tensors import ITEMSIZE, Rows, megatron_axes, row_width
 from megatron_mixtral.weights.torch_archive import Chunk, Tensor, frame
 
 METADATA = ".metadata"

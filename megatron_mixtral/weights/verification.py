@@ -14,9 +14,9 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import hub, legacy
 from megatron_mixtral.weights.copying import BLOCK, RowRun, Source, around, read_rows
-from megatron_mixtral.weights.mapping import Rows, hub_shapes
 from megatron_mixtral.weights.plan import hub_runs
 from megatron_mixtral.weights.shared_work import Workers
+from megatron_mixtral.weights.tensors import Rows, hub_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from megatron_mixtral.spec.jobs import MixtralShape
 from megatron_mixtral.weights import hub
 from megatron_mixtral.weights.copying import RowRun, Target
-from megatron_mixtral.weights.mapping import Rows, hub_shapes
+from megatron_mixtral.weights.tensors import Rows, hub_shapes
 from megatron_mixtral.weights.verification import digest
 
 MIXTRAL_8X7B = {

@@ -92,7 +92,7 @@ def differing(built, shape: MixtralShape, digests: dict[str, str]) -> list[str]:
     from blake3 import blake3
 
     from megatron_mixtral.checkpoint import compare_logits
-    from megatron_mixtral.weights.mapping import links, megatron_axes
+    from megatron_mixtral.weights.tensors import links, megatron_axes
 
     planes = {}
     for shard in [shard for part in compare_logits._shards(built) for shard in part]:

@@ -17,7 +17,7 @@ from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub
 from megatron_mixtral.weights.copying import Target
-from megatron_mixtral.weights.mapping import hub_shapes
+from megatron_mixtral.weights.tensors import hub_shapes
 
 SHAPE = {
     "model_type": "mixtral",

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_mixtral.spec.jobs import MixtralShape
-from megatron_mixtral.weights.mapping import Names, hub_shapes
+from megatron_mixtral.weights.tensors import Names, hub_shapes
 
 SHAPE = {
     "model_type": "mixtral",

@@ -11,7 +11,7 @@ from typing import Protocol
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.mcore import ranks
 from megatron_mixtral.serve.engine.links import RankLink
-from megatron_mixtral.serve.messages import Cancel, Event, Order, Report, Request, Stop, Token, Work
+from megatron_mixtral.serve.messages import Cancel, Event, Order, Report, Request, Stop, Work
 
 from megatron.core import parallel_state
 
@@ -144,7 +144,7 @@ class Leader:
     def _noted(self, of: int, report: Report) -> list[Event]:
         self._busy[of], self._cache[of] = report.busy, report.cache
         for event in report.events:
-            if isinstance(event, Token) and event.finish:
+            if event.finish:
                 self._replica_of.pop(event.request, None)
         return report.events
 

@@ -28,6 +28,7 @@ from megatron_mixtral.serve.http import errors, megatron, openai
 from megatron_mixtral.serve.http.errors import Problem
 from megatron_mixtral.serve.http.requests import ServedModel
 
+APIS = (openai, megatron)  # each with a `router`
 LARGEST_BODY = 32 * 1024 * 1024
 PAGE = Path(__file__).with_name("page.html")
 log = logging.getLogger("mixlaunch.serve")
@@ -38,8 +39,8 @@ def application(model: ServedModel, service: Service, *, key: str | None) -> ASG
     app = FastAPI(title="mixlaunch", version=version(), docs_url=None, redoc_url=None)
     # The guard asks for the key; this only says in the server's description that there is one.
     described = [Depends(HTTPBearer(auto_error=False))] if key else []
-    app.include_router(openai.router(model, service), dependencies=described)
-    app.include_router(megatron.router(model, service), dependencies=described)
+    for api in APIS:
+        app.include_router(api.router(model, service), dependencies=described)
     app.include_router(_health(service))
     app.include_router(_state_routes(service), dependencies=described)
     _add_page(app)

@@ -11,7 +11,7 @@ from megatron_mixtral.checkpoint import compare_logits
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.spec.jobs import Layout
 from megatron_mixtral.weights import legacy
-from megatron_mixtral.weights.mapping import Names
+from megatron_mixtral.weights.tensors import Names
 
 CASES = {
     "hub": {},
@@ -85,16 +85,16 @@ def test_a_model_that_transformers_has_no_logits_of_is_told_so(tmp_path):
 
 def test_other_weights_are_refused_and_get_no_name(tmp_path, how, monkeypatch):
     """Two experts change places on the way: nothing but the numbers can tell."""
-    from megatron_mixtral.weights import mapping, plan
+    from megatron_mixtral.weights import plan, tensors
 
     hub_folders.write(tmp_path / "hub")
 
     def mixed_up(*args):
-        for link in mapping.links(*args):
+        for link in tensors.links(*args):
             if link.megatron.name.endswith("linear_fc2.weight") and link.megatron.index in ((1, 0), (1, 1)):
                 other = (1, 1 - link.megatron.index[1])
-                moved = mapping.Rows(link.megatron.name, other, link.megatron.start, link.megatron.stop)
-                link = mapping.RowLink(link.hub, moved)
+                moved = tensors.Rows(link.megatron.name, other, link.megatron.start, link.megatron.stop)
+                link = tensors.RowLink(link.hub, moved)
             yield link
 
     with monkeypatch.context() as patched:

@@ -20,7 +20,7 @@ from megatron_mixtral.errors import InputError
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.copying import read_rows
-from megatron_mixtral.weights.mapping import Names, Rows, hub_shapes
+from megatron_mixtral.weights.tensors import Names, Rows, hub_shapes
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 
 NAMES = {"hub": Names(), "transformers 5": Names(block="mlp", fused=True), "fused": Names(fused=True)}
