@@ -44,14 +44,12 @@ class Weights:
 
     def read(self, rows: Rows, out: Tensor) -> None:
         """Fill `out`, of as many rows, a few at a time."""
-        stored, width = getattr(torch, self.source.dtype(rows.name)), self.source.row_bytes(rows.name)
-        step = max(1, BLOCK // width)
-        for start in range(rows.start, rows.stop, step):
-            part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
+        stored = getattr(torch, self.source.dtype(rows.name))
+        for part in rows.cut(BLOCK // self.source.row_bytes(rows.name)):
             values = torch.frombuffer(read_rows(self.source, part), dtype=stored)
             if self.dtype:
                 values = values.to(getattr(torch, self.dtype))
-            here = out[start - rows.start : start - rows.start + len(part)]
+            here = out[part.start - rows.start : part.stop - rows.start]
             here.copy_(values.view(here.shape))
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from megatron_mixtral import kernels, mcore
 from megatron_mixtral.errors import LayoutError
+from megatron_mixtral.kernels import grouped_gemm
 from megatron_mixtral.mcore import compat, cpu, ranks
 from megatron_mixtral.model import fp8, layers
 from megatron_mixtral.model import lora as adapting
@@ -103,9 +104,9 @@ def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[t
         fuse = cpu.HAVE_GPU and kernels.missing() is None
     kind, parts = GPTModel, LayerParts()
     if fuse:
-        from megatron_mixtral.model import fused as modules  # imports triton
+        from megatron_mixtral.model import fused  # needs triton, which is there wherever kernels are
 
-        kind, parts = modules.Model, modules.PARTS
+        kind, parts = fused.Model, fused.PARTS
     if lora and lora.experts:
         parts = replace(parts, experts=adapting.Experts)
     if fp8_experts:
@@ -153,8 +154,6 @@ def ways(model: GPTModel) -> str:
     if model.lora and model.lora.experts:
         one_by_one = "" if model.lora.rank % 8 == 0 else f", theirs one by one as rank {model.lora.rank} isn't 8 N"
         return f"layers by our kernels; experts with adapters in plain torch{one_by_one}"
-    from megatron_mixtral.kernels import grouped_gemm
-
     said = ["layers by our kernels", grouped_gemm.describe()]
     if model.config.moe_expert_capacity_factor:
         said.append("routing by megatron-core, as experts have a capacity")

@@ -179,10 +179,8 @@ class Copier:
                 name = run.rows.name
                 stored, written = ITEMSIZE[self.source.dtype(name)], ITEMSIZE[target.dtype]
                 width = self.source.row_bytes(name) // stored
-                step = max(1, BLOCK // (width * max(stored, written)))
                 first, last = run.columns or (0, width)
-                for start in range(run.rows.start, run.rows.stop, step):
-                    rows = Rows(name, run.rows.index, start, min(start + step, run.rows.stop))
+                for rows in run.rows.cut(BLOCK // (width * max(stored, written))):
                     yield CopyBlock(run, rows, place, target.dtype)
                     place += len(rows) * (last - first) * written
 

@@ -82,6 +82,11 @@ class Rows:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def cut(self, most: int) -> Iterator["Rows"]:
+        """The same in order, at most `most` rows at a time, but one at least."""
+        for start in range(self.start, self.stop, max(1, most)):
+            yield Rows(self.name, self.index, start, min(start + max(1, most), self.stop))
+
 
 @dataclass(frozen=True, slots=True)
 class RowLink:

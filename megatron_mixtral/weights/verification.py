@@ -113,10 +113,7 @@ def digest(source: Source, runs: list[RowRun], progress: Callable[[int], Any]) -
     """BLAKE3 of a hub tensor put together from its rows."""
     found = blake3()
     for run in runs:
-        rows, width = run.rows, source.row_bytes(run.rows.name)
-        step = max(1, BLOCK // width)
-        for start in range(rows.start, rows.stop, step):
-            part = Rows(rows.name, rows.index, start, min(start + step, rows.stop))
+        for part in run.rows.cut(BLOCK // source.row_bytes(run.rows.name)):
             data = read_rows(source, part)
             found.update(data)
             progress(len(data))

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ WHOLE_OR_STREAMED: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {}, "text/event-stream": {}},
     }
 }
-ChunkShape = Callable[[int, Piece], dict[str, Any]]  # choice index, piece -> the choice of one chunk
 
 
 @dataclass(frozen=True, kw_only=True)

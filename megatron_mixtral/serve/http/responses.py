@@ -57,6 +57,7 @@ async def pieces(
                 scored += len(part)
                 yield Piece(prompt=[Scored(*s) for s in zip(part, event.logprobs, event.tops, strict=True)])
                 continue
+            assert isinstance(event, Token)
             piece = _piece(event, words, cut)
             yield piece
             if piece.finish:
