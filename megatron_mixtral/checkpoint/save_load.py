@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mixtral import mcore
@@ -81,8 +82,6 @@ def _check_contents(folder: Path, wanted: dict[str, tuple[int, ...]]) -> None:
 
 
 def _read_metadata(folder: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
-
     try:
         return FileSystemReader(folder).read_metadata()
     except Exception as error:  # unpickling damaged bytes can raise anything
