@@ -68,9 +68,9 @@ def train_all(raw, folder):
     return told, most
 
 
-def _run(train, config, raw, run_dir):
+def _run(loop, config, raw, run_dir):
     run_dir.mkdir(exist_ok=True)
-    train.run(config.parse(config.FinetuneConfig, raw, where="config"), run_dir)
+    loop.train(config.parse(config.FinetuneConfig, raw, where="config"), run_dir)
 
 
 @pytest.fixture(scope="module")
