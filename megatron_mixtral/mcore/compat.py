@@ -128,6 +128,12 @@ PATCHES = (
     Patch("megatron.core.optimizer.clip_grads.l2_norm_impl",
           "gradient norms in a few kernels; without Transformer Engine each tensor's is waited for (by "
           "`norms_without_waiting`)", NONE_YET),
+    Patch("megatron.core.transformer.attention.HAVE_FA3",
+          "asserted before a method that we answer without that package (by `serve.engine.attention`)", NONE_YET),
+    Patch("megatron.core.inference.communication_utils._is_cuda",
+          "asserts that a tensor is on a GPU where it could just send it (by `serve.engine.engine`)", ON_CPU),
+    Patch("megatron.core.inference.contexts.dynamic_context.triton_append_key_value_cache",
+          "Triton may be installed where no GPU is (by `serve.engine.engine`)", ON_CPU),
     Patch("megatron.core.parallel_state._DATA_PARALLEL_GROUP_GLOO",
           "it and its like are made for NCCL's sake; on CPU the groups themselves are gloo (by `ranks`)", ON_CPU),
 )

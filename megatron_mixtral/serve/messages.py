@@ -103,7 +103,7 @@ def _pairs(top: list[list[Any]]) -> Top:
 
 
 @dataclass(slots=True)
-class Work:
+class Instruction:
     """What every rank of one replica is to do next: take requests on, let others go, and step."""
 
     add: list[Request] = field(default_factory=list)
@@ -114,12 +114,12 @@ class Work:
         return {"add": [request.to_json() for request in self.add], "cancel": self.cancel, "step": self.step}
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "Work":
+    def from_json(cls, raw: dict[str, Any]) -> "Instruction":
         return cls([Request.from_json(request) for request in raw["add"]], raw["cancel"], raw["step"])
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class StepReport:
     """What that brought, as the replica's speaker tells it."""
 
     events: list[Event]
@@ -130,5 +130,5 @@ class Report:
         return {"events": [event.to_json() for event in self.events], "busy": self.busy, "cache": self.cache}
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "Report":
+    def from_json(cls, raw: dict[str, Any]) -> "StepReport":
         return cls([event_from_json(event) for event in raw["events"]], raw["busy"], raw["cache"])

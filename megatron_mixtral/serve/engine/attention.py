@@ -1,11 +1,12 @@
 """Attention over the dynamic engine's paged cache in plain torch, where it asks for flash-attention packages.
 
-The engine's attention passes through one method of megatron-core's `Attention`; a subclass answers it here.
+The engine's attention passes through one method of megatron-core's `Attention`, which is replaced here.
 Shapes: T query tokens of all requests in a row, R requests, N query heads, K key/value heads, D head size, P pages
 of S positions each.
 """
 
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,39 +24,37 @@ def use_paged_attention(model: torch.nn.Module) -> None:
     upstream.HAVE_FA3 = True  # what `forward` asserts before it calls the method that needs no such package
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.__class__ = PagedSelfAttention
+            module.flash_decode_and_prefill = partial(paged_attention, module)  # type: ignore[method-assign]
 
 
-class PagedSelfAttention(SelfAttention):
+def paged_attention(
+    attention: SelfAttention,
+    q: Tensor,  # [T, 1, N, D]
+    k: Tensor,  # [P, S, K, D]
+    v: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    cu_seqlens_q: Tensor,  # [R + 1]
+    cu_seqlens_k: Tensor,
+    seqlens_k: Tensor,  # [R]
+    block_table: Tensor,  # [R, most pages]
+    is_decode_only: bool,
+    softmax_offset: Tensor | None = None,
+) -> Tensor:  # [T, 1, N, D]; rows that only pad the batch stay 0
     """Reads keys and values page by page and gives them to scaled_dot_product_attention."""
-
-    def flash_decode_and_prefill(
-        self,
-        q: Tensor,  # [T, 1, N, D]
-        k: Tensor,  # [P, S, K, D]
-        v: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        cu_seqlens_q: Tensor,  # [R + 1]
-        cu_seqlens_k: Tensor,
-        seqlens_k: Tensor,  # [R]
-        block_table: Tensor,  # [R, most pages]
-        is_decode_only: bool,
-        softmax_offset: Tensor | None = None,
-    ) -> Tensor:  # [T, 1, N, D]; rows that only pad the batch stay 0
-        assert softmax_offset is None, "Mixtral has no attention sinks"
-        window = window_of(self.config)
-        scale = self.config.softmax_scale or q.shape[-1] ** -0.5
-        if is_decode_only:
-            return _decode(q, k, v, seqlens_k, block_table, window, scale)
-        out = torch.zeros_like(q)
-        starts, keys = cu_seqlens_q.tolist(), seqlens_k.tolist()
-        for row, (start, stop) in enumerate(itertools.pairwise(starts)):
-            if stop > start:
-                pages = block_table[row, : -(-keys[row] // k.shape[1])]
-                k_here, v_here = (x[pages].flatten(0, 1)[: keys[row]] for x in (k, v))
-                out[start:stop, 0] = _causal(q[start:stop, 0], k_here, v_here, window, scale)
-        return out
+    assert softmax_offset is None, "Mixtral has no attention sinks"
+    window = window_of(attention.config)
+    scale = attention.config.softmax_scale or q.shape[-1] ** -0.5
+    if is_decode_only:
+        return _decode(q, k, v, seqlens_k, block_table, window, scale)
+    out = torch.zeros_like(q)
+    starts, keys = cu_seqlens_q.tolist(), seqlens_k.tolist()
+    for row, (start, stop) in enumerate(itertools.pairwise(starts)):
+        if stop > start:
+            pages = block_table[row, : -(-keys[row] // k.shape[1])]
+            k_here, v_here = (x[pages].flatten(0, 1)[: keys[row]] for x in (k, v))
+            out[start:stop, 0] = _causal(q[start:stop, 0], k_here, v_here, window, scale)
+    return out
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Protocol
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.mcore import ranks
 from megatron_mixtral.serve.engine.links import RankLink
-from megatron_mixtral.serve.messages import Cancel, Event, Order, Report, Request, Stop, Work
+from megatron_mixtral.serve.messages import Cancel, Event, Instruction, Order, Request, StepReport, Stop
 
 from megatron.core import parallel_state
 
@@ -119,12 +119,12 @@ class Leader:
         for of in range(1, len(work)):
             if work[of].step:
                 report = self._links[self._places.speaker(of)].receive()
-                events += self._noted(of, Report.from_json(report))
+                events += self._noted(of, StepReport.from_json(report))
         self._sink(events, max(self._cache))
 
-    def _divided(self, orders: list[Order]) -> list[Work]:
+    def _divided(self, orders: list[Order]) -> list[Instruction]:
         """What each replica is to do."""
-        work = [Work() for _ in self._busy]
+        work = [Instruction() for _ in self._busy]
         for order in orders:
             if isinstance(order, Request):
                 work[self._assign(order)].add.append(order)
@@ -141,7 +141,7 @@ class Leader:
         self._replica_of[request.id] = chosen = counts.index(min(counts))
         return chosen
 
-    def _noted(self, of: int, report: Report) -> list[Event]:
+    def _noted(self, of: int, report: StepReport) -> list[Event]:
         self._busy[of], self._cache[of] = report.busy, report.cache
         for event in report.events:
             if event.finish:
@@ -156,13 +156,13 @@ def follow(replica: Replica, link: RankLink, *, speaks: bool) -> None:
         if order.get("stop"):
             link.expect_end()
             return
-        work = Work.from_json(order)
+        work = Instruction.from_json(order)
         report = perform(replica, work)
         if speaks and work.step:
             link.send(report.to_json())
 
 
-def perform(replica: Replica, work: Work) -> Report:
+def perform(replica: Replica, work: Instruction) -> StepReport:
     """Do it on this rank."""
     for request in work.add:
         replica.add(request)
@@ -173,4 +173,4 @@ def perform(replica: Replica, work: Work) -> Report:
         events = replica.step()
     else:
         replica.idle_step()
-    return Report(events, replica.busy, replica.cache_used)
+    return StepReport(events, replica.busy, replica.cache_used)

@@ -14,14 +14,14 @@ def differences():
     """What differs, by window and kind of batch; runs where megatron-core may be imported."""
     import torch
 
-    from megatron_mixtral.serve.engine.attention import PagedSelfAttention
+    from megatron_mixtral.serve.engine.attention import paged_attention
 
     torch.manual_seed(0)
     wrong = []
     for window in (None, 6):
         for decoding in (False, True):
             rows = [(1, keys) if decoding and keys else (queries, keys) for queries, keys in LENGTHS]
-            if not one_batch(PagedSelfAttention, rows, window, decoding):
+            if not one_batch(paged_attention, rows, window, decoding):
                 wrong.append((window, decoding))
     return wrong
 
@@ -38,9 +38,7 @@ def one_batch(attention, rows, window, decoding):
     lengths = torch.tensor([keys for _, keys in rows]).int()
     config = SimpleNamespace(window_size=(window - 1, 0) if window else None, softmax_scale=None)
     flat = torch.cat(queries).unsqueeze(1)
-    found = attention.flash_decode_and_prefill(
-        SimpleNamespace(config=config), flat, k, v, 0, 0, starts, None, lengths, table, decoding
-    )
+    found = attention(SimpleNamespace(config=config), flat, k, v, 0, 0, starts, None, lengths, table, decoding)
     for row, (query, (key, value)) in enumerate(zip(queries, sequences, strict=True)):
         got = found[starts[row] : starts[row + 1], 0]
         if len(key) and not torch.allclose(got, whole(query, key, value, window), atol=1e-5):
