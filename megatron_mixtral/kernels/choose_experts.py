@@ -29,7 +29,7 @@ class Order:
 
 
 @triton.jit
-def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _choose(x, weight, real, share, chosen, probs, width, E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     """The K largest logits of a token and their softmax; logits rounded to the model's type, as when trained."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.conste
         total += tl.exp(tl.max(left) - top)
         picked = tl.where(expert == best, 1, picked)
         left = tl.where(expert == best, float("-inf"), left)
-    counts = token < tl.load(real)
+    counts = token % share < tl.load(real + token // share)
     rank = tl.cumsum(picked) - 1  # the expert's place among the token's own, in order of experts
     at_own = token * K + rank
     tl.store(chosen + at_own, tl.where(counts, expert, -1), mask=picked > 0)
@@ -58,20 +58,20 @@ def _choose(x, weight, real, chosen, probs, width, E: tl.constexpr, K: tl.conste
 
 
 @triton.jit
-def _sort(chosen, source, place, ends, rows, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _sort(chosen, source, place, ends, rows, first, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     """One program an expert: counts the rows of those before it, then numbers its own."""
     expert = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     before, own = 0, 0
     for start in range(0, rows, BLOCK):
-        value = tl.load(chosen + start + at, mask=start + at < rows, other=-1)
+        value = tl.load(chosen + start + at, mask=start + at < rows, other=-1) - first
         before += tl.sum(((value >= 0) & (value < expert)).to(tl.int32))
         own += tl.sum((value == expert).to(tl.int32))
     tl.store(ends + expert, before + own)
     for start in range(0, rows, BLOCK):
         inside = start + at < rows
-        value = tl.load(chosen + start + at, mask=inside, other=-1)
-        mine = value == expert
+        value = tl.load(chosen + start + at, mask=inside, other=-1) - first
+        mine = inside & (value == expert)
         row = before + tl.cumsum(mine.to(tl.int32)) - 1
         tl.store(source + row, start + at, mask=mine)
         nobodys = (value < 0) | (value >= tl.num_programs(0))
@@ -91,23 +91,27 @@ def _spread(x, probs, source, ends, rows, row_probs, width, K: tl.constexpr, E: 
 
 
 def choose(x: Tensor, router: Tensor, top_k: int, real: Tensor) -> Choice:
-    """x [T, H], router [E, H], `real` [1] int32, how many tokens count; E is a power of two."""
+    """x [T, H], router [E, H]; E is a power of two. `real` [1] int32: how many tokens count.
+
+    Or `real` [n], where the tokens are n equal shares one after another: how many of each count.
+    """
     tokens, width = x.shape
     experts = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
     probs = x.new_empty(tokens, top_k)
     _choose[(tokens,)](
-        x, router, real, experts, probs, width, E=router.shape[0], K=top_k, BLOCK=2048, num_warps=8
+        x, router, real, tokens // len(real), experts, probs, width, E=router.shape[0], K=top_k,
+        BLOCK=4096 if tokens <= 16 else 2048,         num_warps=16 if tokens <= 16 else 8,
     )  # fmt: skip
     return Choice(experts=experts, probs=probs)
 
 
-def sort(choice: Choice, count: int) -> Order:
-    """The rows of `count` experts, each one's in the order of tokens."""
+def sort(choice: Choice, count: int, first: int = 0) -> Order:
+    """The rows of `count` experts from `first` on, each one's in the order of tokens; others' are nobody's."""
     rows = choice.experts.numel()
     source, place = torch.empty_like(choice.experts).view(-1), torch.empty_like(choice.experts)
     ends = torch.empty(count, dtype=torch.int32, device=source.device)
     block = min(triton.next_power_of_2(rows), 2048)
-    _sort[(count,)](choice.experts, source, place, ends, rows, BLOCK=block, num_warps=4)
+    _sort[(count,)](choice.experts, source, place, ends, rows, first, BLOCK=block, num_warps=4)
     return Order(source=source, place=place, ends=ends)
 
 

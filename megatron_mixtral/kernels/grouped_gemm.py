@@ -50,7 +50,8 @@ class OneByOne(Products):
         self.host = wgrad.CountsOnHost(counts)
 
     def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-        parts = [part @ w.to(x.dtype) for part, w in zip(x.split(self.host.get()), weight, strict=True)]
+        counts = self.host.get()  # what is beyond them is nobody's
+        parts = [part @ w.to(x.dtype) for part, w in zip(x[: sum(counts)].split(counts), weight, strict=True)]
         if scale is not None:
             parts = [(part * own).to(x.dtype) for part, own in zip(parts, scale, strict=True)]
         return torch.cat(parts)

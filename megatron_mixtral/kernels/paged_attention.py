@@ -17,7 +17,7 @@ ROWS = 64  # positions of a prompt in one program
 
 @triton.jit
 def _rotate_and_store(  # noqa: ANN202
-    mixed, q, keys, values, position, page, offset, real, frequency,  # noqa: ANN001
+    mixed, q, keys, values, position, page, offset, stride, real, frequency,  # noqa: ANN001
     groups, queries, page_size, D: tl.constexpr, HEADS: tl.constexpr,  # noqa: ANN001
 ):  # fmt: skip
     """mixed [T, G, (n + 2) D] -> q [T, N, D], and keys and values to their place in the cache."""
@@ -28,7 +28,7 @@ def _rotate_and_store(  # noqa: ANN202
     inside = head < groups * per
     half: tl.constexpr = D // 2
     column = tl.arange(0, half)
-    angle = tl.load(position + token).to(tl.float32) * tl.load(frequency + column)
+    angle = tl.load(position + token * stride).to(tl.float32) * tl.load(frequency + column)
     dtype = mixed.dtype.element_ty
     c = tl.cos(angle).to(dtype).to(tl.float32)[None, :]
     s = tl.sin(angle).to(dtype).to(tl.float32)[None, :]
@@ -41,7 +41,8 @@ def _rotate_and_store(  # noqa: ANN202
     tl.store(q_at, turned_low, mask=is_q)
     tl.store(q_at + half, turned_high, mask=is_q)
     counts = inside & (token < tl.load(real))
-    row = (tl.load(page + token).to(tl.int64) * page_size + tl.load(offset + token)) * groups + group
+    page_at = tl.load(page + token * stride).to(tl.int64) * page_size
+    row = (page_at + tl.load(offset + token * stride)) * groups + group
     cache_at = row[:, None] * D + column[None, :]
     is_k, is_v = (counts & (kind == queries))[:, None], (counts & (kind == queries + 1))[:, None]
     tl.store(keys + cache_at, turned_low, mask=is_k)
@@ -53,15 +54,18 @@ def _rotate_and_store(  # noqa: ANN202
 def rotate_and_store(
     mixed: Tensor, cache: Tensor, position: Tensor, page: Tensor, offset: Tensor, real: Tensor, frequency: Tensor
 ) -> Tensor:
-    """mixed [T, G, (n + 2) D], cache [2, P, S, G, D], frequency [D / 2] -> q [T, N, D]."""
+    """mixed [T, G, (n + 2) D], cache [2, P, S, G, D], frequency [D / 2] -> q [T, N, D].
+
+    Of each token: its position in its request, its page and its place there; three [T] of one stride.
+    """
     tokens, groups, wide = mixed.shape
     size = cache.shape[-1]
     queries = wide // size - 2
     q = mixed.new_empty(tokens, groups * queries, size)
     grid = (tokens, triton.cdiv(groups * (queries + 2), 16))
     _rotate_and_store[grid](
-        mixed, q, cache[0], cache[1], position, page, offset, real, frequency, groups, queries, cache.shape[2],
-        D=size, HEADS=16, num_warps=4,
+        mixed, q, cache[0], cache[1], position, page, offset, position.stride(0), real, frequency, groups, queries,
+        cache.shape[2], D=size, HEADS=16, num_warps=4,
     )  # fmt: skip
     return q
 
@@ -94,13 +98,13 @@ def _decode(  # noqa: ANN202
         at = row[:, None] * D + column[None, :]
         key = tl.load(keys + at, mask=seen[:, None], other=0.0)
         value = tl.load(values + at, mask=seen[:, None], other=0.0)
-        score = tl.dot(query, tl.trans(key)) * scale
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(largest, tl.max(score, 1))
         share = tl.exp(score - higher[:, None])
         kept = tl.exp(largest - higher)
         total = total * kept + tl.sum(share, 1)
-        sums = sums * kept[:, None] + tl.dot(share.to(value.dtype), value)
+        sums = sums * kept[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
         largest = higher
     if SPLITS == 1:
         result = sums / tl.where(total > 0, total, 1.0)[:, None]
@@ -127,6 +131,11 @@ def _join(partial, weights, out, D: tl.constexpr, SPLITS: tl.constexpr):  # noqa
     tl.store(out + row * D + column, result.to(out.dtype.element_ty))
 
 
+def _stages(q: Tensor) -> int:
+    """Blocks of positions under way; of fp32 they take twice the room."""
+    return 3 if q.dtype.itemsize == 2 else 1
+
+
 def _splits(programs: int) -> int:
     """Parts of each request's positions, a power of two: enough programs for all multiprocessors."""
     return next(parts for parts in (16, 8, 4, 2, 1) if parts * programs <= 264 or parts == 1)
@@ -145,7 +154,7 @@ def decode(
     _decode[(requests, groups, splits)](
         q, cache[0], cache[1], lengths, table, real, out, partial, weights, table.stride(0), scale,
         window or 2**30, GROUPS=groups, QUERIES=heads // groups, PADDED=max(16, heads // groups), D=size, PAGE=page,
-        BLOCK=min(BLOCK, page), SPLITS=splits, num_warps=4, num_stages=3,
+        BLOCK=min(BLOCK, page), SPLITS=splits, num_warps=4, num_stages=_stages(q),
     )  # fmt: skip
     if splits > 1:
         _join[(requests * heads,)](partial, weights, out, D=size, SPLITS=splits, num_warps=2)
@@ -198,13 +207,14 @@ def _prompts(  # noqa: ANN202
             key = tl.load(keys + cache_at, mask=(position < length)[:, None], other=0.0)
             value = tl.load(values + cache_at, mask=(position < length)[:, None], other=0.0)
             seen = (position[None, :] <= own[:, None]) & (position[None, :] > own[:, None] - window)
-            score = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, float("-inf"))
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            score = tl.where(seen, score, float("-inf"))
             higher = tl.maximum(largest, tl.max(score, 1))
             safe = tl.where(higher == float("-inf"), 0.0, higher)
             share = tl.exp(score - safe[:, None])
             kept = tl.exp(largest - safe)
             total = total * kept + tl.sum(share, 1)
-            sums = sums * kept[:, None] + tl.dot(share.to(value.dtype), value)
+            sums = sums * kept[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
             largest = higher
         result = sums / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
@@ -242,6 +252,6 @@ def prompts(
     _prompts[(len(cut.requests), heads)](
         q, cache[0], cache[1], bounds, lengths, table, cut.requests, cut.rows, out, table.stride(0), scale,
         window or 2**30, GROUPS=groups, QUERIES=heads // groups, D=size, PAGE=page, ROWS=ROWS,
-        BLOCK=min(BLOCK, page), num_warps=4, num_stages=3,
+        BLOCK=min(BLOCK, page), num_warps=4, num_stages=_stages(q),
     )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ Both products are made by programs that each own a strip of one expert's matrix.
 token, R = T k rows sorted by expert, E experts, H hidden, F expert width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -40,15 +40,17 @@ class Strips:
 
 
 def strips(tokens: int, width: int) -> tuple[Strips, Strips]:
-    """Of the first and the second product, for a batch of `tokens` and an expert width of whole 128s."""
+    """Of the first and the second product, for a batch of `tokens` and an expert width of whole 64s."""
     most = 4 if tokens == 1 else 2 if tokens <= 8 else 1
-    parts = next(parts for parts in (4, 2, 1) if parts <= most and width % (parts * 128) == 0)
+    deep = 128 if width % 128 == 0 else 64
+    parts = next(parts for parts in (4, 2, 1) if parts <= most and width % (parts * deep) == 0)
     if tokens <= 8:
         first = Strips(rows=16, wide=32, deep=128, parts=1, warps=4, stages=5)
-        second = Strips(rows=16, wide=32, deep=128, parts=parts, warps=4, stages=5)
+        second = Strips(rows=16, wide=32, deep=deep, parts=parts, warps=4, stages=5)
     elif tokens <= 128:
-        rows, deep = (16, 128) if tokens <= 32 else (32, 128) if tokens <= 64 else (64, 64)
-        first = second = Strips(rows=rows, wide=64, deep=deep, parts=1, warps=4, stages=4)
+        rows, most_deep = (16, 128) if tokens <= 32 else (32, 128) if tokens <= 64 else (64, 64)
+        first = Strips(rows=rows, wide=64, deep=most_deep, parts=1, warps=4, stages=4)
+        second = replace(first, deep=min(deep, most_deep))
     else:
         first = Strips(rows=128, wide=64, deep=64, parts=1, warps=8, stages=4)
         second = Strips(rows=128, wide=128, deep=64, parts=1, warps=8, stages=4)
@@ -56,9 +58,15 @@ def strips(tokens: int, width: int) -> tuple[Strips, Strips]:
 
 
 @triton.jit
+def _half(value):  # noqa: ANN001, ANN202
+    """A sixteenth in fp16, which two numbers in e4m3 become by one instruction; bf16 takes them five."""
+    return tl.clamp(value.to(tl.float32) * 0.0625, -65504.0, 65504.0).to(tl.float16)
+
+
+@triton.jit
 def _first(  # noqa: ANN202
     x, weight, scale, probs, source, ends, inner, width, out_width, K: tl.constexpr,  # noqa: ANN001
-    ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """inner [R, F] = silu(gate) * up * p for one strip of one expert; weights in FP8 have a scale a row."""
     expert = tl.program_id(1)
@@ -76,12 +84,15 @@ def _first(  # noqa: ANN202
         up = tl.zeros([ROWS, WIDE], tl.float32)
         for k in range(0, width, DEEP):
             value = tl.load(x_at + k, mask=inside[:, None], other=0.0)
-            gate = tl.dot(value, tl.load(gate_at + k).to(value.dtype), gate)
-            up = tl.dot(value, tl.load(gate_at + out_width.to(tl.int64) * width + k).to(value.dtype), up)
+            if HALF:
+                value = _half(value)
+            gate = tl.dot(value, tl.load(gate_at + k).to(value.dtype), gate, input_precision="ieee")
+            weights = tl.load(gate_at + out_width.to(tl.int64) * width + k).to(value.dtype)
+            up = tl.dot(value, weights, up, input_precision="ieee")
         if scale is not None:
             scale_at = scale + expert * 2 * out_width + column
-            gate *= tl.load(scale_at)[None, :]
-            up *= tl.load(scale_at + out_width)[None, :]
+            gate *= tl.load(scale_at)[None, :] * (16.0 if HALF else 1.0)
+            up *= tl.load(scale_at + out_width)[None, :] * (16.0 if HALF else 1.0)
         p = tl.load(probs + own, mask=inside, other=0.0).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up * p[:, None]
         to = inner + row.to(tl.int64)[:, None] * out_width + column[None, :]
@@ -91,7 +102,7 @@ def _first(  # noqa: ANN202
 @triton.jit
 def _second(  # noqa: ANN202
     inner, weight, scale, ends, out, rows, width, out_width,  # noqa: ANN001
-    PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """out [PARTS, R, H]: one part of the sum over F, for one strip of one expert."""
     expert, part = tl.program_id(1), tl.program_id(2)
@@ -108,9 +119,11 @@ def _second(  # noqa: ANN202
         sums = tl.zeros([ROWS, WIDE], tl.float32)
         for k in range(0, share, DEEP):
             value = tl.load(x_at + k, mask=inside[:, None], other=0.0)
-            sums = tl.dot(value, tl.load(w_at + k).to(value.dtype), sums)
+            if HALF:
+                value = _half(value)
+            sums = tl.dot(value, tl.load(w_at + k).to(value.dtype), sums, input_precision="ieee")
         if scale is not None:
-            sums *= tl.load(scale + expert * out_width + column)[None, :]
+            sums *= tl.load(scale + expert * out_width + column)[None, :] * (16.0 if HALF else 1.0)
         to = out + (part.to(tl.int64) * rows + row)[:, None] * out_width + column[None, :]
         tl.store(to, sums, mask=inside[:, None])
 
@@ -126,19 +139,22 @@ class Rows:
 def experts(
     x: Tensor, choice: Choice, order: Order, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)
 ) -> Rows:
-    """x [T, H], fc1 [E, 2F, H], fc2 [E, H, F]; H and F divide by 128. Both of x's type, or e4m3 with `scales`."""
+    """x [T, H], fc1 [E, 2F, H], fc2 [E, H, F]; H is whole 128s, F 64s. Both of x's type, or e4m3 with `scales`."""
     (tokens, hidden), top_k = x.shape, choice.experts.shape[1]
     count, width, rows = fc1.shape[0], fc2.shape[2], tokens * top_k
     first, second = strips(tokens, width)
+    if x.dtype == torch.float32:  # or what is under way doesn't fit
+        first, second = replace(first, stages=1), replace(second, stages=1)
+    half = fc1.dtype == torch.float8_e4m3fn and x.dtype == torch.bfloat16
     inner = x.new_empty(rows, width)
     _first[(width // first.wide, count)](
         x, fc1, scales[0], choice.probs, order.source, order.ends, inner, hidden, width, K=top_k, ROWS=first.rows,
-        WIDE=first.wide, DEEP=first.deep, num_warps=first.warps, num_stages=first.stages,
+        WIDE=first.wide, DEEP=first.deep, HALF=half, num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     parts = x.new_empty(second.parts, rows, hidden, dtype=torch.float32)
     _second[(hidden // second.wide, count, second.parts)](
         inner, fc2, scales[1], order.ends, parts, rows, width, hidden, PARTS=second.parts, ROWS=second.rows,
-        WIDE=second.wide, DEEP=second.deep, num_warps=second.warps, num_stages=second.stages,
+        WIDE=second.wide, DEEP=second.deep, HALF=half, num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
     return Rows(parts=parts, place=order.place)
 

@@ -93,6 +93,7 @@ class Server:
             for link in connections.values():
                 link.close()
         self._log.write("exit", code=0, reason="stopped")
+        replica.close()
         ranks.shutdown()
 
     def _serve(self, replica: Any, connections: dict[int, Any]) -> None:
@@ -160,6 +161,7 @@ def _follow(setup: Setup) -> None:
     connections.update(links.meet(setup.rank, setup.world, on_lost=lambda _: _leave_soon()))
     places = leader.RankMap.survey()
     leader.follow(replica, connections[0], speaks=places.speaks[setup.rank])
+    replica.close()
     ranks.shutdown()
 
 

@@ -1,10 +1,11 @@
-"""Serving speed of the whole Mixtral 8x7B with random weights on one GPU, and what bounds and rivals it.
+"""Serving speed of the whole Mixtral 8x7B with random weights at any layout, and what bounds and rivals it.
 
 Decoding is timed over the engine's own steps, sampling and bookkeeping included; `all` counts from the first prompt
 to the last token, prompts included. The floor of a step is the bytes that must be read once over the copy rate
 measured in the same run. The same weights are served once more with experts in FP8; how far their logits are from
 those in bf16 is told beside how far these are from themselves when fewer requests are answered at once.
-`torchrun --nproc-per-node 2 tests/bench/gpu_serve.py` cuts the model into pipeline stages, without rivals.
+`torchrun --nproc-per-node 2 tests/bench/gpu_serve.py --layout tensor=2` is for two GPUs; `--rival vllm` wants vLLM
+in the folder `--vllm` and measures it by `gpu_vllm.py` afterwards, in the same run.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,13 +31,12 @@ from megatron_mixtral import mcore
 from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import build as model
 from megatron_mixtral.model import fp8
-from megatron_mixtral.serve.engine.replica import Replica, Sizes
+from megatron_mixtral.serve.engine.replica import Replica, Sizes, missing
 from megatron_mixtral.serve.engine.sampling import Choice
 from megatron_mixtral.serve.messages import Request
 from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
 PROMPT, ANSWER = 128, 128
-LAYOUT = Layout(pipeline=int(os.environ.get("WORLD_SIZE", "1")))
 COMPARED, FORCED = 32, 8  # requests whose logits are compared, and tokens of each
 KINDS = {"bf16": "mixlaunch", "fp8": "mixlaunch_fp8"}  # of the experts' weights -> its part of the report
 
@@ -67,15 +68,26 @@ def step_bytes(shape: MixtralShape, batch: int, context: int, expert_bytes: int)
     return 2 * (dense + kept) + expert_bytes * shape.num_hidden_layers * experts
 
 
-def build(shape: MixtralShape, *, in_fp8: bool) -> torch.nn.Module:
-    """With the same random weights every time."""
-    part = model.build(shape, LAYOUT, precision="bf16", random_weights=False, fp8_experts=in_fp8)
+def layout_of(text: str, world: int) -> Layout:
+    """`tensor=2,expert=2`; experts are cut as tensors are where nothing else is said, and one GPU needs nothing."""
+    sizes = {name: int(size) for name, _, size in (part.partition("=") for part in text.split(",") if part)}
+    if not sizes:
+        sizes = {"tensor": world}
+    if not {"expert", "expert_tensor"} & set(sizes):
+        sizes["expert_tensor"] = sizes.get("tensor", 1)
+    return Layout(**sizes)
+
+
+def build(shape: MixtralShape, layout: Layout, *, in_fp8: bool) -> torch.nn.Module:
+    """With the same random weights every time; what every rank holds is the same on all."""
+    part = model.build(shape, layout, precision="bf16", random_weights=False, fp8_experts=in_fp8)
     scales = {}
     for experts in (layer.mlp.experts for layer in part.decoder.layers):
         scales |= {experts.linear_fc1: experts.scales[0], experts.linear_fc2: experts.scales[1]}
-    torch.manual_seed(1234)
     with torch.no_grad():
-        for parameter in part.parameters():
+        for index, parameter in enumerate(part.parameters()):
+            own = getattr(parameter, "tensor_model_parallel", False) or parameter.ndim == 3
+            torch.manual_seed(1234 + index + 100_000 * torch.distributed.get_rank() * own)
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue
@@ -138,7 +150,7 @@ def first_token(replica: Replica, numbers: Numbers, length: int, repeats: int) -
 
 def logits(replica: Replica, numbers: Numbers, at_once: int) -> torch.Tensor:
     """[requests * tokens, V] of always the same answers, forced upon it, so many requests at a time."""
-    sampler, seen = replica._controller.sampler, []
+    sampler, seen = replica.engine.sampler, []
     for first in range(0, COMPARED, at_once):
         taken = numbers.take(at_once)
         steps: dict[int, list[torch.Tensor]] = {number: [] for number in taken}
@@ -152,7 +164,8 @@ def logits(replica: Replica, numbers: Numbers, at_once: int) -> torch.Tensor:
 
         sampler.choose = forced  # type: ignore[method-assign]
         for number in taken:
-            replica.add(dataclasses.replace(request(first + number - taken[0], PROMPT, FORCED), id=number))
+            asked = request(first + number - taken[0], PROMPT, FORCED)
+            replica.add(dataclasses.replace(asked, id=number, logprobs=0))  # so that the host draws
         while replica.busy:
             replica.step()
         seen += [row for number in taken for row in steps[number]]
@@ -174,14 +187,17 @@ def ours(
     options: argparse.Namespace, shape: MixtralShape, rate: float, *, in_fp8: bool
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """What was measured, and logits to compare."""
-    part, profile = build(shape, in_fp8=in_fp8), options.profiles
+    part, profile = build(shape, options.layout, in_fp8=in_fp8), options.profiles
+    if reason := missing(part):
+        sys.exit(f"our own engine can't serve this layout: {reason}")
     begun = time.perf_counter()
     replica = Replica(
         part, Sizes(requests=max(options.batches), context_tokens=2048, step_tokens=options.step_tokens)
     )
+    forward = replica.engine.forward
     found: dict[str, Any] = {
         "ready_s": time.perf_counter() - begun,
-        "cache_gib": replica._engine.context.memory_buffer.nbytes / 2**30,
+        "cache_gib": forward.cache.nbytes / 2**30,
         "allocated_gib": torch.cuda.memory_allocated() / 2**30,
         "decoding": {},
     }
@@ -195,28 +211,34 @@ def ours(
         decoding(replica, numbers, batch, 24)
         result = decoding(replica, numbers, batch)
         floor = step_bytes(shape, batch, PROMPT + ANSWER // 2, 1 if in_fp8 else 2) / rate
+        floor /= torch.distributed.get_world_size() // options.layout.pipeline
         result |= {"floor_ms": floor * 1000, "floor_tokens_per_s": batch / floor}
+        result["graph_ms"] = graph_ms(forward, batch)
         found["decoding"][batch] = result
         print(batch, {k: round(v, 2) for k, v in result.items()}, flush=True)
-    if profile and replica._controller.step:
+    if profile:
         profile.mkdir(parents=True, exist_ok=True)
         kind = "_fp8" if in_fp8 else ""
-        kind += f"_stage{torch.distributed.get_rank()}" if LAYOUT.pipeline > 1 else ""
+        kind += f"_rank{torch.distributed.get_rank()}" if torch.distributed.get_world_size() > 1 else ""
         for size in (1, max(options.batches)):
-            write_profile(replica._controller.step.graphs[size].replay, profile / f"decode_{size}{kind}.txt")
+            write_profile(forward.graphs[size].replay, profile / f"decode_{size}{kind}.txt")
         path = profile / f"prompt_1024_three_times{kind}.txt"
         write_profile(lambda: first_token(replica, numbers, 1024, 1), path)
-        engine_alone(replica, found, numbers)
-    for tensor in (replica._engine.context.memory_buffer, *part.parameters()):
+    for tensor in (forward.cache, *part.parameters()):
         tensor.untyped_storage().resize_(0)  # whoever still holds them: the rival needs the room
     return found, kept
 
 
-def engine_alone(replica: Replica, found: dict[str, Any], numbers: Numbers) -> None:
-    """The engine's own forward pass, for comparison."""
-    kept, replica._controller.step = replica._controller.step, None
-    found["engine_alone_step_ms"] = {batch: decoding(replica, numbers, batch, 10)["step_ms"] for batch in (1, 64)}
-    replica._controller.step = kept
+def graph_ms(forward: Any, batch: int) -> float:
+    """Of the batch's graph alone, without host and sampling."""
+    graph = forward.graphs[min(size for size in forward.graphs if size >= batch)]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for event in (start, end):
+        event.record()
+        for _ in range(10 if event is start else 0):
+            graph.replay()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 10
 
 
 def write_profile(run: Callable[[], Any], path: Path) -> None:
@@ -282,18 +304,55 @@ def clean() -> None:
     torch.cuda.empty_cache()
 
 
+def vllm(options: argparse.Namespace) -> dict[str, Any]:
+    """What `gpu_vllm.py` finds, each way of experts' weights in a process of its own."""
+    place = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
+    environment = {name: value for name, value in os.environ.items() if name not in place | {"OUT"}}
+    environment |= {"PYTHONPATH": str(options.vllm), "VLLM_CACHE_ROOT": str(options.vllm / "cache")}
+    tensor = options.layout.tensor * options.layout.pipeline
+    path = options.vllm / "found.json"
+    stages = [f"{kind}:tensor_parallel_size={tensor}" for kind in options.weights]
+    call = [sys.executable, str(Path(__file__).with_name("gpu_vllm.py")), "--stages", *stages, "--json", str(path)]
+    call += [
+        "--layers",
+        str(options.layers),
+        "--sampled",
+        "--batches",
+        *map(str, options.batches),
+        "--log",
+        str(options.vllm),
+    ]
+    subprocess.run([*call, "--budget", str(options.rival_seconds)], env=environment, check=True)
+    told = json.loads(path.read_text())
+    found: dict[str, Any] = {}
+    for kind, stage in zip(options.weights, stages, strict=True):
+        one = told.get(stage, {})
+        found[kind] = {
+            "version": one.get("vllm"),
+            "ready_s": one.get("ready_s"),
+            "first_token_ms": {
+                n: one[f"first_token_ms_{n}"]["median"] for n in (128, 1024) if f"first_token_ms_{n}" in one
+            },
+            "decoding": {n: one[f"decoding_{n}"] for n in options.batches if f"decoding_{n}" in one},
+        }
+    return found
+
+
 def show(report: dict[str, Any]) -> None:
     print(f"{report['card']}, torch {report['torch']}, megatron-core {report['megatron_core']}, {report['date']}")
-    print(f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers in {report['stages']} stages")
+    print(f"copy {report['copy_tb_s']:.2f} TB/s; {report['layers']} layers, {report['layout']}")
     print(f"prompts {PROMPT}, answers {ANSWER} tokens")
     print(f"{report['ways']}, batches in CUDA graphs")
-    theirs = report.get("transformers", {})
     for kind, name in KINDS.items():
         if name in report:
             print(f"\nexperts' weights in {kind}")
-            show_ours(report[name], theirs)
-    if "error" in theirs:
-        print("transformers:", theirs["error"])
+            show_ours(report[name], rival_of(report, kind))
+    if "error" in report.get("transformers", {}):
+        print("transformers:", report["transformers"]["error"])
+
+
+def rival_of(report: dict[str, Any], kind: str) -> dict[str, Any]:
+    return report["vllm"].get(kind, {}) if "vllm" in report else report.get("transformers", {})
 
 
 def show_ours(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -306,14 +365,23 @@ def show_ours(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     print(
         f"cache {mine['cache_gib']:.1f} GiB of {mine['allocated_gib']:.1f} in all; ready in {mine['ready_s']:.0f} s"
     )
-    print(f"first token ms {mine['first_token_ms']}; engine's own step ms {mine.get('engine_alone_step_ms')}")
-    print("batch  step ms  floor ms    tok/s  of floor  all tok/s  transformers tok/s")
+    print(f"first token ms {mine['first_token_ms']}; the rival's {theirs.get('first_token_ms')}")
+    print("batch  step ms  graph ms  floor ms    tok/s  of floor  all tok/s  rival's tok/s  all tok/s")
     for batch, result in mine["decoding"].items():
-        rival = theirs.get("decoding", {}).get(batch, {}).get("tokens_per_s", float("nan"))
+        rival = theirs.get("decoding", {}).get(batch, {})
         share = result["tokens_per_s"] / result["floor_tokens_per_s"]
-        cells = [f"{batch:5d}", f"{result['step_ms']:8.2f}", f"{result['floor_ms']:9.2f}"]
+        cells = [
+            f"{batch:5d}",
+            f"{result['step_ms']:8.2f}",
+            f"{result['graph_ms']:9.2f}",
+            f"{result['floor_ms']:9.2f}",
+        ]
         cells += [f"{result['tokens_per_s']:8.0f}", f"{share:9.1%}", f"{result['all_tokens_per_s']:10.0f}"]
-        print(*cells, f"{rival:19.0f}")
+        cells += [
+            f"{rival.get('tokens_per_s', float('nan')):14.0f}",
+            f"{rival.get('all_tokens_per_s', float('nan')):10.0f}",
+        ]
+        print(*cells)
 
 
 def main() -> None:
@@ -322,7 +390,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--weights", choices=KINDS, nargs="+", default=list(KINDS), help="of the experts")
-    parser.add_argument("--no-rival", action="store_true")
+    parser.add_argument("--layout", default="", help="as tensor=2,expert=2; by default tensors over all GPUs")
+    parser.add_argument("--rival", choices=("transformers", "vllm", "none"), default="none")
+    parser.add_argument("--vllm", type=Path, help="folder for PYTHONPATH that has vLLM in it")
+    parser.add_argument("--rival-seconds", type=int, default=480)
     parser.add_argument("--profiles", type=Path, help="folder for kernel times")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -332,8 +403,10 @@ def main() -> None:
 
     import megatron.core
 
-    ranks.initialize(LAYOUT)
-    if torch.distributed.get_rank():  # the first stage tells for all
+    options.layout = layout_of(options.layout, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks.initialize(options.layout)
+    first = torch.distributed.get_rank() == 0  # it tells for all
+    if not first:
         sys.stdout, options.json = io.StringIO(), None
     shape = dataclasses.replace(TWO_LAYERS, num_hidden_layers=options.layers)
     rate = copy_rate()
@@ -344,7 +417,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "ways": "experts by our grouped products" if grouped_gemm._have_tiles() else grouped_gemm.describe(),
         "layers": options.layers,
-        "stages": LAYOUT.pipeline,
+        "layout": " x ".join(f"{k} {n}" for k, n in dataclasses.asdict(options.layout).items() if n > 1)
+        or "one GPU",
         "copy_tb_s": rate / 1e12,
     }
     clean()
@@ -357,15 +431,16 @@ def main() -> None:
             report[KINDS["fp8"]]["logits_in_bf16"] = apart(kept["fp8"], kept["bf16"])
         if options.json:
             options.json.write_text(json.dumps(report, indent=1))
-    if not options.no_rival and LAYOUT.pipeline == 1:
+    ranks.shutdown()
+    clean()
+    if options.rival != "none" and first:
         try:
-            report["transformers"] = transformers(options, shape)
+            report[options.rival] = vllm(options) if options.rival == "vllm" else transformers(options, shape)
         except Exception as error:
-            report["transformers"] = {"error": f"{type(error).__name__}: {error}"}
+            report[options.rival] = {"error": f"{type(error).__name__}: {error}"}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     show(report)
-    ranks.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Experts in FP8: how far from what they were, and each way of multiplying beside plain products of the same."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_replica import SHAPE, logits_of_each_step, replica
+from engine_replica import SHAPE, apart, logits_of_each_token, prompts_of, replica
 
 from megatron_mixtral import kernels
 from megatron_mixtral.spec.jobs import Layout
@@ -141,21 +140,14 @@ def test_a_product_in_tiles_is_what_it_says(counts, tiles, device):
     assert distance(out, torch.einsum("tnk,tk->tn", exact[expert], x.double())) < 5e-3
 
 
-def apart(ones, others):
-    assert [r for r, _ in ones] == [r for r, _ in others]
-    return sorted(distance(a, b) for (_, a), (_, b) in zip(ones, others, strict=True))
-
-
 def test_logits_are_the_engines_own_and_near_those_without_fp8(one_rank):
     # Two experts of two: no token changes its expert by a rounding.
     shape = dataclasses.replace(SHAPE, num_local_experts=2)
-    draw = random.Random(1)
-    prompts = [[draw.randrange(512) for _ in range(n)] for n in (3, 20)]
     ours, engines, without = (
-        logits_of_each_step(replica(shape, Layout(), ours=o, in_fp8=f), prompts, tokens=2)
+        logits_of_each_token(replica(shape, Layout(), ours=o, in_fp8=f), prompts_of((3, 20)), tokens=2)
         for f, o in ((True, True), (True, False), (False, False))
     )
-    same, lost = apart(ours, engines), apart(ours, without)
+    same, lost = sorted(apart(ours, engines)), sorted(apart(ours, without))
     print(f"\n  logits apart: ours and the engine's {same[-1]:.1e}; with FP8 and without {lost[-1]:.1e}")
     assert same[-1] < (1e-4 if kernels.INTERPRETED else 0.2)  # the engine's products round rows to FP8 as well
     assert lost[0] > 1e-3

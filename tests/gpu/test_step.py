@@ -1,11 +1,10 @@
-"""Our own forward pass for the serving engine beside the engine's: the same logits, in any company."""
+"""Our own engine and its forward pass beside megatron-core's: the same logits at every layout, in any company."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
-from engine_replica import SHAPE, logits_of_each_step, replica
+from engine_replica import SHAPE, apart, logits_of_each_token, prompts_of, replica
 
 from megatron_mixtral import kernels
 from megatron_mixtral.spec.jobs import Layout
@@ -14,12 +13,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
 def distances(shape, layout, lengths, tokens):
-    """Of our logits and the engine's, in each step of prompts of these lengths."""
-    draw = random.Random(1)
-    prompts = [[draw.randrange(512) for _ in range(n)] for n in lengths]
-    ours, engines = (logits_of_each_step(replica(shape, layout, ours=o), prompts, tokens) for o in (True, False))
-    assert [r for r, _ in ours] == [r for r, _ in engines]
-    return [float((a - b).norm() / b.norm()) for (_, a), (_, b) in zip(ours, engines, strict=True)]
+    """Of our logits and the engine's, for each token of prompts of these lengths."""
+    ours, engines = (
+        logits_of_each_token(replica(shape, layout, ours=o), prompts_of(lengths), tokens) for o in (True, False)
+    )
+    return apart(ours, engines)
 
 
 def assert_small(apart):
@@ -33,24 +31,106 @@ def test_logits_are_the_engines_own(window, tied):
     assert_small(distances(shape, Layout(), (1, 33, 100, 64, 5, 17), tokens=6))  # more than run at once
 
 
-def on_each_stage(shape, layout):
-    from megatron_mixtral.mcore import ranks
+LAYOUTS = {
+    "pipeline": Layout(pipeline=2),
+    "tensor": Layout(tensor=2, expert_tensor=2),
+    "tensor, whole experts": Layout(tensor=2),
+    "tensor and expert": Layout(tensor=2, expert=2),
+    "expert": Layout(expert=2),
+    "width of experts": Layout(expert_tensor=2),
+}
 
+
+def at_layout(shape, layout, lengths, tokens, most):
+    from megatron_mixtral.mcore import ranks
+    from megatron_mixtral.serve.engine import exchange
+
+    exchange.MOST = most
     ranks.initialize(layout)
-    found = distances(shape, layout, (1, 70, 5), tokens=3)
+    rank, _ = ranks.data_parallel()
+    made = replica(shape, layout, ours=True)
+    found = logits_of_each_token(made, prompts_of(lengths), tokens, first=7 * rank)
+    told = answers(made, prompts_of(lengths), first=100 + 7 * rank)
+    if made.engine.forward.replicas.count > 1:
+        told |= beside_idle_ranks(made, rank)
+    made.close()
     ranks.shutdown()
-    return found
+    return found, told
+
+
+def beside_idle_ranks(made, rank):
+    """What the first replica answers while the other one has nothing to do."""
+    from megatron_mixtral.serve.messages import Request
+
+    if rank == 0:
+        made.add(Request(id=1000, prompt=[5, 6, 7], max_tokens=3, seed=0, temperature=0.0))
+    told = []
+    for _ in range(5):
+        if rank:
+            made.idle_step()
+        else:
+            told += [event.token for event in made.step()]
+    assert not made.busy
+    return {"alone": told}
+
+
+def answers(made, prompts, first):
+    """Tokens of each request, drawn on the device: the likeliest, or by chance."""
+    from megatron_mixtral.serve.messages import Request
+
+    del made.engine.sampler.choose
+    told = {}
+    for i, prompt in enumerate(prompts, first):
+        by_chance = {"temperature": 1.0, "top_p": 0.9} if (i - first) % 2 else {"temperature": 0.0}
+        made.add(Request(id=i, prompt=prompt, max_tokens=3 + (i - first) % 2, seed=(i - first), **by_chance))
+    while made.busy:
+        for event in made.step():
+            told.setdefault(event.request - first, []).append((event.token, event.finish))
+    return told
+
+
+def tokens_of(made, prompt, count):
+    from megatron_mixtral.serve.messages import Request
+
+    made.add(Request(id=2000, prompt=prompt, max_tokens=count, seed=0, temperature=0.0))
+    told = []
+    while made.busy:
+        told += [event.token for event in made.step()]
+    return told
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="fewer than two GPUs")
-@pytest.mark.parametrize("tied", [False, True])
-def test_pipeline_stages_make_the_same_logits_on_all_ranks(tied):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_make_the_logits_of_one(name):
+    """With sums through peers' memory or, for half of the layouts, of more than a few tokens by collectives."""
     from spawn_ranks import ranks
 
-    shape = dataclasses.replace(SHAPE, num_hidden_layers=3, tie_word_embeddings=tied)
-    first, last = ranks(2, on_each_stage, shape, Layout(pipeline=2), timeout=250)
-    assert_small(first)
-    assert first == last
+    odd = list(LAYOUTS).index(name) % 2 == 1
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=odd, vocab_size=511)
+    lengths, tokens = (1, 70, 5), 2
+    made = replica(shape, Layout(), ours=True)
+    expected = logits_of_each_token(made, prompts_of(lengths), tokens)
+    greedy = answers(made, prompts_of(lengths), first=100)
+    found = ranks(
+        2,
+        at_layout,
+        shape,
+        LAYOUTS[name],
+        lengths,
+        tokens,
+        6 if odd else 1024,
+        timeout=100 if torch.cuda.is_available() else 280,
+    )
+    (first, its), (second, others) = found
+    assert_small(apart(first, expected))
+    assert_small(apart(second, expected))
+    assert torch.equal(first, second) or "alone" in its  # replicas have batches of their own
+    alone, none = its.pop("alone", None), others.pop("alone", None)
+    assert not none
+    assert its == others
+    if kernels.INTERPRETED:
+        assert its == greedy
+        assert alone in (None, tokens_of(made, [5, 6, 7], 3))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300, 600])

@@ -147,7 +147,9 @@ LAYOUTS = {
     "one": (1, {}),
     "pipeline": (2, {"pipeline": 2}),
     "expert": (2, {"expert": 2}),
-    "tensor": (2, {"tensor": 2}),
+    "tensor": (2, {"tensor": 2, "expert_tensor": 2}),
+    "whole experts": (2, {"tensor": 2}),
+    "tensor and expert": (2, {"tensor": 2, "expert": 2}),
     "data": (2, {}),
 }
 

@@ -1,6 +1,6 @@
-"""megatron-core's dynamic engine, built alike in the versions we support; the one place of serving that knows them.
+"""megatron-core's dynamic engine, built alike in the versions we support, for where our own engine can't serve.
 
-Ours differs in three methods: sampling (any mix of settings, the same draws on every rank), the log probabilities
+It differs in three methods: sampling (any mix of settings, the same draws on every rank), the log probabilities
 of prompts (all logits only in the steps that need them) and cancelling.
 """
 
@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from megatron_mixtral import mcore
-from megatron_mixtral.mcore import compat, cpu
-from megatron_mixtral.serve.engine import forward
+from megatron_mixtral.mcore import compat, cpu, ranks
 from megatron_mixtral.serve.engine.attention import use_paged_attention
-from megatron_mixtral.serve.engine.forward import Step
 from megatron_mixtral.serve.engine.sampling import Choice, Sampler, score
-from megatron_mixtral.serve.messages import PromptScores
+from megatron_mixtral.serve.messages import Event, Finish, PromptScores, Request, Token
 
 from megatron.core import parallel_state
 from megatron.core.inference import communication_utils
 from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -67,7 +66,6 @@ class Controller(TextGenerationController):
     def __init__(self, *args: Any, sampler: Sampler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sampler = sampler
-        self.step: Step | None = None  # our own forward pass, where it can be used
         self.drawn: list[tuple[int, Choice]] = []
         self.scored: list[PromptScores] = []
         self.forwarded = False
@@ -97,9 +95,6 @@ class Controller(TextGenerationController):
         reads = not self.context.is_decode_only()
         scoring = reads and any(self._wants_scores(request, first) for request, first, _ in self._rows())
         self.context.only_last_logits(not scoring)
-        if self.step and not scoring:
-            self._all_logits_cuda = self.step.run().unsqueeze(0)
-            return None
         return super()._dynamic_step_forward_logits(input_ids, position_ids)
 
     def _dynamic_step_sample_logits(self, logits: Tensor | None = None) -> None:
@@ -195,19 +190,75 @@ def build(
         buffer_size_gb=cache_bytes / GIB,
     )
     controller = Controller(wrapper, _NoTokenizer(), sampler=Sampler(vocabulary), **controller_options)
-    engine = Engine(controller, context, **engine_options)
-    if cpu.HAVE_GPU:
-        _speed_up(controller, model)
-    return engine
+    return Engine(controller, context, **engine_options)
 
 
-def _speed_up(controller: Controller, model: GPTModel) -> None:
-    """Our own forward pass in place of the engine's, or a line that says why not."""
-    if reason := forward.missing(model):
-        print(f"serving by megatron-core's own layers, slowly: {reason}", flush=True)
-        return
-    controller.step = forward.Step(model, controller.context)
-    controller.step.capture()
+class Upstream:
+    """megatron-core's engine as `replica.Engine` asks for it."""
+
+    def __init__(self, model: GPTModel, **settings: Any) -> None:
+        self._model = model
+        self._engine = build(model, **settings)
+        self._controller = self._engine.controller
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._controller.sampler
+
+    @property
+    def busy(self) -> bool:
+        return self._engine.has_unfinished_requests()
+
+    @property
+    def cache_used(self) -> float:
+        return self._engine.context.used()
+
+    def add(self, request: Request) -> None:
+        self._controller.sampler.add(request)
+        settings = SamplingParams(
+            num_tokens_to_generate=request.max_tokens, termination_id=request.stop_token, top_k=1, top_p=0.0
+        )
+        self._engine.add_request(request.id, list(request.prompt), settings)
+
+    def cancel(self, request: int) -> None:
+        self._controller.sampler.drop(request)
+        self._engine.cancel(request)
+
+    def close(self) -> None: ...
+
+    def step(self) -> list[Event]:
+        """One step of all active requests; what it brought, for those that weren't cancelled."""
+        self._controller.forget_last_step()
+        result = self._engine.step_modern()
+        if not self._controller.forwarded and self._model.config.expert_model_parallel_size > 1:
+            self.idle_step()  # everything was cancelled meanwhile, but the other replicas wait for this one
+        ended = {record.request_id for record in result["finished_request_records"]}
+        self._engine.stop_word_finished_request_ids -= ended
+        events: list[Event] = list(self._controller.scored)
+        events += [self._token(request, choice, request in ended) for request, choice in self._controller.drawn]
+        for request in ended:
+            self._controller.sampler.drop(request)
+        return events
+
+    @torch.inference_mode()
+    def idle_step(self) -> None:
+        """Take part in the experts' exchange with one token of no request, while other replicas have work."""
+        count = self._model.config.tensor_model_parallel_size
+        tokens = torch.zeros((1, count), dtype=torch.long, device=ranks.device())
+        if not parallel_state.is_pipeline_first_stage():
+            share = 1 if self._model.config.sequence_parallel else count
+            shape = (share, 1, self._model.config.hidden_size)
+            self._model.set_input_tensor(
+                torch.zeros(shape, dtype=self._model.config.params_dtype, device=ranks.device())
+            )
+        self._model(tokens, tokens, None, runtime_gather_output=True)
+
+    def _token(self, request: int, choice: Choice, ended: bool) -> Token:
+        asked = self._controller.sampler[request].request
+        if asked.max_tokens == 0:  # the engine always draws one
+            return Token(request, None, finish="length")
+        finish: Finish | None = None if not ended else "stop" if choice.token == asked.stop_token else "length"
+        return Token(request, choice.token, choice.logprob, choice.top, finish)
 
 
 def _parts_016(model: GPTModel, **sizes: Any) -> Parts:

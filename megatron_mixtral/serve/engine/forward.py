@@ -1,11 +1,13 @@
-"""One forward pass of the engine's batch by our own kernels, as a CUDA graph but for the longest prompts.
+"""One forward pass of a batch by our own kernels, as a CUDA graph but for the longest prompts, at every layout.
 
-Reads the engine's bookkeeping where it lies on the device and writes keys and values into the engine's cache, so
-the two can take turns on any request. Each pipeline stage hands its residual on, outside the graphs, and the last
-one the logits to all. Shapes: T tokens of all requests in a row, R requests, H hidden, V vocabulary.
+Reads what there is to compute where it lies on the device, and writes keys and values into the cache. Ranks that
+tensors are spread over have the same residual and tokens. Pipeline stages hand it on outside the graphs.
+
+Shapes: T tokens of all requests in a row, R requests, H hidden, V vocabulary of this rank.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,34 +15,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mixtral import kernels
-from megatron_mixtral.kernels import grouped_gemm
-from megatron_mixtral.mcore import compat, ranks
-from megatron_mixtral.model.layers import Experts, window_of
+from megatron_mixtral.kernels import (
+    choose_experts,
+    experts,
+    grouped_gemm,
+    paged_attention,
+    rmsnorm,
+    small_batch,
+    vocabulary,
+)
+from megatron_mixtral.mcore import ranks
+from megatron_mixtral.model.layers import window_of
+from megatron_mixtral.serve.engine.batch import Batch
+from megatron_mixtral.serve.engine.exchange import Replicas, Stage, Sum, Vocabulary
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 Attend = Callable[[Tensor, Tensor], Tensor]
-
-
-def missing(model: GPTModel) -> str | None:
-    """Why the engine's own forward pass is used for `model`; None when ours can be."""
-    if reason := kernels.missing():
-        return reason
-    if not compat.ENGINE_COUNTS_ON_DEVICE:
-        return f"megatron-core {compat.VERSION[0]}.{compat.VERSION[1]} keeps its bookkeeping elsewhere"
-    state = parallel_state
-    if state.get_tensor_model_parallel_world_size() * state.get_expert_model_parallel_world_size() > 1:
-        return "tensors or experts are spread over ranks"
-    config, shape = model.config, model.shape
-    if not isinstance(model.decoder.layers[0].mlp.experts, Experts):
-        return "Transformer Engine's layers are in use"
-    if config.params_dtype != torch.bfloat16 and not kernels.INTERPRETED:
-        return f"{config.params_dtype} isn't bfloat16"
-    if shape.hidden_size % 128 or shape.intermediate_size % 128 or shape.num_local_experts.bit_count() > 1:
-        return "hidden or expert width isn't a multiple of 128, or the number of experts no power of two"
-    return None
 
 
 def _head(model: GPTModel) -> Tensor | None:
@@ -62,33 +54,6 @@ def graph_sizes(most: int) -> list[int]:
 PROMPT_SIZES = [16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
 
 
-class Stage:
-    """This rank's place in the pipeline that every batch passes through; without one, first and last at once."""
-
-    def __init__(self) -> None:
-        state = parallel_state
-        self.group = state.get_pipeline_model_parallel_group()
-        self.first, self.last = state.is_pipeline_first_stage(), state.is_pipeline_last_stage()
-        self.before, self.behind, self.end = (
-            state.get_pipeline_model_parallel_prev_rank(),
-            state.get_pipeline_model_parallel_next_rank(),
-            state.get_pipeline_model_parallel_last_rank(),
-        )
-
-    def receive(self, residual: Tensor) -> None:
-        if not self.first:
-            dist.recv(residual, self.before, group=self.group)
-
-    def send(self, residual: Tensor) -> None:
-        if not self.last:
-            dist.send(residual, self.behind, group=self.group)
-
-    def share(self, logits: Tensor) -> None:
-        """Every stage draws the same tokens from the last one's."""
-        if not (self.first and self.last):
-            dist.broadcast(logits, self.end, group=self.group)
-
-
 def _filled_up(size: int, graphs: Iterable[int]) -> int:
     """The next size that has a graph, or `size` itself."""
     return min((other for other in graphs if other >= size), default=size)
@@ -104,141 +69,202 @@ def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a step is about, where the host has to know it."""
+
+    requests: int
+    tokens: int
+    prompts: bool
+    scored: Tensor | None = None  # tokens whose logits are wanted as well, by their place in the batch
+
+
 class Step:
-    """The stage's weights, the engine's bookkeeping, and a graph for each size of a batch."""
+    """The stage's weights, the batch, the cache, and a graph for each size of a batch.
 
-    def __init__(self, model: GPTModel, context: Any) -> None:
-        from megatron_mixtral.kernels import (  # imports triton
-            choose_experts,
-            experts,
-            paged_attention,
-            rmsnorm,
-            small_batch,
-        )
+    cache [2, layers, pages, positions, groups, D].
+    """
 
-        self.choice, self.experts, self.few, self.norm, self.paged = (
-            choose_experts,
-            experts,
-            small_batch,
-            rmsnorm,
-            paged_attention,
-        )
-        self.model, self.context, self.config = model, context, model.config
+    def __init__(self, model: GPTModel, batch: Batch, cache: Tensor) -> None:
+        self.model, self.batch, self.cache, self.config = model, batch, cache, model.config
         size = self.config.kv_channels
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=ranks.device()) / size
         self.frequency = model.shape.rope_theta**-exponent
         self.scale = self.config.softmax_scale or size**-0.5
         self.window = window_of(self.config)
+        self.graphs: dict[int, Any] = {}  # of decoding, by requests
+        self.prompt_graphs: dict[int, Any] = {}  # of prompts among them, by tokens
         self.stage, self.head = Stage(), _head(model)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of decoding, by requests
-        self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of prompts among them, by tokens
+        self._meet(model)
         kind = {"dtype": self.config.params_dtype, "device": ranks.device()}
-        self.residual = torch.zeros(context.max_tokens, self.config.hidden_size, **kind)
-        self.logits = torch.empty(context.max_requests, model.vocab_size, **kind)
+        self.residual = torch.zeros(batch.tokens, self.config.hidden_size, **kind)
+        self.logits = torch.empty(batch.requests, self.words.count, **kind)
+        self.tokens = torch.zeros(batch.requests, dtype=torch.int32, device=ranks.device())
+        self.real = batch.real.new_zeros(self.replicas.count)
+        self._normed: Tensor | None = None
+
+    def _meet(self, model: GPTModel) -> None:
+        """With all ranks that a step is shared with."""
+        state, own = parallel_state, model.decoder.layers[0].mlp.experts
+        tensor, together = (
+            state.get_tensor_model_parallel_group(),
+            state.get_expert_tensor_and_model_parallel_group(),
+        )
+        sizes = {"tokens": self.batch.tokens, "width": self.config.hidden_size, "dtype": self.config.params_dtype}
+        self.replicas = Replicas(together)
+        self.sum = Sum(tensor, **sizes)
+        same = dist.get_process_group_ranks(tensor) == dist.get_process_group_ranks(together)
+        self.sum_of_experts = self.sum if same or self.replicas.count > 1 else Sum(together, **sizes)
+        self.first_expert = own.expert_group.rank() * len(own.linear_fc1)
+        self.words = Vocabulary(model.vocab_size, model.shape.vocab_size, requests=self.batch.requests)
 
     @torch.inference_mode()
-    def run(self) -> Tensor:
-        """Logits [R, V] of each active request's last token, on every stage."""
-        context = self.context
-        requests = context.total_request_count - context.paused_request_count
-        decodes = context.is_decode_only()
-        graphs = self.graphs if decodes else self.prompt_graphs
-        tokens = _filled_up(requests if decodes else context.active_token_count, graphs)
-        self.stage.receive(self.residual[:tokens])
-        if tokens in graphs:
-            graphs[tokens].replay()
-        elif decodes:
-            self._decode(tokens)
+    def run(self, work: Work) -> None:
+        """The likeliest token of each row that draws goes to `tokens` and its slot, on every rank."""
+        prompts, requests, tokens = self._agreed(work)
+        graphs = self.prompt_graphs if prompts else self.graphs
+        size = _filled_up(tokens, graphs)
+        self.stage.receive(self.residual[:size])
+        if size in graphs and work.scored is None:
+            graphs[size].replay()
+        elif prompts:
+            self._prompts(size, requests)
         else:
-            self._prompts(tokens, requests)
-        self.stage.send(self.residual[:tokens])
-        self.stage.share(self.logits[:requests])
-        return self.logits[:requests]
+            self._decode(size)
+        self.stage.send(self.residual[:size])
+        if not self.stage.alone:
+            self.stage.share(self.tokens[:requests])
+            self.batch.drawn.index_copy_(0, self.batch.slots[:requests].long(), self.tokens[:requests])
+
+    def _agreed(self, work: Work) -> tuple[bool, int, int]:
+        """Whether there are prompts, requests and tokens: of all replicas that share experts."""
+        most = self.batch.requests
+        prompts, tokens = self.replicas.agree(int(work.prompts or work.scored is not None), work.tokens)
+        prompts = bool(prompts) or tokens > most
+        return prompts, most if self.replicas.count > 1 else work.requests, max(tokens, 1)
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """Of rows of the last step, on every rank, [n, all words]."""
+        part = self.logits[rows]
+        self.stage.share(part)
+        return self.words.whole(part)
+
+    def scores_of(self, tokens: Tensor) -> Tensor:
+        """Logits after tokens of the last step, whose places in the batch were in `Work.scored`; [n, all words]."""
+        if self.head is None or self._normed is None:
+            part = self.logits.new_empty(len(tokens), self.words.count)
+        else:
+            part = self._normed[tokens] @ self.head.t()
+        self.stage.share(part)
+        return self.words.whole(part)
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """A graph for each size; the cache and the bookkeeping must be where they stay."""
+        """A graph for each size; the cache and the batch must be where they stay."""
         self.stage.receive(self.residual[:1])  # the first time, the ranks' connections are made
         self.stage.send(self.residual[:1])
-        self.stage.share(self.logits[:1])
-        most, pool, largest = self.context.max_requests, torch.cuda.graph_pool_handle(), self._largest_graph()
-        for size in reversed([size for size in PROMPT_SIZES if size <= min(self.context.max_tokens, largest)]):
+        self.stage.share(self.tokens[:1])
+        most, pool, largest = self.batch.requests, torch.cuda.graph_pool_handle(), self._largest_graph()
+        for size in reversed([size for size in PROMPT_SIZES if size <= min(self.batch.tokens, largest)]):
             self.prompt_graphs[size] = _captured(partial(self._prompts, size, most), pool)
         for size in reversed([size for size in graph_sizes(most) if size <= largest]):
             self.graphs[size] = _captured(partial(self._decode, size), pool)
 
+    def close(self) -> None:
+        """Lets go of the graphs: a group of ranks can't be left while collectives of its own are in one."""
+        self.graphs.clear()
+        self.prompt_graphs.clear()
+
     def _largest_graph(self) -> float:
         """Tokens beyond which experts may ask the host for counts, which no graph can."""
-        experts = self.model.decoder.layers[0].mlp.experts
-        weights = experts.linear_fc1, experts.linear_fc2
-        return float("inf") if grouped_gemm.tiles_serve(*weights) else self.few.most(*weights)
+        own = self.model.decoder.layers[0].mlp.experts
+        weights = own.linear_fc1, own.linear_fc2
+        serve = grouped_gemm.tiles_serve(*weights)
+        return float("inf") if serve else small_batch.most(*weights) / self.replicas.count
 
     def _decode(self, requests: int) -> None:
-        view = self.context.gpu_view
-        lengths, table = view.mha_kv_seq_lengths[:requests], view.mha_block_table[:requests]
+        batch = self.batch
+        lengths, table = batch.lengths[:requests], batch.table[:requests]
 
         def attend(q: Tensor, cache: Tensor) -> Tensor:
-            return self.paged.decode(
-                q, cache, lengths, table, view.real_token_count, scale=self.scale, window=self.window
+            return paged_attention.decode(
+                q, cache, lengths, table, batch.real, scale=self.scale, window=self.window
             )
 
-        x = self._layers(requests, attend)
-        if self.head is not None:
-            torch.mm(x, self.head.t(), out=self.logits[:requests])
+        self._draw(self._layers(requests, attend), requests)
 
     def _prompts(self, tokens: int, requests: int) -> None:
         """`requests` at most; how many there are and which tokens count lies on the device."""
-        view = self.context.gpu_view
-        bounds, lengths, table = view.mha_cu_query_seq_lengths, view.mha_kv_seq_lengths, view.mha_block_table
-        cut = self.paged.cut(bounds, view.real_token_count, tokens, requests)
+        batch = self.batch
+        cut = paged_attention.cut(batch.bounds, batch.real, tokens, requests)
 
         def attend(q: Tensor, cache: Tensor) -> Tensor:
-            return self.paged.prompts(q, cache, bounds, lengths, table, cut, scale=self.scale, window=self.window)
+            return paged_attention.prompts(
+                q, cache, batch.bounds, batch.lengths, batch.table, cut, scale=self.scale, window=self.window
+            )
 
-        x = self._layers(tokens, attend)
+        self._normed = self._layers(tokens, attend)
+        self._draw(self._normed[batch.last[:requests].clamp(0, tokens - 1)], requests)
+
+    def _draw(self, x: Tensor, requests: int) -> None:
+        """x [R, H], the last tokens' -> logits and the likeliest followers."""
         if self.head is not None:
-            last = view.active_request_last_token_idxs[:requests].clamp(0, tokens - 1)
-            torch.mm(x[last], self.head.t(), out=self.logits[:requests])
+            logits = torch.mm(x, self.head.t(), out=self.logits[:requests])
+            self.words.likeliest(logits, self.batch.slots[:requests], self.batch.drawn, self.tokens[:requests])
 
     def _layers(self, tokens: int, attend: Attend) -> Tensor:
         """Takes the residual through the stage's layers, [T, H]; returns it, or after the last its norm."""
-        view, decoder, eps = self.context.gpu_view, self.model.decoder, self.config.layernorm_epsilon
+        decoder, eps = self.model.decoder, self.config.layernorm_epsilon
         residual = self.residual[:tokens]
-        if self.stage.first:
-            words = self.model.embedding.word_embeddings.weight
-            torch.index_select(words, 0, view.token_to_input_ids[:tokens], out=residual)
+        if self.replicas.count > 1:
+            self.real.copy_(self.replicas.gather(self.batch.real))
         norms = [layer.input_layernorm.weight for layer in decoder.layers]
         norms.append(decoder.final_layernorm.weight if self.stage.last else None)
-        x, _ = self.norm.forward(residual, norms[0], eps)
+        x = self._begin(residual, norms[0], eps)
         for i, layer in enumerate(decoder.layers):
-            attended = self._attention(layer.self_attention, x, self.context.memory_buffer[:, i], attend)
-            x = self.few.add_and_norm(residual, attended, layer.pre_mlp_layernorm.weight, eps)
-            x = self.few.add_and_norm(residual, self._experts(layer.mlp, x), norms[i + 1], eps)
+            attended = self._attention(layer.self_attention, x, self.cache[:, i], attend)
+            x = self.sum.add_and_norm(residual, attended, layer.pre_mlp_layernorm.weight, eps)
+            x = self._experts(layer.mlp, x, residual, norms[i + 1])
         return x
 
+    def _begin(self, residual: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The first layer's input; on the first stage the residual becomes the tokens' embeddings."""
+        if not self.stage.first:
+            return rmsnorm.forward(residual, norm, eps)[0]
+        words, batch = self.model.embedding.word_embeddings.weight, self.batch
+        ids = batch.ids[: len(residual)]
+        if self.words.ranks == 1:
+            vocabulary.look_up(ids, batch.drawn, words, residual)
+            return rmsnorm.forward(residual, norm, eps)[0]
+        part = vocabulary.look_up(ids, batch.drawn, words, torch.empty_like(residual), self.words.first)
+        residual.zero_()
+        return self.sum.add_and_norm(residual, part, norm, eps)
+
     def _attention(self, attention: Any, x: Tensor, cache: Tensor, attend: Attend) -> Tensor:
-        """x [T, H], cache [2, pages, positions, groups, D] -> [T, H]."""
-        view, tokens = self.context.gpu_view, len(x)
+        """x [T, H], cache [2, pages, positions, groups, D] -> [T, H], this rank's part of the sum."""
+        batch, tokens = self.batch, len(x)
         mixed = (x @ attention.linear_qkv.weight.t()).unflatten(1, (cache.shape[-2], -1))
-        q = self.paged.rotate_and_store(
-            mixed,
-            cache,
-            view.token_to_pos_ids[:tokens],
-            view.token_to_block_idx[:tokens],
-            view.token_to_local_position_within_kv_block[:tokens],
-            view.real_token_count,
-            self.frequency,
-        )
+        position, page, offset = (column[:tokens] for column in (batch.position, batch.page_of, batch.offset))
+        q = paged_attention.rotate_and_store(mixed, cache, position, page, offset, batch.real, self.frequency)
         return attend(q, cache).flatten(1) @ attention.linear_proj.weight.t()
 
-    def _experts(self, moe: Any, x: Tensor) -> Any:
-        """x [T, H] -> what is added to the residual."""
+    def _experts(self, moe: Any, x: Tensor, residual: Tensor, norm: Tensor | None) -> Tensor:
+        """x [T, H] -> the residual with what experts add to it, after its norm."""
+        eps = self.config.layernorm_epsilon
+        if self.replicas.count == 1:
+            return self.sum_of_experts.add_and_norm(residual, self._expert_rows(moe, x, self.batch.real), norm, eps)
+        everyones = self.replicas.gather(x)
+        added = torch.zeros_like(everyones)
+        small_batch.add_and_norm(added, self._expert_rows(moe, everyones, self.real), None, eps)
+        return small_batch.add_and_norm(residual, self.replicas.summed(added), norm, eps)
+
+    def _expert_rows(self, moe: Any, x: Tensor, real: Tensor) -> small_batch.Rows:
+        """What this rank's experts have for x [T, H]."""
         fc1, fc2, scales = moe.experts.linear_fc1, moe.experts.linear_fc2, moe.experts.scales
-        real = self.context.gpu_view.real_token_count
-        chosen = self.choice.choose(x, moe.router.weight, self.config.moe_router_topk, real)
-        order = self.choice.sort(chosen, len(fc1))
-        if len(x) <= self.few.most(fc1, fc2):
-            return self.few.experts(x, chosen, order, fc1, fc2, scales)
-        rows, probs = self.choice.spread(x, chosen, order)
-        out = self.experts.forward(rows, probs, grouped_gemm.best_forward(order.ends, fc1, fc2), fc1, fc2, scales)
-        return self.few.Rows(parts=out.unsqueeze(0), place=order.place)
+        chosen = choose_experts.choose(x, moe.router.weight, self.config.moe_router_topk, real)
+        order = choose_experts.sort(chosen, len(fc1), self.first_expert)
+        if len(x) <= small_batch.most(fc1, fc2):
+            return small_batch.experts(x, chosen, order, fc1, fc2, scales)
+        rows, probs = choose_experts.spread(x, chosen, order)
+        out = experts.forward(rows, probs, grouped_gemm.best_forward(order.ends, fc1, fc2), fc1, fc2, scales)
+        return small_batch.Rows(parts=out.unsqueeze(0), place=order.place)

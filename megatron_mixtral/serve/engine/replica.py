@@ -5,16 +5,16 @@ All ranks of a replica make the same calls in the same order; each then knows th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from megatron_mixtral.mcore import cpu, ranks
-from megatron_mixtral.serve.engine import engine
-from megatron_mixtral.serve.engine.sampling import Choice
-from megatron_mixtral.serve.messages import Event, Finish, Request, Token
+from megatron_mixtral import kernels
+from megatron_mixtral.mcore import cpu
+from megatron_mixtral.model.layers import Experts
+from megatron_mixtral.serve.messages import Event, Request
 
 from megatron.core import parallel_state
-from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
 
@@ -29,76 +29,107 @@ class Sizes:
     cache_tokens: int | None = None  # None: every request at its longest, as far as memory goes
 
 
+class Engine(Protocol):
+    """What steps through requests: ours, or megatron-core's where ours can't."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    @property
+    def cache_used(self) -> float: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def cancel(self, request: int) -> None: ...
+
+    def step(self) -> list[Event]: ...
+
+    def idle_step(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Replica:
     """The engine of this rank's replica."""
 
     def __init__(
-        self, model: GPTModel, sizes: Sizes, vocabulary: Callable[[], Sequence[bytes | None]] = list
+        self,
+        model: GPTModel,
+        sizes: Sizes,
+        vocabulary: Callable[[], Sequence[bytes | None]] = list,
+        *,
+        ours: bool | None = None,
     ) -> None:
-        self._model = model
-        self._engine = engine.build(
-            model,
-            requests=sizes.requests,
-            step_tokens=sizes.step_tokens,
-            context_tokens=sizes.context_tokens,
-            page=sizes.page,
-            cache_bytes=_cache_bytes(model, sizes),
-            vocabulary=vocabulary,
-        )
-        self._controller = self._engine.controller
+        """`ours` asks for our own engine or for megatron-core's; by default ours runs wherever it can on a GPU."""
+        settings: dict[str, Any] = {
+            "requests": sizes.requests,
+            "step_tokens": sizes.step_tokens,
+            "context_tokens": sizes.context_tokens,
+            "page": sizes.page,
+            "cache_bytes": _cache_bytes(model, sizes),
+            "vocabulary": vocabulary,
+        }
+        reason = missing(model)
+        if ours is None:
+            ours = cpu.HAVE_GPU and reason is None
+            if cpu.HAVE_GPU and reason:
+                print(f"serving by megatron-core's own layers, slowly: {reason}", flush=True)
+        self.engine: Engine
+        if ours:
+            from megatron_mixtral.serve.engine import runner  # imports triton
+
+            self.engine = runner.Runner(model, **settings)
+        else:
+            from megatron_mixtral.serve.engine import engine  # here, too: only one of the two is needed
+
+            self.engine = engine.Upstream(model, **settings)
 
     @property
     def busy(self) -> bool:
-        return self._engine.has_unfinished_requests()
+        return self.engine.busy
 
     @property
     def cache_used(self) -> float:
-        return self._engine.context.used()
+        return self.engine.cache_used
 
     def add(self, request: Request) -> None:
-        self._controller.sampler.add(request)
-        settings = SamplingParams(
-            num_tokens_to_generate=request.max_tokens, termination_id=request.stop_token, top_k=1, top_p=0.0
-        )
-        self._engine.add_request(request.id, list(request.prompt), settings)
+        self.engine.add(request)
 
     def cancel(self, request: int) -> None:
-        self._controller.sampler.drop(request)
-        self._engine.cancel(request)
+        self.engine.cancel(request)
 
     def step(self) -> list[Event]:
-        """One step of all active requests; what it brought, for those that weren't cancelled."""
-        self._controller.forget_last_step()
-        result = self._engine.step_modern()
-        if not self._controller.forwarded and self._model.config.expert_model_parallel_size > 1:
-            self.idle_step()  # everything was cancelled meanwhile, but the other replicas wait for this one
-        ended = {record.request_id for record in result["finished_request_records"]}
-        self._engine.stop_word_finished_request_ids -= ended
-        events: list[Event] = list(self._controller.scored)
-        events += [self._token(request, choice, request in ended) for request, choice in self._controller.drawn]
-        for request in ended:
-            self._controller.sampler.drop(request)
-        return events
+        """A step of all active requests; what it or the one before it brought, for those that weren't cancelled."""
+        return self.engine.step()
 
-    @torch.inference_mode()
     def idle_step(self) -> None:
-        """Take part in the experts' exchange with one token of no request, while other replicas have work."""
-        count = self._model.config.tensor_model_parallel_size
-        tokens = torch.zeros((1, count), dtype=torch.long, device=ranks.device())
-        if not parallel_state.is_pipeline_first_stage():
-            share = 1 if self._model.config.sequence_parallel else count
-            shape = (share, 1, self._model.config.hidden_size)
-            self._model.set_input_tensor(
-                torch.zeros(shape, dtype=self._model.config.params_dtype, device=ranks.device())
-            )
-        self._model(tokens, tokens, None, runtime_gather_output=True)
+        """Take part in the experts' exchange without a request, while other replicas have work."""
+        self.engine.idle_step()
 
-    def _token(self, request: int, choice: Choice, ended: bool) -> Token:
-        asked = self._controller.sampler[request].request
-        if asked.max_tokens == 0:  # the engine always draws one
-            return Token(request, None, finish="length")
-        finish: Finish | None = None if not ended else "stop" if choice.token == asked.stop_token else "length"
-        return Token(request, choice.token, choice.logprob, choice.top, finish)
+    def close(self) -> None:
+        """Nothing more will be asked; the ranks' groups can be left then."""
+        self.engine.close()
+
+
+def missing(model: GPTModel) -> str | None:
+    """Why megatron-core's engine serves `model`; None when ours can."""
+    if reason := kernels.missing():
+        return reason
+    config, shape, own = model.config, model.shape, model.decoder.layers[0].mlp.experts
+    if not isinstance(own, Experts):
+        return "Transformer Engine's layers are in use"
+    if shape.hidden_size % 128 or own.linear_fc2.shape[2] % 64:
+        return "the hidden size isn't a multiple of 128, or the experts' width on a rank none of 64"
+    if shape.num_local_experts.bit_count() > 1 or config.kv_channels.bit_count() > 1 or config.kv_channels < 16:
+        return "the number of experts or the size of a head is no power of two"
+    state = parallel_state
+    tensor, together = (
+        state.get_tensor_model_parallel_group().size(),
+        state.get_expert_tensor_and_model_parallel_group().size(),
+    )
+    if max(tensor, together) % min(tensor, together):
+        return f"experts lie on {together} ranks and tensors on {tensor}, of which neither divides the other"
+    return None
 
 
 def _cache_bytes(model: GPTModel, sizes: Sizes) -> int:

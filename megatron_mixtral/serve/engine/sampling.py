@@ -35,6 +35,15 @@ class Draws:
         r = self.request
         return bool(r.logit_bias or r.presence_penalty or r.frequency_penalty)
 
+    @property
+    def plain(self) -> bool:
+        """Whether logits and settings alone say what is drawn, and nothing beside the token is asked for."""
+        return not self.shifts_logits and self.writer is None and self.request.logprobs is None
+
+    @property
+    def by_chance(self) -> bool:
+        return self.request.temperature >= COLDEST and self.request.top_k != 1
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -84,6 +93,10 @@ class Sampler:
                 choices[i] = Choice(tokens[i], own[row], tops[row][: draws[i].request.logprobs or 0])
         return choices
 
+    def draw(self, logits_nv: Tensor, requests: list[int]) -> Tensor:
+        """Tokens [n] of requests that are plain and draw by chance, without waiting for the device."""
+        return self._by_chance(logits_nv, [self._draws[request] for request in requests])
+
     def _shifted(self, logits_nv: Tensor, draws: list[Draws]) -> Tensor:
         """Penalties for what was said already, and the caller's own bias."""
         rows = [(i, s) for i, s in enumerate(draws) if s.shifts_logits]
@@ -122,56 +135,60 @@ class Sampler:
         return token
 
     def _draw_freely(self, logits_nv: Tensor, draws: list[Draws]) -> list[int]:
-        tokens = logits_nv.argmax(dim=-1).tolist()
-        rows = [i for i, s in enumerate(draws) if s.request.temperature >= COLDEST and s.request.top_k != 1]
-        if not rows:
-            return tokens
-        requests = [draws[i].request for i in rows]
-        drawn = inverse_draw(
-            logits_nv[rows],
+        tokens_n = logits_nv.argmax(dim=-1)
+        if rows := [i for i, one in enumerate(draws) if one.by_chance]:
+            at = on_device(rows, torch.long, logits_nv.device)
+            tokens_n.index_copy_(0, at, self._by_chance(logits_nv[at], [draws[i] for i in rows]))
+        return tokens_n.tolist()
+
+    @staticmethod
+    def _by_chance(logits_nv: Tensor, draws: list[Draws]) -> Tensor:
+        requests = [one.request for one in draws]
+        return inverse_draws(
+            logits_nv,
             temperature=[r.temperature for r in requests],
             top_k=[r.top_k for r in requests],
             top_p=[r.top_p for r in requests],
-            uniform=[draws[i].random.random() for i in rows],
+            uniform=[one.random.random() for one in draws],
         )
-        for i, token in zip(rows, drawn, strict=True):
-            tokens[i] = token
-        return tokens
 
 
-def inverse_draw(
+def inverse_draw(logits_nv: Tensor, **settings: Any) -> list[int]:
+    """As `inverse_draws`, on the host."""
+    return inverse_draws(logits_nv, **settings).tolist()
+
+
+def inverse_draws(
     logits_nv: Tensor, *, temperature: list[float], top_k: list[int], top_p: list[float], uniform: list[float]
-) -> list[int]:
-    """The token where the filtered distribution's cumulative sum passes `uniform` (0 <= u < 1), row by row.
+) -> Tensor:
+    """The token where the filtered distribution's cumulative sum passes `uniform` (0 <= u < 1), row by row, [n].
 
     top_k keeps the k most likely; top_p then keeps the fewest whose sum reaches p of those; one always stays.
     """
-    drawn = [0] * len(uniform)
     filtered = [i for i, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if k > 0 or p < 1]
     free = sorted(set(range(len(uniform))) - set(filtered))
     scaled_nv = logits_nv / _column(temperature, logits_nv)
+    if not filtered:
+        return _draw_from_all(scaled_nv, uniform)
+    drawn_n = torch.zeros(len(uniform), dtype=torch.long, device=logits_nv.device)
     if free:
-        for i, token in zip(free, _draw_from_all(scaled_nv[free], [uniform[i] for i in free]), strict=True):
-            drawn[i] = token
-    if filtered:
-        settings: list[list[Any]] = [[values[i] for i in filtered] for values in (top_k, top_p, uniform)]
-        for i, token in zip(filtered, _draw_from_likeliest(scaled_nv[filtered], *settings), strict=True):
-            drawn[i] = token
-    return drawn
+        at = on_device(free, torch.long, logits_nv.device)
+        drawn_n.index_copy_(0, at, _draw_from_all(scaled_nv[at], [uniform[i] for i in free]))
+    at = on_device(filtered, torch.long, logits_nv.device)
+    settings: list[list[Any]] = [[values[i] for i in filtered] for values in (top_k, top_p, uniform)]
+    return drawn_n.index_copy_(0, at, _draw_from_likeliest(scaled_nv[at], *settings))
 
 
-def _draw_from_all(logits_nv: Tensor, uniform: list[float]) -> list[int]:
+def _draw_from_all(logits_nv: Tensor, uniform: list[float]) -> Tensor:
     """In the vocabulary's order, which spares the sort: that takes ten times as long as all else."""
     cumulative = logits_nv.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     threshold = _column(uniform, cumulative) * total
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding may carry the threshold to the very end
-    return torch.searchsorted(cumulative, threshold.minimum(below), right=True).squeeze(1).tolist()
+    return torch.searchsorted(cumulative, threshold.minimum(below), right=True).squeeze(1)
 
 
-def _draw_from_likeliest(
-    logits_nv: Tensor, top_k: list[int], top_p: list[float], uniform: list[float]
-) -> list[int]:
+def _draw_from_likeliest(logits_nv: Tensor, top_k: list[int], top_p: list[float], uniform: list[float]) -> Tensor:
     """In the order of likelihood."""
     v = logits_nv.shape[-1]
     sorted_nv, order_nv = torch.sort(logits_nv, dim=-1, descending=True, stable=True)
@@ -185,11 +202,17 @@ def _draw_from_likeliest(
     threshold = _column(uniform, logits_nv) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, threshold, right=True)
     last = (kept > 0).sum(-1, keepdim=True) - 1  # rounding may carry the threshold past the end
-    return order_nv.gather(1, place.minimum(last)).squeeze(1).tolist()
+    return order_nv.gather(1, place.minimum(last)).squeeze(1)
 
 
 def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    return on_device(values, like.dtype, like.device).unsqueeze(1)
+
+
+def on_device(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor, by a copy that the host doesn't wait for."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def score(logits_nv: Tensor, tokens_n: Tensor, top: int) -> tuple[list[float], list[Top]]:
