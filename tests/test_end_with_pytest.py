@@ -31,7 +31,7 @@ def test_that_is_never_done(tmp_path):
     if not lifecycle.missing_packages():
         site = lifecycle.up(tmp_path / "sandbox", ClusterShape(nodes=1), accounting=False)
         script = "trap '' TERM; touch $STARTED/job; sleep 600 & wait"
-        client.call("sbatch", f"--wrap={script}", environment=site.environment)
+        site.host.call("sbatch", f"--wrap={script}")
     ranks(2, rank, os.environ["STARTED"], timeout=600)
 """
 

@@ -13,7 +13,7 @@ from launcher.cluster import bad_nodes, profile
 from launcher.cluster.profile import ClusterProfile
 from launcher.common import quoting, terminal, words
 from launcher.errors import Fault, UsageError
-from launcher.slurm import client, hostlist
+from launcher.slurm import hostlist
 
 CLUSTER = click.option(
     "--cluster",
@@ -102,7 +102,7 @@ def _known(cluster: ClusterProfile, wanted: list[str]) -> None:
         raise UsageError(f"{cluster.name}: its jobs run on this machine alone; there are no nodes to leave out")
     arguments = ("--noheader", "--Node", "--format=%N")
     try:
-        there = client.call("sinfo", *arguments, environment=cluster.slurm_environment).split()
+        there = cluster.host.call("sinfo", *arguments).split()
     except Fault:
         return
     if missing := [name for name in wanted if name not in there]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.cli import watch
 from launcher.cli.planned import planned, print_remarks
+from launcher.cluster import bad_nodes
 from launcher.common import terminal
 from launcher.errors import UsageError
 from launcher.host import copies
@@ -32,8 +33,7 @@ def run(
     """Submit the job that was asked for, or show what a submission would do."""
     plan = start.keep_off(planned(job, typed), exclude, health_check=health_check)
     if dry_run:
-        # Planning needs no network: a list behind a login node is read when the job is submitted.
-        _show(plan if plan.profile.login_node else start.leave_out(plan))
+        _show(start.leave_out(plan, bad_nodes.known(plan.profile)))
     describe.require(plan, force=force)
     if dry_run:
         return

@@ -39,18 +39,23 @@ class BadNode:
 
 def path(profile: ClusterProfile) -> Path:
     """Where a cluster's list lies; behind a login node this is its copy's place."""
-    return copies.place(profile.login_node, Path(profile.paths.runs) / FILE)
+    return profile.host.place(Path(profile.paths.runs) / FILE)
 
 
 def read(profile: ClusterProfile) -> list[BadNode]:
     """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
-    return _load(path(profile))
+    return [] if profile.is_local else _load(path(profile))
+
+
+def known(profile: ClusterProfile) -> list[BadNode]:
+    """The same without a network, which planning doesn't need: nothing of a list on a login node."""
+    return read(profile) if all(profile.host.known([str(path(profile))])) else []
 
 
 def require_file_system(profile: ClusterProfile) -> None:
     """`UsageError` where a list would lie on this machine's own disk, and nobody else would ever see it."""
     mount = Path(*Path(profile.paths.runs).parts[:2])
-    if not profile.login_node and not mount.is_dir():
+    if profile.host.known([str(mount)]) == [False]:
         raise UsageError(f"{mount} isn't on this machine; run this on a login node of {profile.name}")
 
 

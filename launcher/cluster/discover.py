@@ -14,9 +14,10 @@ from pathlib import Path
 import yaml
 
 from launcher.cluster import catalog, profile
-from launcher.common import quoting
+from launcher.common import processes, quoting
 from launcher.errors import Fault, UsageError
-from launcher.slurm import client, inventory, sbatch_options
+from launcher.host.local import Local
+from launcher.slurm import inventory, sbatch_options
 from launcher.slurm.inventory import Inventory, Kind, Partition
 
 DAY = 24 * 60  # minutes; the longest limit that a first profile asks for
@@ -33,7 +34,7 @@ GPU_MEMORY = {
     "l4": 24,
 }
 SHARED = ("SCRATCH", "WORK", "PROJECT")  # variables by which clusters name their large shared file systems
-HERE: dict[str, str] = {}  # of the environment's own Slurm: SLURM_CONF, if any, is in it
+HERE = Local()  # the environment's own Slurm: SLURM_CONF, if any, is in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ def _style(partition: Partition, account: str, gpu_type: str) -> Style:
             asked = ("--test-only", f"--partition={partition.name}", "--nodes=1", "--ntasks=1", "--wrap=true")
             charged = (f"--account={account}",) if account else ()
             try:
-                client.call("sbatch", *charged, *asked, f"{option}{kind}", environment=HERE)
+                HERE.call("sbatch", *charged, *asked, f"{option}{kind}")
             except Fault as fault:
                 refusals.append(f"{option}{kind}: {' '.join(str(fault).split())}")
             else:
@@ -245,11 +246,11 @@ def _software() -> Iterator[str]:
 
 def _runtimes() -> Iterator[tuple[str, str]]:
     try:
-        if "--container-image" in client.call("srun", "--help", environment=HERE):
+        if "--container-image" in HERE.call("srun", "--help"):
             yield "pyxis", "/shared/images/mixlaunch.sqsh"
     except Fault:
         pass  # a login node without srun can still submit
-    if client.which("apptainer"):
+    if processes.which("apptainer"):
         yield "apptainer", "/shared/images/mixlaunch.sif"
 
 

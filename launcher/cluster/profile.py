@@ -19,7 +19,10 @@ from launcher.cluster.sections import Binding, Container, Login, Node, Part, Pat
 from launcher.cluster.yaml_layers import Document, Location
 from launcher.common import quoting, words
 from launcher.errors import ProfileError
-from launcher.host import copies, ssh
+from launcher.host import ssh
+from launcher.host.base import Host
+from launcher.host.local import Local
+from launcher.host.login_node import LoginNode
 from launcher.slurm import hostlist, sbatch_options
 
 TIME = re.compile(r"\d{1,8}|\d{1,8}:\d\d(:\d\d)?|\d{1,8}-\d\d?(:\d\d(:\d\d)?)?", re.ASCII)
@@ -204,10 +207,10 @@ class ClusterProfile(Part):
         return set(hostlist.expand(str(self.extra.get("exclude", ""))))
 
     @property
-    def slurm_environment(self) -> dict[str, str]:
-        """What every call of a Slurm command needs besides the caller's environment."""
-        login = self.login.node
-        return ({"SLURM_CONF": self.slurm_conf} if self.slurm_conf else {}) | (login.variables if login else {})
+    def host(self) -> Host:
+        """Where Slurm's commands run and the shared folders are: this machine, or the login node to go through."""
+        node = self.login.node
+        return LoginNode(node, self.slurm_conf) if node else Local(self.slurm_conf)
 
     @property
     def login_node(self) -> ssh.Login | None:
@@ -217,7 +220,7 @@ class ClusterProfile(Part):
     @property
     def runs_here(self) -> Path:
         """Where this machine sees the run directories: the shared folder, or the copies of it."""
-        return copies.place(self.login.node, Path(self.paths.runs))
+        return self.host.place(Path(self.paths.runs))
 
 
 def time_limit(value: str) -> str:

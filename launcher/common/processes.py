@@ -5,6 +5,7 @@ we end is therefore looked up by that mark, which children inherit, and signalle
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,12 @@ Find = Callable[[], list[int]]
 
 # Popen objects of processes meant to outlive us: kept so that their end is reaped and nobody warns of it.
 _started: list["subprocess.Popen[bytes]"] = []
+SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # daemons live here, and an ordinary PATH lacks them
+
+
+def which(program: str) -> str | None:
+    """Where `program` lies, daemons' folders included."""
+    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
 
 
 def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> int:

@@ -17,10 +17,11 @@ from launcher.diagnose.causes.cause import RESUME
 from launcher.diagnose.evidence import Evidence
 from launcher.diagnose.judge import Finding
 from launcher.errors import Fault, UsageError
+from launcher.host.base import Host
 from launcher.runs import follow, logs, record, states
 from launcher.runs.record import Run
 from launcher.runs.states import State
-from launcher.slurm import client, reasons
+from launcher.slurm import reasons
 
 QUIET = 600  # seconds without a word, after which a running job may hang
 DOWN = re.compile(r"down|drain|fail|error|unk|boot|powering|maint|[*]", re.I)
@@ -149,16 +150,16 @@ def _with_slurms_word(run: Run, found: Finding | None, nodes: Sequence[str]) -> 
     """If no log names the node that failed: those `nodes` of the job that Slurm calls down now."""
     if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local:
         return found
-    down = _down(nodes, run.environment)
+    down = _down(nodes, run.host)
     return replace(found, nodes=tuple(down), notes=(*found.notes, *down.values()))
 
 
-def _down(nodes: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
+def _down(nodes: Sequence[str], host: Host) -> dict[str, str]:
     if not nodes:
         return {}
     arguments = ("--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T|%E")
     try:
-        answer = client.call("sinfo", *arguments, environment=environment)
+        answer = host.call("sinfo", *arguments)
     except Fault:
         return {}
     found = {}

@@ -47,7 +47,7 @@ def check(profile: ClusterProfile) -> Iterator[ProfileFinding]:
         there = all(finding.verdict == "ok" for finding in seen)  # else nobody answers, after a long wait
         yield from seen
     if there:
-        yield from _of_slurm(profile, inventory.ask(profile.slurm_environment))
+        yield from _of_slurm(profile, inventory.ask(profile.host))
     yield from _paths(profile)
     yield from _script(profile)
     if there:
@@ -197,7 +197,7 @@ def _qos(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
 
 def _reservation(name: str, profile: ClusterProfile) -> ProfileFinding:
     try:
-        told = client.call("scontrol", "--oneliner", "show", "reservation", environment=profile.slurm_environment)
+        told = profile.host.call("scontrol", "--oneliner", "show", "reservation")
     except Fault as fault:
         return _unknown("reservation", str(fault))
     all_of_them = {
@@ -224,8 +224,7 @@ def _paths(profile: ClusterProfile) -> Iterator[ProfileFinding]:
     """Folders that can be written, files that can be read; seen from here or from the login node."""
     paths = profile.paths
     folders = {"paths.models": paths.models, "paths.data": paths.data, "paths.runs": paths.runs}
-    environment = profile.slurm_environment
-    said = client.call("sh", "-c", WRITABLE, "sh", *folders.values(), environment=environment)
+    said = profile.host.call("sh", "-c", WRITABLE, "sh", *folders.values())
     for (what, path), answer in zip(folders.items(), said.splitlines(), strict=True):
         base = answer[1:]
         if base == "/":
@@ -241,21 +240,21 @@ def _paths(profile: ClusterProfile) -> Iterator[ProfileFinding]:
 
 
 def _runtime(profile: ClusterProfile) -> ProfileFinding:
-    name, environment = profile.container.runtime, profile.slurm_environment
+    name = profile.container.runtime
     if name == "pyxis":
-        there = "--container-image" in client.call("srun", "--help", environment=environment)
+        there = "--container-image" in profile.host.call("srun", "--help")
         return (
             _ok(name, "srun takes --container-image") if there else _failed(name, "srun has no --container-image")
         )
     try:
-        return _ok(name, client.call("sh", "-c", 'command -v "$1"', "sh", name, environment=environment).strip())
+        return _ok(name, profile.host.call("sh", "-c", 'command -v "$1"', "sh", name).strip())
     except Fault:
         return _unknown(name, "isn't on PATH here; compute nodes may have it")
 
 
 def _readable(profile: ClusterProfile, files: dict[str, str]) -> list[ProfileFinding]:
     """A finding for each file: whether it is there and can be read."""
-    said = client.call("sh", "-c", PROBE, "sh", *files.values(), environment=profile.slurm_environment)
+    said = profile.host.call("sh", "-c", PROBE, "sh", *files.values())
     return [
         _ok(what, path) if seen == "r" else _failed(what, f"{path} isn't here or can't be read")
         for (what, path), seen in zip(files.items(), said.splitlines(), strict=True)
@@ -304,7 +303,7 @@ def _test_only(profile: ClusterProfile) -> ProfileFinding:
     except UsageError as error:
         return _failed(what, str(error))
     try:
-        said = client.call("sh", "-c", TEST_ONLY, "sh", text, environment=profile.slurm_environment)
+        said = profile.host.call("sh", "-c", TEST_ONLY, "sh", text)
     except Fault as fault:
         return _failed(what, re.sub(r"^sh: ", "", str(fault)))
     start = STARTS.search(said)

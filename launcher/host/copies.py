@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.common import files, state_dir
 from launcher.host import ssh
+from launcher.host.base import MissingError
 from launcher.host.ssh import Login
 
 RECORD = ".login"
@@ -28,10 +29,8 @@ LIST = (  # what a list of runs shows
 HEAVY = ("/checkpoints/", "/secrets.env", "/inputs/", "/submission/", "*.distcp", "*.safetensors")
 
 
-def place(login: Login | None, path: Path) -> Path:
-    """Where a path of the cluster lies on this machine: there itself, or in the copies of the login node's."""
-    if login is None:
-        return path
+def place(login: Login, path: Path) -> Path:
+    """Where the copy of a login node's path lies."""
     folder = _folder(login)
     if not (folder / RECORD).exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ def submitting(run: Path) -> Iterator[None]:
 def _copy(login: Login, folder: Path, rules: list[str], *, root: Path) -> None:
     """Make `folder` as its original is, by `rules`. Nothing is removed here while a run is being submitted."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # with `root`, which is it or above it
-    with contextlib.suppress(ssh.MissingError), files.locked(root, wait=False) as alone:
+    with contextlib.suppress(MissingError), files.locked(root, wait=False) as alone:
         removing = ["--delete"] if alone else []
         ssh.rsync(login, "-rt", *removing, *rules, ssh.far(login, f"{original(folder)}/"), f"{folder}/")
 

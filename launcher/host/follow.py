@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from launcher.host import copies, ssh
-from launcher.host.ssh import Login, LostError
+from launcher.host.base import LostError
+from launcher.host.ssh import Login
 
 POLL = 1  # seconds between two looks over there
 TRIES = 3  # of a stream that ends before it says anything
@@ -39,7 +40,7 @@ done
 """
 
 
-class Growth:
+class Stream:
     """Runs until `settle` or the end of this process; a stream that breaks is made anew."""
 
     def __init__(self, login: Login, run: Path) -> None:
@@ -80,7 +81,7 @@ class Growth:
         atexit.unregister(self._stop)
         ssh.end(self._process)
 
-    def _read(self, process: "subprocess.Popen[bytes]") -> None:
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout
         try:
             while True:
@@ -103,12 +104,6 @@ class Growth:
         with path.open("r+b") as file:
             file.seek(int(start))
             file.write(chunk)
-
-
-def of(run: Path) -> Growth | None:
-    """The growth of a copy; a run of this machine needs none."""
-    login = copies.login_of(run)
-    return Growth(login, run) if login else None
 
 
 def _script(run: Path) -> str:

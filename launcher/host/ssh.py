@@ -12,18 +12,19 @@ import re
 import secrets
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Fault
+from launcher.host.base import Done, LostError, MissingError
 
-LOGIN = "MIXLAUNCH_LOGIN"  # among the variables that a Slurm command needs: the login node to run it on, encoded
 CONNECT_TIMEOUT = 15  # seconds, unless the user's own configuration says another
 OPEN_TIMEOUT = 60  # of a connection without a terminal: jump hosts and all
 PERSIST = 600  # seconds that the shared connection stays open when nobody uses it
@@ -52,14 +53,6 @@ HINTS = (  # what ssh says, and what that means for somebody who can't see its s
 )
 
 
-class LostError(Fault):
-    """The connection didn't hold: what was to be done may be done or not."""
-
-
-class MissingError(Fault):
-    """What to copy isn't there."""
-
-
 @dataclass(frozen=True)
 class Login:
     """A login node as ssh is told: host or alias, and options as NAME=VALUE."""
@@ -71,29 +64,10 @@ class Login:
         """One line of text that `decoded` reads."""
         return shlex.join([*self.options, self.host])
 
-    @property
-    def variables(self) -> dict[str, str]:
-        """What makes `slurm.call` run a command over there."""
-        return {LOGIN: self.encoded()}
-
     @staticmethod
     def decoded(text: str) -> "Login":
         *options, host = shlex.split(text)
         return Login(host, tuple(options))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """A script's end: exit code and what it printed, without what a shell's start-up files print."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        """What to quote in an error."""
-        return self.err.strip() or self.out.strip() or f"exit {self.code}"
 
 
 def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -102,8 +76,8 @@ def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def exports(variables: Mapping[str, str]) -> str:
-    """The lines of a script that set `variables`, less the one that is for this end."""
-    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items() if name != LOGIN)
+    """The lines of a script that set `variables`."""
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def run(login: Login, body: str, *, timeout: float = TIMEOUT) -> Done:
@@ -188,6 +162,33 @@ def forward(login: Login, port: int, host: str, far_port: int) -> None:
 def unforward(login: Login, port: int, host: str, far_port: int) -> None:
     """Undo `forward`."""
     _control(login, "cancel", _route(port, host, far_port))
+
+
+def behind(login: Login, node: str) -> Login:
+    """A node that only the login node sees: its connection goes through the one that is open already."""
+    user, at, _ = login.host.rpartition("@")
+    through = [word.replace("%", "%%") for word in words(login)]
+    return Login(f"{user}{at}{node}", (f"ProxyCommand={shlex.join(through)} -W %h:%p {login.host}",))
+
+
+@contextlib.contextmanager
+def tunnel(login: Login, host: str, far_port: int) -> Iterator[int]:
+    """A port of this machine's loopback that leads to `host:far_port` for as long as the block lasts."""
+    port = _free_port(far_port)
+    forward(login, port, host, far_port)
+    try:
+        yield port
+    finally:
+        unforward(login, port, host, far_port)
+
+
+def _free_port(preferred: int) -> int:
+    """The server's own number where that is free here."""
+    for port in (preferred, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise Fault("no free port on this machine")
 
 
 def _route(port: int, host: str, far_port: int) -> str:

@@ -28,7 +28,7 @@ def roots_of(cluster: str | None) -> list[Path]:
             found = profile.read(path)
         except MixlaunchError:
             continue  # `clusters` shows what is wrong with it
-        if found.login_node is None or copies.is_known(found.login_node):
+        if found.host.has_copies:
             roots.append(found.runs_here)
     return list(dict.fromkeys(roots))
 
@@ -65,10 +65,8 @@ def run(reference: str, roots: Iterable[Path]) -> Run:
     if "/" in reference:
         return record.read(Path(os.path.expanduser(reference)).absolute())
     found = _matching(reference, list(roots))
-    if copies.login_of(found.path):
-        copies.refresh(found.path)
-        return record.reread(found)
-    return found
+    copies.refresh(found.path)
+    return record.reread(found)
 
 
 def _matching(reference: str, roots: Sequence[Path]) -> Run:

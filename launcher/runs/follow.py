@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from launcher.common import words
-from launcher.host import follow as growth
 from launcher.runs import logs, states
 from launcher.runs.record import Run
 
@@ -23,7 +22,7 @@ ALL = "all"
 def active(run: Run) -> Callable[[], bool]:
     """Whether the run still goes on, asking its scheduler no more often than is polite."""
     asked, answer = 0.0, True
-    grown = growth.of(run.path)
+    grown = run.host.follow(run.path)
     every = ASK_HERE_EVERY if run.is_local else ASK_SLURM_EVERY
 
     def ask() -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 from launcher.cluster.profile import ClusterProfile
 from launcher.common import files
 from launcher.errors import Fault, UncertainError, UsageError
-from launcher.host import copies
+from launcher.host import copies, login_node
+from launcher.host.base import Host
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -72,11 +73,9 @@ class Run:
         return bool(self.record.get("submitting", not self.job_ids))
 
     @property
-    def environment(self) -> dict[str, str]:
-        """What a Slurm command needs to reach this run's cluster."""
-        conf = self.record["profile"].get("slurm_conf")
-        login = copies.login_of(self.path)
-        return ({"SLURM_CONF": conf} if conf else {}) | (login.variables if login else {})
+    def host(self) -> Host:
+        """Where its cluster's commands run: this machine, or the login node that it is a copy from."""
+        return login_node.of(self.path, self.record["profile"].get("slurm_conf"))
 
 
 def read(path: Path) -> Run:

@@ -31,8 +31,7 @@ class Reporter:
 
     def _report(self, run: Run, state: State) -> dict[str, Any]:
         facts = of(run, state)
-        reachable = copies.login_of(run.path) is None
-        if run.job == "serve" and facts["server"] and state.active and reachable:
+        if run.job == "serve" and facts["server"] and state.active and run.host.is_here:
             now = servers.load_of(run)
             facts["server"] |= _server(now, self._loads.get(run.name))
             if now:

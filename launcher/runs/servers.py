@@ -176,8 +176,7 @@ def how_to_ask(run: record.Run, url: str | None = None) -> list[tuple[str, str]]
     state = state_of(run)
     taken = f" (port {state['taken']} is taken)" if "taken" in state else ""
     ready = ("ready", f"{state.get('model', '')} at {state['url']}{taken}")
-    login = copies.login_of(run.path)
-    if login and url is None:
+    if url is None and not run.host.is_here:
         return [ready]  # it's the cluster's nodes that reach it there
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     endpoint = f"{url or state['url']}/v1/chat/completions"
@@ -185,9 +184,7 @@ def how_to_ask(run: record.Run, url: str | None = None) -> list[tuple[str, str]]
     key = ""
     if _key_of(run.path):
         there = ["sed", "-n", f"s/^{KEY}=//p", str(copies.original(run.path / "secrets.env"))]
-        options = [word for option in login.options for word in ("-o", option)] if login else []
-        read = shlex.join(["ssh", *options, login.host, shlex.join(there)] if login else there)
-        key = f' -H "Authorization: Bearer $({read})"'
+        key = f' -H "Authorization: Bearer $({run.host.typed(*there)})"'
     return [ready, ("ask", shlex.join(words) + key)]
 
 

@@ -5,7 +5,6 @@ Ending a job is here too, because both need to know which processes are a run's.
 
 import json
 import re
-import shlex
 import signal
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,8 @@ from pathlib import Path
 
 from launcher.common import processes
 from launcher.errors import Fault, UsageError
-from launcher.host import copies, ssh
+from launcher.host import copies
+from launcher.host.base import Host
 from launcher.runs import logs, record
 from launcher.runs.record import RECORD, SCRIPT, Run
 from launcher.slurm import client
@@ -68,7 +68,7 @@ def of_run(run: Run) -> State:
 def of_runs(runs: Sequence[Run]) -> dict[Path, State]:
     """What each run is doing, with one question to each cluster."""
     found: dict[Path, State] = {}
-    clusters: dict[tuple[tuple[str, str], ...], dict[Path, str]] = {}
+    hosts: dict[Host, dict[Path, str]] = {}
     for run in runs:
         current = _adopted(run) if run.submitting else run
         if current.submitting or current.job_id is None:
@@ -77,9 +77,9 @@ def of_runs(runs: Sequence[Run]) -> dict[Path, State]:
             host, cancelled = str(run.record["host"]), bool(run.record["cancelled"])
             found[run.path] = of_local(run.path, host, cancelled=cancelled)
         else:
-            clusters.setdefault(tuple(run.environment.items()), {})[run.path] = current.job_id
-    for environment, jobs in clusters.items():
-        found |= of_slurm(jobs, dict(environment))
+            hosts.setdefault(run.host, {})[run.path] = current.job_id
+    for cluster, jobs in hosts.items():
+        found |= of_slurm(jobs, cluster)
     return {run.path: _cancelled(run, found[run.path]) for run in runs}
 
 
@@ -118,7 +118,7 @@ def cancel(run: Run) -> bool:
         record.changed(current, cancelled=True)
         cancel_local(run.path, current.job_id)
     else:
-        cancel_slurm([current.job_id], run.environment)
+        cancel_slurm([current.job_id], run.host)
         record.changed(current, cancelled=True)
     return True
 
@@ -131,25 +131,22 @@ def _adopted(run: Run) -> Run:
     try:
         noted = _noted(run)
         told = noted is not None and noted not in run.job_ids
-        job_id = noted if told else find_job(run.path / SCRIPT, run.environment)
+        job_id = noted if told else find_job(run.path / SCRIPT, run.host)
     except Fault:
         return run
     return record.with_job(run, job_id) if job_id else run
 
 
 def _noted(run: Run) -> str | None:
-    """The job that a login node's sbatch told of, though we didn't hear it."""
-    if (login := copies.login_of(run.path)) is None:
-        return None
-    there, number = shlex.quote(str(copies.original(run.path))), len(run.job_ids)
-    match = SUBMITTED.search(ssh.run(login, f"cat {there}/submission/{number}-*/out").out)
+    """The job that sbatch told of where it ran, though we didn't hear it."""
+    match = SUBMITTED.search(run.host.noted(run.path / SCRIPT, len(run.job_ids)))
     return match[1] if match else None
 
 
-def of_slurm(jobs: Mapping[Path, str], environment: Mapping[str, str]) -> dict[Path, State]:
+def of_slurm(jobs: Mapping[Path, str], host: Host) -> dict[Path, State]:
     """State of every run directory's job on one cluster; from logs alone where Slurm has forgotten or is silent."""
     try:
-        known = client.states(jobs.values(), environment)
+        known = client.states(jobs.values(), host)
     except Fault as fault:
         return {run: from_logs(run, UNKNOWN, f"Slurm is silent: {fault}") for run in jobs}
     return {run: _merged(run, job, known.get(job)) for run, job in jobs.items()}
@@ -196,27 +193,25 @@ def is_running(run_dir: Path) -> bool:
     return bool(processes.marked(**{MARK: str(run_dir)}))
 
 
-def find_job(script: Path, environment: Mapping[str, str]) -> str | None:
+def find_job(script: Path, host: Host) -> str | None:
     """The id of the job of `script` that its run doesn't know yet, if Slurm has one; `Fault` if it's silent."""
-    path, known = str(copies.original(script)), _recorded(script, environment)
-    queue = client.queue(environment, timeout=LOOK_TIMEOUT).values()
+    path, known = str(copies.original(script)), _recorded(script, host)
+    queue = client.queue(host, timeout=LOOK_TIMEOUT).values()
     found = [job.id for job in queue if job.command == path and job.id not in known]
     return max(found, key=int, default=None)
 
 
-def _recorded(script: Path, environment: Mapping[str, str]) -> list[str]:
+def _recorded(script: Path, host: Host) -> list[str]:
     """The jobs in the record beside `script`, or beside its copy."""
-    login = environment.get(ssh.LOGIN)
-    here = script if copies.login_of(script) or not login else copies.place(ssh.Login.decoded(login), script)
     try:
-        return list(json.loads((here.parent / RECORD).read_text())["jobs"])
+        return list(json.loads((host.place(script).parent / RECORD).read_text())["jobs"])
     except (OSError, ValueError, KeyError):
         return []
 
 
-def cancel_slurm(job_ids: Iterable[str], environment: Mapping[str, str]) -> None:
+def cancel_slurm(job_ids: Iterable[str], host: Host) -> None:
     """Ask Slurm to end jobs; `Fault` if it refuses."""
-    client.call("scancel", *job_ids, environment=environment)
+    host.call("scancel", *job_ids)
 
 
 def cancel_local(run_dir: Path, job_id: str) -> None:

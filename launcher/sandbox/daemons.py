@@ -15,7 +15,6 @@ from launcher.common import processes
 from launcher.errors import Fault
 from launcher.sandbox.config import ACCOUNT, CLUSTER, DATABASE
 from launcher.sandbox.record import MARK, Sandbox, write
-from launcher.slurm import client
 
 
 def start_munge(sandbox: Sandbox, deadline: float) -> None:
@@ -54,7 +53,7 @@ def start_accounting(sandbox: Sandbox, deadline: float) -> None:
 def launch(sandbox: Sandbox, name: str, program: str, *arguments: str) -> None:
     """Start one daemon in the foreground of a session of its own and record it."""
     folder = sandbox.folder
-    argv = [client.which(program) or program, *arguments]
+    argv = [processes.which(program) or program, *arguments]
     log = folder / "logs" / f"{name}.out"
     sandbox.processes[name] = processes.start(argv, env=_environment(sandbox), cwd=folder, log=log)
     write(sandbox)
@@ -73,7 +72,7 @@ def wait(sandbox: Sandbox, condition: Callable[[], bool], deadline: float) -> No
 
 def call(sandbox: Sandbox, program: str, *arguments: str) -> str:
     """What one of Slurm's commands says about the sandbox."""
-    return client.call(program, *arguments, environment=sandbox.environment, timeout=15)
+    return sandbox.host.call(program, *arguments, timeout=15)
 
 
 def _start_mariadb(sandbox: Sandbox, deadline: float) -> None:
@@ -93,7 +92,7 @@ def _start_mariadb(sandbox: Sandbox, deadline: float) -> None:
 
 
 def _install_mariadb(sandbox: Sandbox, options: list[str]) -> None:
-    program = client.which("mariadb-install-db") or "mariadb-install-db"
+    program = processes.which("mariadb-install-db") or "mariadb-install-db"
     argv = [program, *options, "--auth-root-authentication-method=normal", "--skip-test-db"]
     with (sandbox.folder / "logs" / "mariadb-install-db.out").open("ab") as log:
         done = subprocess.run(
@@ -106,7 +105,7 @@ def _install_mariadb(sandbox: Sandbox, options: list[str]) -> None:
 def _environment(sandbox: Sandbox) -> dict[str, str]:
     """The environment of each process of the sandbox. Its mark finds the process again, even after a crash."""
     ours = {MARK: sandbox.mark, "MYSQL_UNIX_PORT": str(_socket(sandbox))}
-    return {**os.environ, **sandbox.environment, **ours}
+    return {**os.environ, **sandbox.host.environment, **ours}
 
 
 def _socket(sandbox: Sandbox) -> Path:

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from launcher.common import processes, state_dir
 from launcher.errors import Fault, UsageError
+from launcher.host.local import Local
 from launcher.sandbox import config, daemons
 from launcher.sandbox.config import ClusterShape, SlurmFiles
 from launcher.sandbox.record import MARK, STATE, Sandbox, read, write
-from launcher.slurm import client
 
 PORTS = range(30_000, 32_768)  # above those of jobs, below Linux's range for outgoing connections
 LONGEST = (
@@ -60,19 +60,19 @@ def default_folder() -> Path:
 
 def missing_packages() -> list[str]:
     """Debian packages that a sandbox needs and this machine lacks."""
-    return sorted({package for program, package in PACKAGES.items() if not client.which(program)})
+    return sorted({package for program, package in PACKAGES.items() if not processes.which(program)})
 
 
 def accounting_available() -> bool:
     """Whether slurmdbd and MariaDB are installed, so that sacct and accounts work."""
-    return all(client.which(program) for program in ACCOUNTING_PACKAGES)
+    return all(processes.which(program) for program in ACCOUNTING_PACKAGES)
 
 
 def why_no_accounting(asked: bool | None) -> str:
     """For people: what a sandbox without accounting lacks, and how one gets it."""
     if asked is False:
         return "none, as asked: no sacct, and any account and QoS will do"
-    packages = sorted({package for program, package in ACCOUNTING_PACKAGES.items() if not client.which(program)})
+    packages = sorted({package for program, package in ACCOUNTING_PACKAGES.items() if not processes.which(program)})
     return f"none: no sacct; on Debian: apt-get install {' '.join(packages)}"
 
 
@@ -222,7 +222,7 @@ def _slurm_files(folder: Path, sockets: Path, shape: ClusterShape, accounting: b
 
 def _slurm_version() -> tuple[int, int]:
     """(22, 5) of `slurm-wlm 22.05.8`."""
-    answer = client.call("slurmctld", "-V", environment={})
+    answer = Local().call("slurmctld", "-V")
     if match := re.search(r"(\d+)\.(\d+)", answer):
         return int(match[1]), int(match[2])
     raise Fault(f"slurmctld -V answered {answer!r}")

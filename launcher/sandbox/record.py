@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.common import files
 from launcher.errors import Fault
+from launcher.host.local import Local
 from launcher.sandbox.config import ClusterShape
 
 STATE = "sandbox.json"
@@ -18,7 +19,7 @@ MARK = "MIXLAUNCH_SANDBOX_ID"  # in the environment of every process that is a s
 
 @dataclass(frozen=True, kw_only=True)
 class Sandbox:
-    """One sandbox as its folder describes it; `environment` is what a Slurm command needs to reach it."""
+    """One sandbox as its folder describes it; `host` runs the commands of its Slurm."""
 
     folder: Path
     sockets: Path
@@ -33,8 +34,8 @@ class Sandbox:
         return self.folder / "slurm.conf"
 
     @property
-    def environment(self) -> dict[str, str]:
-        return {"SLURM_CONF": str(self.slurm_conf)}
+    def host(self) -> Local:
+        return Local(str(self.slurm_conf))
 
 
 def write(sandbox: Sandbox) -> None:

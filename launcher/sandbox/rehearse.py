@@ -26,7 +26,6 @@ from launcher.runs import logs, states
 from launcher.runs.record import Run
 from launcher.sandbox import lifecycle, rehearsal_plan
 from launcher.sandbox.record import Sandbox
-from launcher.slurm import client
 from launcher.submit import start
 
 STEPS = 3  # before the warning
@@ -79,7 +78,7 @@ def private_slurm(plan: JobPlan, folder: Path) -> Iterator[Sandbox]:
         if name := plan.profile.reservation:
             what = ("starttime=now", "duration=1-00:00:00", f"users={getpass.getuser()}", "nodes=ALL")
             create = ("scontrol", "create", "reservation", f"reservationname={name}")
-            client.call(*create, *what, environment=slurm.environment)
+            slurm.host.call(*create, *what)
         yield slurm
     finally:
         lifecycle.down(folder)
@@ -165,7 +164,7 @@ def _first_attempt(run: Run) -> Iterator[Fact]:
 def _warn_and_requeue(run: Run) -> Iterator[Fact]:
     """The warning that a time limit or a preemption sends, as Slurm sends it: to the batch script."""
     assert run.job_id is not None
-    client.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
+    run.host.call("scancel", "--signal=USR2", "--batch", run.job_id)
     saved = _await(run, lambda e: e["event"] == "checkpoint", "the save after the early warning")
     yield ("early warning", f"saved step {saved['step']} in {saved['seconds']} s")
     # The resumed run is to end by itself, two steps further on.

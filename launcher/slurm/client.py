@@ -1,21 +1,14 @@
-"""Questions to Slurm's own commands: each call an argument list with a time limit, each failure a `Fault`.
+"""Questions to Slurm's own commands about jobs, and what its words mean; each failure is a `Fault`.
 
 Nothing is cached, and output is asked for in explicit formats, never read from tables made for people.
 """
 
-import os
-import shutil
-import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launcher.errors import Fault
-from launcher.host import ssh
-from launcher.host.ssh import Login
+from launcher.host.base import TIMEOUT, Host
 
-SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # daemons live here, and an ordinary PATH lacks them
-OF_THE_SHELL = ("sh", "id")  # questions about the machine that Slurm's commands run on
-TIMEOUT = 30  # seconds; a busy controller takes some
 # Everything else (PENDING, COMPLETING, SIGNALING, REQUEUED, ...) may still turn into something.
 ENDED = {
     "COMPLETED",
@@ -50,67 +43,12 @@ class JobState:
         return self.state not in ENDED
 
 
-def which(program: str) -> str | None:
-    """Where `program` lies, daemons' folders included."""
-    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
-
-
-def call(program: str, *arguments: str, environment: Mapping[str, str], timeout: float = TIMEOUT) -> str:
-    """Standard output of one Slurm command; `Fault` when it's missing, fails or doesn't answer.
-
-    It runs on this machine, or on the login node that `environment` names (`ssh.LOGIN`).
-    """
-    if login := environment.get(ssh.LOGIN):
-        return _call_there(Login.decoded(login), [program, *arguments], environment, timeout)
-    path = which(program)
-    if path is None:
-        raise Fault(f"{program}: not found; Slurm's commands aren't on this machine's PATH")
-    if program not in OF_THE_SHELL:
-        require_conf(environment)
-    try:
-        done = subprocess.run(
-            [path, *arguments],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired:
-        raise Fault(f"{program}: no answer within {timeout:g} s") from None
-    except OSError as error:
-        raise Fault(f"{program}: {error}") from error
-    if done.returncode:
-        reason = done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}"
-        raise Fault(f"{program}: {reason}")
-    return done.stdout
-
-
-def require_conf(environment: Mapping[str, str]) -> None:
-    """`Fault` where the configuration isn't there: Slurm's commands would look for it for a minute."""
-    conf = environment.get("SLURM_CONF")
-    if conf and not os.path.exists(conf):
-        raise Fault(
-            f"slurm_conf: {conf} isn't on this machine; it is on a login node, a sandbox's while that is up"
-        )
-
-
-def _call_there(login: Login, argv: list[str], environment: Mapping[str, str], timeout: float) -> str:
-    done = ssh.run(login, ssh.command(argv, environment), timeout=timeout)
-    if done.code == ssh.NOT_FOUND:
-        raise Fault(f"{argv[0]}: not found on the PATH of {login.host}, nor on that of a login shell there")
-    if done.code:
-        raise Fault(f"{argv[0]}: {done.said}")
-    return done.out
-
-
-def queue(environment: Mapping[str, str], *, timeout: float = TIMEOUT) -> dict[str, JobState]:
+def queue(host: Host, *, timeout: float = TIMEOUT) -> dict[str, JobState]:
     """This user's jobs that the controller still knows, the lately finished too, by id."""
     form = "%i|%T|%N|%S|%L|%r|%o"
     arguments = ("--noheader", "--states=all", "--me", f"--format={form}")
     jobs = {}
-    for line in call("squeue", *arguments, environment=environment, timeout=timeout).splitlines():
+    for line in host.call("squeue", *arguments, timeout=timeout).splitlines():
         job, state, nodes, start, left, reason, command = line.split("|", 6)
         jobs[job] = JobState(
             id=job,
@@ -124,7 +62,7 @@ def queue(environment: Mapping[str, str], *, timeout: float = TIMEOUT) -> dict[s
     return jobs
 
 
-def accounting(ids: Iterable[str], environment: Mapping[str, str]) -> dict[str, JobState]:
+def accounting(ids: Iterable[str], host: Host) -> dict[str, JobState]:
     """The same from sacct for `ids`, however old; `Fault` where the cluster keeps no accounts."""
     fields = "JobIDRaw,State,NodeList,Start,ExitCode"
     jobs = ",".join(ids)
@@ -132,7 +70,7 @@ def accounting(ids: Iterable[str], environment: Mapping[str, str]) -> dict[str, 
         return {}
     arguments = ("--allocations", "--noheader", "--parsable2", f"--jobs={jobs}", f"--format={fields}")
     found = {}
-    for line in call("sacct", *arguments, environment=environment).splitlines():
+    for line in host.call("sacct", *arguments).splitlines():
         job, state, nodes, start, code = line.split("|")
         # "CANCELLED by 1000" -> CANCELLED
         found[job] = JobState(
@@ -141,18 +79,18 @@ def accounting(ids: Iterable[str], environment: Mapping[str, str]) -> dict[str, 
     return found
 
 
-def states(ids: Iterable[str], environment: Mapping[str, str]) -> dict[str, JobState]:
+def states(ids: Iterable[str], host: Host) -> dict[str, JobState]:
     """Every one of `ids` that Slurm still knows; `Fault` only if neither the controller nor the accounts answer."""
     wanted = list(ids)
     faults: list[Fault] = []
     found: dict[str, JobState] = {}
     try:
-        found = {job: state for job, state in queue(environment).items() if job in wanted}
+        found = {job: state for job, state in queue(host).items() if job in wanted}
     except Fault as fault:
         faults.append(fault)
     if forgotten := [job for job in wanted if job not in found]:
         try:
-            found |= accounting(forgotten, environment)
+            found |= accounting(forgotten, host)
         except Fault as fault:
             faults.append(fault)
     if len(faults) == 2:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.errors import Fault
+from launcher.host.base import Host
 from launcher.slurm import client
 
 GPU = re.compile(r"gpu(?::(?P<type>[A-Za-z][^:(,]*))?:(?P<count>\d+)")
@@ -89,14 +90,12 @@ class Inventory:
         return [kind for kind in self.kinds if kind.partition == partition]
 
 
-def ask(environment: Mapping[str, str]) -> Inventory:
+def ask(host: Host) -> Inventory:
     """Everything that a profile can be held against; `Fault` if the controller doesn't answer."""
-    config = dict(_config(client.call("scontrol", "show", "config", environment=environment)))
-    shown = client.call("scontrol", "--all", "--oneliner", "show", "partition", environment=environment)
-    listed = client.call(
-        "sinfo", "--all", "--exact", "--noheader", "--format=%R|%D|%G|%c|%m|%T|%f", environment=environment
-    )
-    associations, default = _accounts(environment, config)
+    config = dict(_config(host.call("scontrol", "show", "config")))
+    shown = host.call("scontrol", "--all", "--oneliner", "show", "partition")
+    listed = host.call("sinfo", "--all", "--exact", "--noheader", "--format=%R|%D|%G|%c|%m|%T|%f")
+    associations, default = _accounts(host, config)
     try:
         return Inventory(
             config=config,
@@ -172,18 +171,16 @@ def kinds(text: str) -> Iterator[Kind]:
         )
 
 
-def _accounts(
-    environment: Mapping[str, str], config: Mapping[str, str]
-) -> tuple[tuple[Association, ...] | None, str]:
+def _accounts(host: Host, config: Mapping[str, str]) -> tuple[tuple[Association, ...] | None, str]:
     """This user's associations and default account; none to speak of where the cluster keeps no accounts."""
     if "slurmdbd" not in config.get("AccountingStorageType", ""):
         return None, ""
     try:
-        user = client.call("id", "-un", environment=environment).strip()
+        user = host.call("id", "-un").strip()
         asked = ("--noheader", "--parsable2", "show")
         form = "format=account,partition,qos,defaultqos"
-        told = client.call("sacctmgr", *asked, "associations", f"user={user}", form, environment=environment)
-        default = client.call("sacctmgr", *asked, "user", user, "format=defaultaccount", environment=environment)
+        told = host.call("sacctmgr", *asked, "associations", f"user={user}", form)
+        default = host.call("sacctmgr", *asked, "user", user, "format=defaultaccount")
     except Fault:
         return None, ""
     return tuple(map(_association, filter(None, told.splitlines()))), default.strip()

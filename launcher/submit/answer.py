@@ -1,17 +1,17 @@
 """What sbatch's answer means: a job's id, or an error that says whether there is a job."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
+from launcher.host.base import Host
 from launcher.runs import states
 
 SBATCH_TIMEOUT = 60  # seconds
 UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
 
 
-def job_of(code: int, output: str, complaint: str, script: Path, environment: Mapping[str, str]) -> str:
+def job_of(code: int, output: str, complaint: str, script: Path, host: Host) -> str:
     """What sbatch's answer means; where it isn't plain, Slurm is asked whether there is a job of this script."""
     match = states.SUBMITTED.search(output)
     if code == 0 and match:
@@ -20,7 +20,7 @@ def job_of(code: int, output: str, complaint: str, script: Path, environment: Ma
     if code and UNREACHABLE.search(complaint):
         raise SubmitError(f"{said}\nNothing was submitted.")
     try:
-        found = states.find_job(script, environment)
+        found = states.find_job(script, host)
     except Fault as fault:
         raise UncertainError(
             f"{said}\nWhether there is a job isn't known, because Slurm doesn't answer ({fault}). "

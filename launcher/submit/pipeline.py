@@ -14,7 +14,6 @@ from typing import Any
 from launcher.cluster import paths
 from launcher.cluster.profile import ClusterProfile
 from launcher.errors import Fault, Interrupted, MixlaunchError, SubmitError, UsageError
-from launcher.host import copies
 from launcher.planning import describe, inputs, jobs, secrets
 from launcher.planning.jobs import Ask, Axes, JobPlan, Link
 from launcher.planning.layout import Shape
@@ -174,7 +173,7 @@ def _taken_back(error: BaseException, job: PipelineJob, started: Sequence[Run]) 
     said = str(error) or "interrupted"
     told = [f"{job.name}: {said}"]
     if isinstance(error, Interrupted):
-        started = [*started, record.read(copies.place(job.plan.profile.login_node, job.path))]
+        started = [*started, record.read(job.plan.profile.host.place(job.path))]
     for run in started:
         try:
             states.cancel(run)

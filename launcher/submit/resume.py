@@ -95,7 +95,7 @@ def _require_ended(run: Run, how: str) -> None:
     state = states.of_run(run)
     run = record.read(run.path)
     if state.state == states.SUBMITTING and run.submitting and not run.is_local:
-        states.find_job(run.path / SCRIPT, run.environment)  # raises if Slurm is silent: there may be a job
+        states.find_job(run.path / SCRIPT, run.host)  # raises if Slurm is silent: there may be a job
         return
     if state.state == states.UNKNOWN:
         raise Fault(f"{run.name}: whether it has ended isn't known: {state.reason}")

@@ -9,19 +9,21 @@ from submitit import helpers
 from submitit.core import core
 from submitit.slurm import slurm
 
+from launcher.common import processes
 from launcher.errors import SubmitError
+from launcher.host.base import Host
+from launcher.host.local import Local
 from launcher.planning.jobs import JobPlan
 from launcher.runs.record import SCRIPT
-from launcher.slurm import client
 from launcher.submit import answer
 
 GRACE = 15
 
 
-def submit(plan: JobPlan, text: str, run_dir: Path, *, caller: Mapping[str, str]) -> str:
+def submit(plan: JobPlan, text: str, run_dir: Path, *, host: Local, caller: Mapping[str, str]) -> str:
     """Submit `text` as `run_dir`'s next job from the environment `caller`, and return its id."""
-    client.require_conf(plan.profile.slurm_environment)
-    executor = VerbatimExecutor(plan, text, run_dir, caller)
+    host.require_conf()
+    executor = VerbatimExecutor(plan, text, run_dir, host, caller)
     # What submitit records as the job's function: the script, run by hand.
     return executor.submit(helpers.CommandFunction(["bash", str(run_dir / SCRIPT)])).job_id
 
@@ -29,13 +31,14 @@ def submit(plan: JobPlan, text: str, run_dir: Path, *, caller: Mapping[str, str]
 class VerbatimExecutor(slurm.SlurmExecutor):
     """submitit's Slurm executor with our text in place of the one it would write."""
 
-    def __init__(self, plan: JobPlan, text: str, run_dir: Path, caller: Mapping[str, str]) -> None:
+    def __init__(self, plan: JobPlan, text: str, run_dir: Path, host: Local, caller: Mapping[str, str]) -> None:
         for program in ("sbatch", "srun"):
-            if client.which(program) is None:
+            if processes.which(program) is None:
                 raise SubmitError(f"{program}: not found on PATH; submit from a login node of the cluster")
         (run_dir / "submitit").mkdir(exist_ok=True)
         super().__init__(run_dir / "submitit")
-        self._plan, self._text, self._script, self._caller = plan, text, run_dir / SCRIPT, caller
+        self._plan, self._text, self._script, self._host = plan, text, run_dir / SCRIPT, host
+        self._variables = _environment(text, caller, host.environment)
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._text
@@ -46,13 +49,12 @@ class VerbatimExecutor(slurm.SlurmExecutor):
     def _submit_command(self, command: str) -> core.Job[Any]:
         self._script.write_text(self._make_submission_file_text(command, ""))
         sbatch, *rest = self._make_submission_command(self._script)
-        ours = self._plan.profile.slurm_environment
-        variables = _environment(self._text, self._caller, ours)
-        job_id = _sbatch([sbatch, *self._plan.queue_options, *rest], self._script, variables, ours)
+        argv = [sbatch, *self._plan.queue_options, *rest]
+        job_id = _sbatch(argv, self._script, self._variables, self._host)
         return self.job_class(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))
 
 
-def _sbatch(argv: list[str], script: Path, variables: Mapping[str, str], environment: Mapping[str, str]) -> str:
+def _sbatch(argv: list[str], script: Path, variables: Mapping[str, str], host: Host) -> str:
     """Run sbatch once with these variables, to its end, and return the job's id."""
     process = subprocess.Popen(
         argv,
@@ -74,7 +76,7 @@ def _sbatch(argv: list[str], script: Path, variables: Mapping[str, str], environ
     except subprocess.TimeoutExpired:
         output, complaint = _kill(process)
         complaint = f"no answer within {answer.SBATCH_TIMEOUT} s. {complaint}".strip()
-    job_id = answer.job_of(process.returncode, output, complaint, script, environment)
+    job_id = answer.job_of(process.returncode, output, complaint, script, host)
     if was_interrupted:
         raise answer.interrupted(job_id)
     return job_id

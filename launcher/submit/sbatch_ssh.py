@@ -8,12 +8,14 @@ import contextlib
 import json
 import secrets
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
 from launcher.host import copies, ssh
-from launcher.host.ssh import Done, Login, LostError
+from launcher.host.base import Done, LostError
+from launcher.host.login_node import LoginNode
+from launcher.host.ssh import Login
 from launcher.runs import states
 from launcher.runs.record import RECORD, SCRIPT
 from launcher.submit import answer
@@ -71,13 +73,12 @@ exit "$(cat submission/{claim}/code)"
 """
 
 
-def submit(
-    login: Login, text: str, run: Path, *, environment: Mapping[str, str], options: Sequence[str] = ()
-) -> str:
+def submit(host: LoginNode, text: str, run: Path, *, options: Sequence[str] = ()) -> str:
     """Submit the copy `run` and return its job's id, or say in an error whether there is one.
 
     When a run's first submission comes to nothing, what was made over there is removed.
     """
+    login = host.login
     (run / SCRIPT).write_text(text)
     there = copies.original(run)
     record = json.loads((run / RECORD).read_text())
@@ -90,8 +91,8 @@ def submit(
         raise SubmitError(f"{fault}\nNothing was submitted.") from fault
     claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
     try:
-        done = _sbatch(login, text, there, claim, environment, options)
-        return answer.job_of(done.code, done.out, done.err, there / SCRIPT, environment)
+        done = _sbatch(host, text, there, claim, options)
+        return answer.job_of(done.code, done.out, done.err, there / SCRIPT, host)
     except (Interrupted, UncertainError):
         raise
     except BaseException:
@@ -129,9 +130,7 @@ def _remove(login: Login, there: Path) -> None:
         ssh.run(login, f"rm -f {run}/{SCRIPT}; exec rm -rf {run}")
 
 
-def _sbatch(
-    login: Login, text: str, there: Path, claim: str, environment: Mapping[str, str], options: Sequence[str]
-) -> Done:
+def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequence[str]) -> Done:
     """What sbatch said, over a second connection if the first is lost."""
     body = SBATCH.format(
         run=shlex.quote(str(there)),
@@ -141,30 +140,30 @@ def _sbatch(
         under_way=UNDER_WAY,
         claim=claim,
         decided=" ".join(sorted(answer.decided_by(text))),
-        exports=ssh.exports(environment),
+        exports=ssh.exports(host.environment),
         timeout=answer.SBATCH_TIMEOUT,
         options=shlex.join(options),
         script=shlex.quote(str(there / SCRIPT)),
     )
     try:
-        done = ssh.run(login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
+        done = ssh.run(host.login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
     except LostError as lost:
-        return _settled(login, there, claim, str(lost), environment)
+        return _settled(host, there, claim, str(lost))
     except KeyboardInterrupt:
-        done = _settled(login, there, claim, "interrupted", environment)
-        job_id = answer.job_of(done.code, done.out, done.err, there / SCRIPT, environment)
+        done = _settled(host, there, claim, "interrupted")
+        job_id = answer.job_of(done.code, done.out, done.err, there / SCRIPT, host)
         raise answer.interrupted(job_id) from None
     if done.code == NO_SBATCH:
-        raise SubmitError(f"sbatch: not found on the PATH of {login.host}, nor on that of a login shell there")
+        raise SubmitError(f"sbatch: not found on the PATH of {host.name}, nor on that of a login shell there")
     if done.code == UNDER_WAY:
         raise SubmitError(
-            f"an earlier sbatch for {login.host}:{there} hasn't ended; nothing was submitted. "
+            f"an earlier sbatch for {host.name}:{there} hasn't ended; nothing was submitted. "
             "`mixlaunch status` finds its job; if that sbatch is surely gone, remove its folder in submission/"
         )
     return done
 
 
-def _settled(login: Login, there: Path, claim: str, why: str, environment: Mapping[str, str]) -> Done:
+def _settled(host: LoginNode, there: Path, claim: str, why: str) -> Done:
     """What became of a submission whose answer was lost: from its notes, from Slurm; it can't begin any more."""
     body = SETTLE.format(
         run=shlex.quote(str(there)),
@@ -175,11 +174,11 @@ def _settled(login: Login, there: Path, claim: str, why: str, environment: Mappi
         seconds=answer.SBATCH_TIMEOUT + 5,
     )
     try:
-        done = ssh.run(login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
+        done = ssh.run(host.login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
         if done.out.strip() != UNKNOWN:
             found = None
-        elif (found := states.find_job(there / SCRIPT, environment)) is None:
-            raise Fault(f"sbatch hasn't ended on {login.host}, and Slurm has no such job yet")
+        elif (found := states.find_job(there / SCRIPT, host)) is None:
+            raise Fault(f"sbatch hasn't ended on {host.name}, and Slurm has no such job yet")
     except Fault as fault:
         raise UncertainError(
             f"{why}\nWhether there is a job isn't known ({fault}). "

@@ -18,8 +18,10 @@ from pathlib import Path
 from secrets import token_hex
 
 from launcher.cluster import bad_nodes
+from launcher.cluster.bad_nodes import BadNode
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError, UsageError
-from launcher.host import copies
+from launcher.host import copies, login_node
+from launcher.host.login_node import LoginNode
 from launcher.planning import secrets, uploads
 from launcher.planning.jobs import JobPlan
 from launcher.runs import record, states
@@ -41,12 +43,12 @@ def run(plan: JobPlan, *, asked: Sequence[str] = (), path: Path | None = None) -
     """Render, check, make the run directory, submit, record. Without a job, nothing stays behind."""
     require_port(plan)
     secrets.require(plan)
-    plan = leave_out(plan)
+    plan = leave_out(plan, bad_nodes.read(plan.profile))
     path = path or new_path(plan)
     text = render.render(plan, str(path))
     lint.check(text, plan.profile.slurm_version)
     uploads.bring(plan)
-    here = copies.place(plan.profile.login_node, path)
+    here = plan.profile.host.place(path)
     with copies.submitting(here):
         made = create(plan, here, asked=asked)
         return record.with_job(made, _submitted(plan, text, made))
@@ -84,7 +86,7 @@ def job_after_all(run: Run) -> str | None:
     if run.is_local:
         states.cancel_local(run.path, "")
         return None
-    return states.find_job(run.path / SCRIPT, run.environment)
+    return states.find_job(run.path / SCRIPT, run.host)
 
 
 def create(plan: JobPlan, path: Path, *, asked: Sequence[str] = ()) -> Run:
@@ -137,13 +139,13 @@ def submit(plan: JobPlan, text: str, run_dir: Path) -> str:
 
 def _submit(plan: JobPlan, text: str, run_dir: Path) -> str:
     """On the login node, by a process of this machine, or by this machine's sbatch."""
-    if login := copies.login_of(run_dir):
-        environment = plan.profile.slurm_environment
-        return sbatch_ssh.submit(login, text, run_dir, environment=environment, options=plan.queue_options)
+    host = login_node.of(run_dir, plan.profile.slurm_conf)
+    if isinstance(host, LoginNode):
+        return sbatch_ssh.submit(host, text, run_dir, options=plan.queue_options)
     caller = without_secrets(os.environ, run_dir)
     if plan.profile.is_local:
         return local.submit(plan, text, run_dir, caller=caller)
-    return sbatch.submit(plan, text, run_dir, caller=caller)
+    return sbatch.submit(plan, text, run_dir, host=host, caller=caller)
 
 
 def write_secrets(plan: JobPlan, run_dir: Path) -> None:
@@ -180,11 +182,9 @@ def keep_off(plan: JobPlan, exclude: Iterable[str], *, health_check: bool) -> Jo
     return replace(plan, profile=profile, exclude=nodes)
 
 
-def leave_out(plan: JobPlan) -> JobPlan:
+def leave_out(plan: JobPlan, listed: Iterable[BadNode]) -> JobPlan:
     """`plan` that keeps off the nodes on its cluster's list."""
-    if plan.profile.is_local:
-        return plan
-    return replace(plan, bad_nodes=tuple(entry.node for entry in bad_nodes.read(plan.profile)))
+    return replace(plan, bad_nodes=tuple(entry.node for entry in listed))
 
 
 def require_port(plan: JobPlan) -> None:

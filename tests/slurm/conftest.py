@@ -15,7 +15,6 @@ from launcher.cluster.profile import ClusterProfile
 from launcher.planning import jobs
 from launcher.runs import record, states
 from launcher.sandbox import lifecycle
-from launcher.slurm import client
 
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server"
 
@@ -112,4 +111,4 @@ def finish():
 @pytest.fixture(autouse=True)
 def no_job_outlives_its_test(site):
     yield
-    client.call("scancel", f"--user={getpass.getuser()}", environment=site.environment)
+    site.host.call("scancel", f"--user={getpass.getuser()}")

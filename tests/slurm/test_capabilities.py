@@ -3,13 +3,13 @@
 import pytest
 
 from launcher.errors import Fault
-from launcher.slurm import client, sbatch_options
+from launcher.slurm import sbatch_options
 
 
 def test_the_table_is_what_sbatch_takes(site, tmp_path, monkeypatch):
     """A word that sbatch doesn't know is told before the controller is asked for anything."""
     monkeypatch.chdir(tmp_path)  # `--wrap --usage` is a job, and its output comes here
-    said = client.call("sbatch", "--version", environment=site.environment)
+    said = site.host.call("sbatch", "--version")
     version = ".".join(said.split()[1].split(".")[:2])
     if sbatch_options.number(version) > sbatch_options.number(sbatch_options.NEWEST):
         pytest.skip(f"Slurm {version} is newer than the table")
@@ -18,7 +18,7 @@ def test_the_table_is_what_sbatch_takes(site, tmp_path, monkeypatch):
 
     def taken(option: str) -> bool:
         try:
-            client.call("sbatch", f"--{option}", "--usage", environment=site.environment)
+            site.host.call("sbatch", f"--{option}", "--usage")
         except Fault as fault:
             return "unrecognized option" not in str(fault) and "ambiguous" not in str(fault)
         return True

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 
 from launcher.cli.main import cli
 from launcher.cluster import profile
+from launcher.common import processes
 from launcher.diagnose import profile_check
+from launcher.host.local import Local
 from launcher.sandbox import lifecycle
 from launcher.sandbox.config import ClusterShape
-from launcher.slurm import client
 
 RICH = ClusterShape(
     nodes=2,
@@ -40,7 +41,7 @@ def mixlaunch(*words: str):
 @pytest.fixture
 def here(site, monkeypatch):
     """The sandbox as the Slurm that one stands on."""
-    for name, value in site.environment.items():
+    for name, value in site.host.environment.items():
         monkeypatch.setenv(name, value)
     return site
 
@@ -54,7 +55,7 @@ def test_a_new_profile_loads_checks_and_submits(here, tmp_path, monkeypatch):
     assert (made.partition, made.gpu_request, made.time) == ("low", "gpus-per-node", "1-00:00:00")
     assert made.slurm_conf == os.environ["SLURM_CONF"]
     assert made.account == ("sandbox" if here.accounting else None)
-    version = client.call("sbatch", "--version", environment={}).split()[1]
+    version = Local().call("sbatch", "--version").split()[1]
     assert version.startswith(made.slurm_version)
     assert "also with GPUs: high" in path.read_text()
     monkeypatch.delenv("SLURM_CONF")  # from here on the profile tells
@@ -82,9 +83,9 @@ def rich(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rich")
     up = lifecycle.up(folder, RICH)
     limits = ("partition=gpu", "MaxTime=8:00:00", "AllowAccounts=nlp")
-    client.call("scontrol", "update", *limits, environment=up.environment)
+    up.host.call("scontrol", "update", *limits)
     what = ("starttime=now", "duration=1-00:00:00", "users=root", "nodes=ALL", "flags=ignore_jobs")
-    client.call("scontrol", "create", "reservation", "reservationname=ours", *what, environment=up.environment)
+    up.host.call("scontrol", "create", "reservation", "reservationname=ours", *what)
     yield up
     lifecycle.down(folder)
 
@@ -201,13 +202,13 @@ def test_a_cluster_behind_a_login_node_is_checked_there(right, rich, tmp_path, m
 
 def test_the_style_that_the_cluster_takes_is_found(rich, monkeypatch, tmp_path):
     """A site may want GPUs asked for in one way only; here an sbatch of our own does, and passes on the rest."""
-    real = client.which("sbatch")
+    real = processes.which("sbatch")
     picky = tmp_path / "bin" / "sbatch"
     picky.parent.mkdir()
     refusal = 'case "$*" in *--gpus-per-* | *gpu:1*) echo "use --gres=gpu:a100:N" >&2; exit 1;; esac'
     picky.write_text(f'#!/bin/bash\n{refusal}\nexec {real} "$@"\n')
     picky.chmod(0o755)
-    environment = {**os.environ, **rich.environment, "PATH": f"{picky.parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, **rich.host.environment, "PATH": f"{picky.parent}:{os.environ['PATH']}"}
     asked = [sys.executable, "-m", "launcher", "clusters", "new", "--output", str(tmp_path / "picky.yaml")]
     done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

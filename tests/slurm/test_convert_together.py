@@ -10,7 +10,6 @@ from running import rank_logs, story, wait_until
 from launcher.common import processes
 from launcher.planning import jobs
 from launcher.runs import logs
-from launcher.slurm import client
 from launcher.submit import start
 from megatron_mixtral.jobs import convert as converter
 from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
@@ -132,7 +131,7 @@ def test_a_job_that_is_told_to_leave_does_so_between_two_files_and_goes_on_later
     partial = tmp_path / "models" / "out.partial"
     wait_until(lambda: len(list(partial.glob(".work/*.distcp.json"))) >= 10, 60, run)
     time.sleep(1)
-    client.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
+    run.host.call("scancel", "--signal=USR2", "--batch", run.job_id)
     wait_until(lambda: "asked to stop" in rank_logs(run)[0], 30, run)
     (tmp_path / "go").touch()
     assert finish(run, 90).state == "COMPLETED", story(run)

@@ -12,7 +12,6 @@ from launcher.common import processes
 from launcher.diagnose import explain
 from launcher.runs import logs, record, states
 from launcher.sandbox import lifecycle
-from launcher.slurm import client
 from launcher.submit import start
 
 pytestmark = pytest.mark.soak
@@ -31,7 +30,7 @@ def rough(tmp_path_factory):
     kept = [line for line in text.splitlines() if not line.startswith("JobAcctGatherFrequency")]
     more = ["JobAcctGatherFrequency=task=1", "JobAcctGatherParams=OverMemoryKill", "SlurmdTimeout=10", ""]
     up.slurm_conf.write_text("\n".join([*kept, *more]))
-    client.call("scontrol", "reconfigure", environment=up.environment)
+    up.host.call("scontrol", "reconfigure")
     yield up
     lifecycle.down(up.folder)
 
@@ -62,7 +61,7 @@ def test_bad_nodes_without_end(plan, stub, finish, cluster):
     )
     run = start.run(plan(stub(sick), health_check=True, extra={"hold": True}))
     (run.path / "came_back").write_text("sandbox3\n" * 3)
-    client.call("scontrol", "release", run.job_id, environment=run.environment)
+    run.host.call("scontrol", "release", run.job_id)
     assert finish(run, 90).state == "FAILED"
     found = explain.explain(run).finding
     assert (found.cause.name, found.nodes) == ("health_check", ("sandbox1",))

@@ -19,8 +19,10 @@ from running import wait_until
 from launcher.cli import explain as explain_command
 from launcher.cli.main import cli
 from launcher.cluster import bad_nodes
+from launcher.common import processes
 from launcher.diagnose import explain
 from launcher.errors import Fault, SubmitError, UncertainError, UsageError
+from launcher.host.local import Local
 from launcher.planning import jobs
 from launcher.runs import logs, record, states
 from launcher.slurm import client, hostlist
@@ -115,20 +117,20 @@ def test_from_the_queue_to_the_next_attempt(plan, stub, finish, mixlaunch, site,
     resumed = record.read(run.path)
     assert resumed.job_ids == [run.job_id, resumed.job_id]
     assert [entry["how"] for entry in resumed.record["resubmissions"]] == ["resume"]
-    shown = client.call("scontrol", "--oneliner", "show", "job", resumed.job_id, environment=site.environment)
+    shown = site.host.call("scontrol", "--oneliner", "show", "job", resumed.job_id)
     assert f" ExcNodeList={hostlist.compress([first, second])} " in shown
     assert " TimeLimit=00:07:00 " in shown
     wait_until(lambda: logs.attempts(run.path) == [0, 1, 2] and running(run), 60, run)
     assert not {first, second} & set(status()["nodes"])
 
 
-def without_accounts(site, tmp_path) -> dict[str, str]:
+def without_accounts(site, tmp_path) -> Local:
     """The same cluster as one sees it where there is no slurmdbd."""
     text = site.slurm_conf.read_text()
     kept = [line for line in text.splitlines() if not line.startswith(("AccountingStorage", "JobAcctGather"))]
     path = tmp_path / "slurm.conf"
     path.write_text("\n".join([*kept, "AccountingStorageType=accounting_storage/none", ""]))
-    return {"SLURM_CONF": str(path)}
+    return Local(str(path))
 
 
 @contextlib.contextmanager
@@ -137,11 +139,11 @@ def down(site, node: str):
 
     def is_back() -> bool:
         with contextlib.suppress(Fault):  # refused while it is on its way
-            client.call("scontrol", "update", f"NodeName={node}", "State=IDLE", environment=site.environment)
-        state = client.call("sinfo", "-h", "-N", "-n", node, "-o", "%T", environment=site.environment).split()[0]
+            site.host.call("scontrol", "update", f"NodeName={node}", "State=IDLE")
+        state = site.host.call("sinfo", "-h", "-N", "-n", node, "-o", "%T").split()[0]
         return state in ("idle", "mixed", "allocated", "completing")
 
-    client.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fan", environment=site.environment)
+    site.host.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=fan")
     try:
         yield
     finally:
@@ -174,7 +176,7 @@ def test_why_runs_failed(once, stub, finish, site):
         assert told["lines"]
         assert told["advice"]
         if cause == "killed":  # once Slurm has forgotten the job, its logs tell
-            forgotten = states.of_slurm({run.path: "1"}, site.environment)[run.path]
+            forgotten = states.of_slurm({run.path: "1"}, site.host)[run.path]
             assert (forgotten.state, forgotten.exit_code, forgotten.source) == ("FAILED", 137, "logs")
         if cause in FAIL:
             second = logs.path(run.path, 0, logs.BATCH).read_text().split("rank 2 on ")[1].split()[0]
@@ -224,7 +226,7 @@ def failed(once, stub, finish):
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
     """Put a script in sbatch's place; the real one is "$SBATCH"."""
-    monkeypatch.setenv("SBATCH", str(client.which("sbatch")))
+    monkeypatch.setenv("SBATCH", str(processes.which("sbatch")))
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
@@ -236,7 +238,7 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def jobs_of(site, run) -> list[str]:
-    queue = client.queue(site.environment).values()
+    queue = client.queue(site.host).values()
     return sorted((job.id for job in queue if job.command == str(run.path / "job.sbatch")), key=int)
 
 
@@ -388,7 +390,7 @@ def test_a_node_that_isnt_fit_is_named_and_left_out(plan, stub, finish, site):
     assert not logs.ranks(run.path, 0)  # none started
     [event] = [event for event in logs.events(run.path) if event["event"] == "unhealthy"]
     assert event["node"] == bad
-    shown = client.call("scontrol", "--oneliner", "show", "job", run.job_id, environment=site.environment)
+    shown = site.host.call("scontrol", "--oneliner", "show", "job", run.job_id)
     assert f" ExcNodeList={bad} " in shown
     told = explain.explain(run)
     assert (told.verdict, list(told.bad_nodes)) == ("finished", [bad])

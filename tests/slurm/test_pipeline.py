@@ -19,7 +19,6 @@ from launcher.cli import status
 from launcher.errors import Interrupted, SubmitError, UsageError
 from launcher.planning import jobs
 from launcher.runs import find, report, states
-from launcher.slurm import client
 from launcher.submit import pipeline, start
 from megatron_mixtral.jobs.tiny import make
 from megatron_mixtral.spec.jobs import TinyConfig
@@ -67,7 +66,7 @@ def test_each_step_waits_for_those_that_make_its_inputs(chain, site):
         "finetune": [ids["convert"], ids["prepare"]],
         "export": [ids["finetune"]],
     }
-    told = client.call("scontrol", "--oneliner", "show", "job", ids["export"], environment=site.environment)
+    told = site.host.call("scontrol", "--oneliner", "show", "job", ids["export"])
     assert f"Dependency=afterok:{ids['finetune']}" in told
     assert "dependency" not in (started[4].path / "job.sbatch").read_text()  # it can be submitted again by hand
     wait_until(lambda: states.of_run(started[4]).reason == "Dependency", 30, started[0])
@@ -82,7 +81,7 @@ def test_a_failing_first_step_leaves_nothing_queued(chain, site):
     started = pipeline.submit(chain('[ "$4" != download ] || exit 2'), asked=[])
     ended(started)
     assert outcome(started) == {"download": "FAILED", **dict.fromkeys(STEPS[1:], "CANCELLED")}
-    assert not client.call("squeue", "--noheader", "--me", environment=site.environment).strip()
+    assert not site.host.call("squeue", "--noheader", "--me").strip()
     assert all(not list((run.path / "logs").glob("attempt_*")) for run in started[1:]), "a later step ran"
 
 
@@ -131,7 +130,7 @@ def test_what_can_never_start_is_found_and_cancelled(chain, site, monkeypatch):
     for run in found:
         states.cancel(run)
     ended(started)
-    assert not client.call("squeue", "--noheader", "--me", environment=site.environment).strip()
+    assert not site.host.call("squeue", "--noheader", "--me").strip()
 
 
 def test_nothing_is_submitted_unless_every_step_can_be(chain, cluster, tmp_path):

@@ -10,11 +10,11 @@ from hostile_texts import CANARY, CARRIED
 from running import wait_until
 
 from launcher.cluster import catalog, profile
+from launcher.host.local import Local
 from launcher.planning import jobs
 from launcher.sandbox import lifecycle
 from launcher.sandbox.config import ClusterShape
 from launcher.script import bundle, render
-from launcher.slurm import client
 from launcher.submit import start
 
 
@@ -30,7 +30,7 @@ def sbatch(site, tmp_path):
         done = subprocess.run(
             ["sbatch", *options, script.name],
             cwd=folder,
-            env={**os.environ, **site.environment},
+            env={**os.environ, **site.host.environment},
             capture_output=True,
             text=True,
             check=False,
@@ -63,11 +63,11 @@ def test_hostile_words_of_a_directive_arrive_intact(cluster, sbatch, site, value
     plan = jobs.plan_prepare(cluster.model_copy(update={"comment": value}), files=("/a",))
     job = sbatch(render.render(plan), "--hold").split()[3]
     try:
-        shown = client.call("scontrol", "--oneliner", "show", "job", job, environment=site.environment)
+        shown = site.host.call("scontrol", "--oneliner", "show", "job", job)
         assert f" Comment={value} " in shown
         assert " NumNodes=1" in shown
     finally:
-        client.call("scancel", job, environment=site.environment)
+        site.host.call("scancel", job)
 
 
 def test_an_exported_script_needs_plain_sbatch_and_nothing_else(plan, stub, sbatch, site, tmp_path):
@@ -92,7 +92,7 @@ def test_a_bundle_runs_by_plain_sbatch_in_its_folder(plan, stub, site, tmp_path)
     (made / "config.yaml").write_text(config)
 
     def submitted(script: str, folder: Path) -> tuple[Path, Path]:
-        said = client.call("env", "-C", str(folder), "sbatch", script, environment=site.environment)
+        said = site.host.call("env", "-C", str(folder), "sbatch", script)
         run = tmp_path / "runs" / f"finetune-{said.split()[3]}"
         return run, run / "logs" / "attempt_0" / "batch.log"
 
@@ -111,7 +111,7 @@ def mirror(tmp_path_factory):
     """A sandbox in a profile's own geometry; what its Slurm's commands need."""
     up = []
 
-    def make(cluster: profile.ClusterProfile) -> dict[str, str]:
+    def make(cluster: profile.ClusterProfile) -> Local:
         shape = ClusterShape(
             gpus=cluster.node.gpus,
             gpu_type=cluster.node.gpu_type or "",
@@ -125,7 +125,7 @@ def mirror(tmp_path_factory):
         )
         accounting = None if shape.accounts or shape.qos else False
         up.append(lifecycle.up(tmp_path_factory.mktemp("mirror"), shape, accounting=accounting))
-        return up[-1].environment
+        return up[-1].host
 
     yield make
     for made in up:
@@ -147,14 +147,14 @@ ASKED = {
 @pytest.mark.parametrize("name", [n for n in catalog.available() if n != "local"])
 def test_sbatch_accepts_every_job_of_every_cluster_in_its_own_geometry(name, site, mirror, tmp_path):
     cluster = profile.load(name)
-    environment = site.environment if name == "sandbox" else mirror(cluster)
+    host = site.host if name == "sandbox" else mirror(cluster)
     assert {case.split()[0] for case in ASKED} == set(jobs.PLANS)
     for job, asked in ASKED.items():
         script = tmp_path / f"{job}.sh"
         script.write_text(render.render(jobs.PLANS[job.split()[0]](cluster, **asked)))
         done = subprocess.run(
             ["sbatch", "--test-only", str(script)],
-            env={**os.environ, **environment},
+            env={**os.environ, **host.environment},
             capture_output=True,
             text=True,
             check=False,

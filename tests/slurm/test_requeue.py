@@ -7,7 +7,6 @@ from running import rank_logs, wait_until
 from launcher.common import processes
 from launcher.diagnose import explain
 from launcher.runs import logs, states
-from launcher.slurm import client
 from launcher.submit import start
 
 # In Python: the script starts ranks with USR2 ignored, and a shell can't listen to what it found ignored.
@@ -69,7 +68,7 @@ def test_the_early_warning_reaches_every_rank(plan, stub, finish):
     """As Slurm sends it before the time limit: to the batch script alone, which passes it on."""
     run = start.run(plan(stub(LISTEN, sys.executable)))
     wait_until(lambda: _all_ready(run), run=run)
-    client.call("scancel", "--signal=USR2", "--batch", run.job_id, environment=run.environment)
+    run.host.call("scancel", "--signal=USR2", "--batch", run.job_id)
     assert finish(run).state == "COMPLETED"
     assert rank_logs(run) == ["ready\nSIGUSR2\n"] * 4
     assert "signal USR2, passed on" in batch_log(run)

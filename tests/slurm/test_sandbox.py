@@ -19,7 +19,6 @@ from launcher.common import processes
 from launcher.errors import Fault, UsageError
 from launcher.sandbox import lifecycle
 from launcher.sandbox.config import ClusterShape
-from launcher.slurm import client
 
 ROOT = Path(__file__).parents[2]
 SMALL = ClusterShape(nodes=1, gpus=2, cpus=4, memory_gb=4)
@@ -45,7 +44,7 @@ def test_it_is_up_when_its_nodes_are_idle(site):
     wait_until(
         lambda: lifecycle.status(site.folder).nodes == idle, 30
     )  # jobs of tests before this one may be ending
-    shown = client.call("scontrol", "--oneliner", "show", "node", "sandbox3", environment=site.environment)
+    shown = site.host.call("scontrol", "--oneliner", "show", "node", "sandbox3")
     assert "CPUTot=64" in shown
     assert "Gres=gpu:8" in shown
     assert f"RealMemory={512 * 1024}" in shown
@@ -65,7 +64,7 @@ def test_accounts_hold_where_mariadb_is_installed(site):
     if not lifecycle.accounting_available():
         pytest.skip("slurmdbd and MariaDB aren't installed; on Debian: apt-get install slurmdbd mariadb-server")
     with pytest.raises(Fault, match="Invalid account"):
-        client.call("sbatch", "--account=nobody", "--wrap=true", environment=site.environment)
+        site.host.call("sbatch", "--account=nobody", "--wrap=true")
 
 
 def test_two_side_by_side_and_down_ends_one_with_its_jobs(site, folder, tmp_path):
@@ -73,7 +72,7 @@ def test_two_side_by_side_and_down_ends_one_with_its_jobs(site, folder, tmp_path
     assert not other.accounting
     # A process that leaves its job's session is the job's still.
     argv = ["--output=/dev/null", f"--wrap=setsid sleep 314 & touch {tmp_path}/runs; sleep 314"]
-    job = client.call("sbatch", "--parsable", *argv, environment=other.environment).strip()
+    job = other.host.call("sbatch", "--parsable", *argv).strip()
     wait_until((tmp_path / "runs").exists)
     jobs = processes.marked(SLURM_JOB_ID=job)
     assert len(jobs) >= 2
@@ -112,7 +111,7 @@ def test_a_folder_too_deep_for_sockets_has_them_elsewhere(folder):
         found = lifecycle.up(deep, SMALL, accounting=False)
         assert lifecycle.status(deep).state == "up"
         assert found.sockets.stat().st_mode & 0o777 == 0o700
-        assert "ok" in client.call("srun", "echo", "ok", environment=found.environment)
+        assert "ok" in found.host.call("srun", "echo", "ok")
     finally:
         lifecycle.down(deep)
     assert not found.sockets.exists()
@@ -175,7 +174,7 @@ from pathlib import Path
 from launcher.sandbox import lifecycle
 from launcher.slurm import client
 site = lifecycle.up(Path(sys.argv[1]))
-print(client.call("srun", "-N4", "id", "-un", environment=site.environment))
+print(site.host.call("srun", "-N4", "id", "-un"))
 lifecycle.down(site.folder)
 """
 

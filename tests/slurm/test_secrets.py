@@ -13,7 +13,6 @@ from launcher.cli.main import cli
 from launcher.planning import jobs, secrets
 from launcher.runs import find, record
 from launcher.script import render
-from launcher.slurm import client
 from launcher.submit import start
 
 CANARY = "ca'na\"ry-$(touch canary)-`touch canary`-\\-漢字"
@@ -32,12 +31,12 @@ def ended(run: Path) -> bool:
     return log.exists() and any(word in log.read_text() for word in ("; exit ", "wasn't set"))
 
 
-def seen_from_outside(run: record.Run, environment: dict[str, str]) -> str:
+def seen_from_outside(run: record.Run) -> str:
     """What Slurm and the system tell anybody about a running job."""
     told = [
-        client.call("scontrol", "show", "job", "--details", "--details", run.job_id, environment=environment),
-        client.call("scontrol", "write", "batch_script", run.job_id, "-", environment=environment),
-        client.call("squeue", "--format=%all", environment=environment),
+        run.host.call("scontrol", "show", "job", "--details", "--details", run.job_id),
+        run.host.call("scontrol", "write", "batch_script", run.job_id, "-"),
+        run.host.call("squeue", "--format=%all"),
         subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout,
     ]
     return "\n".join(told)
@@ -59,7 +58,7 @@ def submitted(plan, cluster, stub, monkeypatch):
 
 def test_a_secret_reaches_every_rank_and_nothing_else(submitted, finish, site, tmp_path):
     run = submitted()
-    shown = seen_from_outside(run, run.environment)
+    shown = seen_from_outside(run)
     assert "job.sbatch" in shown
     assert "touch canary" not in shown
     assert leaks(run.path, tmp_path / "runs", site.folder) == []
@@ -71,7 +70,7 @@ def test_a_secret_reaches_every_rank_and_nothing_else(submitted, finish, site, t
     assert not list(tmp_path.rglob("canary"))
     if site.accounting:
         fields = "JobName,Comment,AdminComment,SubmitLine,WorkDir,Reason"
-        told = client.call("sacct", "-j", run.job_id, f"--format={fields}", "-P", environment=run.environment)
+        told = run.host.call("sacct", "-j", run.job_id, f"--format={fields}", "-P")
         assert "touch canary" not in told
 
 
@@ -81,7 +80,7 @@ def test_an_exported_script_takes_them_from_sbatch_s_environment(plan, stub, sit
     (tmp_path / "job.sbatch").write_text(text)
 
     def submit(**more: str) -> Path:
-        environment = {**os.environ, **site.environment, **more}
+        environment = {**os.environ, **site.host.environment, **more}
         done = subprocess.run(
             ["sbatch", "job.sbatch"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )

@@ -14,7 +14,6 @@ import sshd
 from laptop import REASON, configure, replace
 
 from launcher.runs import find
-from launcher.slurm import client
 
 pytestmark = pytest.mark.skipif(not sshd.find() or not shutil.which("rsync"), reason=REASON)
 
@@ -111,7 +110,7 @@ def test_hostile_values_arrive_and_run_nothing(laptop, stub, tmp_path, site, fin
     [run] = find.every([folder])
     assert finish(run).state == "COMPLETED"
     assert laptop.types("logs") == f"{hostile}\n"
-    kept = client.call("scontrol", "show", "job", run.job_id, environment=site.environment)
+    kept = site.host.call("scontrol", "show", "job", run.job_id)
     assert hostile.replace("\\", "") in kept
     assert run.job_id in laptop.types("status")
     assert not list(tmp_path.rglob("canary"))

@@ -145,7 +145,7 @@ def test_what_stands_in_the_way_is_named_and_nothing_stays(laptop, harm, said):
 
 
 def test_slurm_is_found_where_only_a_login_shell_finds_it(laptop):
-    minimal(laptop, os.path.dirname(client.which("sbatch")))
+    minimal(laptop, os.path.dirname(processes.which("sbatch")))
     laptop.trains()
     assert re.search(r"finetune-\S+ .*(PENDING|RUNNING|COMPLET)", laptop.types("status"))
 
@@ -179,11 +179,11 @@ def test_a_connection_lost_before_the_submission_began_means_that_it_never_does(
     assert re.search(r"(?s)connection was lost.*Nothing was submitted", said)
     time.sleep(2)
     assert not laptop.there()
-    assert not client.queue(site.environment) or not jobs_below(site, laptop.far)
+    assert not client.queue(site.host) or not jobs_below(site, laptop.far)
 
 
 def jobs_below(site, folder: Path) -> list[str]:
-    return [job.id for job in client.queue(site.environment).values() if job.command.startswith(str(folder))]
+    return [job.id for job in client.queue(site.host).values() if job.command.startswith(str(folder))]
 
 
 def test_a_login_node_that_goes_away_leaves_a_run_whose_job_is_found_later(laptop, site, finish):

@@ -12,7 +12,6 @@ import sshd
 from laptop import REASON, configure
 
 from launcher.host import ssh
-from launcher.runs import tunnel
 
 pytestmark = pytest.mark.skipif(not sshd.find() or not shutil.which("rsync"), reason=REASON)
 
@@ -75,7 +74,7 @@ def test_a_node_that_only_the_login_node_sees_is_reached_through_it(laptop, monk
     options = "\n".join(f"  {name} {value}" for name, value in laptop.server.options.items())
     configure(laptop, f"Host node1\n  HostName 127.0.0.1\n{options}\n")
     monkeypatch.setenv("PATH", str(laptop.bin), prepend=":")
-    node = tunnel.behind(laptop.server.login, "node1")
+    node = ssh.behind(laptop.server.login, "node1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,7 +13,9 @@ import pytest
 from running import rank_logs, wait_until
 from submitit.slurm.slurm import SlurmJob
 
+from launcher.common import processes
 from launcher.errors import SubmitError, UncertainError
+from launcher.host.local import Local
 from launcher.runs import find, record, states
 from launcher.script import render
 from launcher.slurm import client
@@ -28,7 +30,7 @@ def test_a_job_runs_our_text_on_every_rank(plan, stub, finish, site):
     assert finish(run).state == "COMPLETED"
     text = (run.path / "job.sbatch").read_text()
     assert text == render.render(made, str(run.path))
-    kept = client.call("scontrol", "write", "batch_script", run.job_id, "-", environment=site.environment)
+    kept = site.host.call("scontrol", "write", "batch_script", run.job_id, "-")
     assert kept.rstrip("\n\0") == text.rstrip("\n")
     for rank, log in enumerate(rank_logs(run)):
         procid, told, local, world, _, *argv = log.splitlines()[0].split()
@@ -61,10 +63,10 @@ def test_states_come_without_accounts_too(plan, stub, finish, site):
     finish(run)
 
     def in_the_accounts():  # which hear of it when slurmctld finds the time
-        return client.accounting([run.job_id], site.environment)[run.job_id].state == "COMPLETED"
+        return client.accounting([run.job_id], site.host)[run.job_id].state == "COMPLETED"
 
     assert wait_until(in_the_accounts, 60, run)
-    assert client.queue(site.environment)[run.job_id].state == "COMPLETED"
+    assert client.queue(site.host)[run.job_id].state == "COMPLETED"
 
 
 def test_a_silent_slurm_leaves_the_logs_to_tell(plan, stub, finish, tmp_path):
@@ -73,7 +75,7 @@ def test_a_silent_slurm_leaves_the_logs_to_tell(plan, stub, finish, tmp_path):
     (tmp_path / "slurm.conf").write_text(
         "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=2\nSlurmctldTimeout=2\n"
     )
-    elsewhere = states.of_slurm({run.path: run.job_id}, {"SLURM_CONF": str(tmp_path / "slurm.conf")})
+    elsewhere = states.of_slurm({run.path: run.job_id}, Local(str(tmp_path / "slurm.conf")))
     found = elsewhere[run.path]
     assert (found.state, found.exit_code, found.source) == ("FAILED", 2, "logs")
 
@@ -101,7 +103,7 @@ def test_a_refusal_is_an_error_and_leaves_nothing(plan, stub, site):
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
     """Put a script in sbatch's place; the real one is "$SBATCH"."""
-    real = client.which("sbatch")
+    real = processes.which("sbatch")
 
     def replace(does: str) -> None:
         folder = tmp_path / "bin"
@@ -115,7 +117,7 @@ def sbatch(tmp_path, monkeypatch):
 
 
 def jobs_of(site, path) -> list[str]:
-    return [job.id for job in client.queue(site.environment).values() if job.command == str(path / "job.sbatch")]
+    return [job.id for job in client.queue(site.host).values() if job.command == str(path / "job.sbatch")]
 
 
 def test_garbage_from_sbatch_with_a_job_behind_it_is_that_job(plan, stub, finish, sbatch, site):
@@ -184,14 +186,14 @@ def test_when_nobody_can_tell_the_run_stays_and_is_adopted_later(plan, stub, fin
     monkeypatch.setattr(answer, "SBATCH_TIMEOUT", 2)
     sbatch('"$SBATCH" "$@"; exec >/dev/null 2>&1; sleep 30')
     made = plan(stub("sleep 1"))
-    silent = client.call
-    monkeypatch.setattr(client, "call", lambda program, *a, **k: silent("false", *a, **k))
+    call = Local.call
+    monkeypatch.setattr(Local, "call", lambda host, program, *a, **k: call(host, "false", *a, **k))
     with pytest.raises(UncertainError, match="isn't known"):
         start.run(made)
     [path] = Path(made.profile.paths.runs).iterdir()
     run = record.read(path)
     assert states.of_run(run).state == states.SUBMITTING
-    monkeypatch.setattr(client, "call", silent)
+    monkeypatch.setattr(Local, "call", call)
     assert finish(run).state == "COMPLETED"
     assert record.read(path).job_id
 

@@ -19,7 +19,6 @@ from launcher.planning import jobs
 from launcher.runs import logs, states
 from launcher.sandbox import daemons
 from launcher.sandbox import record as sandbox_state
-from launcher.slurm import client
 from launcher.submit import start
 
 STEPS = 120
@@ -187,8 +186,8 @@ def test_a_whole_node_lost(place, undisturbed, site, which):
     """Its slurmd and all that runs on it; Slurm is told, as it would find out by itself after SlurmdTimeout."""
     run = start.run(place.plan())
     wait_for_step(run, 25)
-    asked = client.call("squeue", "--noheader", "--format=%N", f"--jobs={run.job_id}", environment=run.environment)
-    names = client.call("scontrol", "show", "hostnames", asked.strip(), environment=run.environment).split()
+    asked = run.host.call("squeue", "--noheader", "--format=%N", f"--jobs={run.job_id}")
+    names = run.host.call("scontrol", "show", "hostnames", asked.strip()).split()
     node = names[which]
     state = sandbox_state.read(site.folder)
     roots = [state.processes[node]]
@@ -197,12 +196,12 @@ def test_a_whole_node_lost(place, undisturbed, site, which):
     for signum in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none lives to tell Slurm of another's end
         for pid in {*on_node, *steps}:
             kill(pid, signum)
-    client.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost", environment=run.environment)
+    run.host.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
     try:
         check(run, undisturbed, attempts=2)
     finally:
         daemons.launch(state, node, "slurmd", "-D", "-N", node)
-        wait_until(lambda: node_is_back(node, run.environment), 60)
+        wait_until(lambda: node_is_back(node, run.host), 60)
 
 
 def is_stepd_of(pid, job_id, node):
@@ -224,10 +223,10 @@ def kill(pid, signum):
         os.kill(pid, signum)
 
 
-def node_is_back(node, environment):
-    state = client.call("sinfo", "--noheader", "--format=%T", f"--nodes={node}", environment=environment).strip()
+def node_is_back(node, host):
+    state = host.call("sinfo", "--noheader", "--format=%T", f"--nodes={node}").strip()
     if state == "down":
-        client.call("scontrol", "update", f"nodename={node}", "state=resume", environment=environment)
+        host.call("scontrol", "update", f"nodename={node}", "state=resume")
     return state == "idle"
 
 
@@ -236,7 +235,7 @@ def node_is_back(node, environment):
 def test_requeued_by_hand(place, undisturbed):
     run = start.run(place.plan())
     wait_for_step(run, 25)
-    client.call("scontrol", "requeue", run.job_id, environment=run.environment)
+    run.host.call("scontrol", "requeue", run.job_id)
     check(run, undisturbed, attempts=2)
 
 
@@ -249,10 +248,9 @@ def test_preempted_five_times_running(place, site):
     run = start.run(place.plan(steps=400, partition="low", exclusive=True))
     for _ in range(5):
         wait_for_step(run, step_of(run) + 20, seconds=300)
-        client.call(
+        run.host.call(
             *("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wait", "--output=/dev/null"),
             "--wrap=sleep 1",
-            environment=run.environment,
         )
     assert finished(run, 600).state == "COMPLETED", story(run)
     assert len(logs.attempts(run.path)) >= 6

@@ -171,9 +171,7 @@ def laptop(tmp_path, server, far, site, stub, monkeypatch):
 
 
 def jobs_of(site, run: record.Run) -> list[str]:
-    return [
-        job.id for job in client.queue(site.environment).values() if job.command == str(run.path / "job.sbatch")
-    ]
+    return [job.id for job in client.queue(site.host).values() if job.command == str(run.path / "job.sbatch")]
 
 
 def configure(laptop: Laptop, text: str) -> None:

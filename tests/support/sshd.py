@@ -10,8 +10,8 @@ from pathlib import Path
 
 import end_with_pytest
 
+from launcher.common import processes
 from launcher.host import ssh
-from launcher.slurm import client
 
 SEPARATION = Path("/run/sshd")  # sshd as root wants it; Debian makes it at boot, where sshd is a service
 
@@ -61,7 +61,7 @@ class Server:
 
 def find() -> str | None:
     """sshd wants to be called by its path."""
-    return client.which("sshd")
+    return processes.which("sshd")
 
 
 @contextlib.contextmanager

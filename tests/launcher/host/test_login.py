@@ -10,6 +10,8 @@ from launcher.cluster import profile
 from launcher.cluster.sections import Login
 from launcher.errors import ProfileError
 from launcher.host import copies, ssh
+from launcher.host.local import Local
+from launcher.host.login_node import LoginNode
 from launcher.runs import record
 
 PATHS = {"models": "/m", "data": "/d", "runs": "/shared/runs"}
@@ -59,8 +61,8 @@ def test_a_login_node_may_know_itself_by_its_short_name(monkeypatch):
 
 def test_an_override_leaves_ssh_out(tmp_path):
     path = written(tmp_path, login={"host": "login1"})
-    assert profile.read(path).slurm_environment == {ssh.LOGIN: "login1"}
-    assert profile.read(path, ["login.host="]).slurm_environment == {}
+    assert profile.read(path).host == LoginNode(ssh.Login("login1"))
+    assert profile.read(path, ["login.host="]).host == Local()
 
 
 @pytest.mark.parametrize(
@@ -97,9 +99,9 @@ def test_a_copy_knows_its_original(tmp_path):
     assert copies.original(copy) == Path("/shared/runs/finetune-1")
     assert copies.shown(copy) == "login1:/shared/runs/finetune-1"
     run = record.Run(path=copy, record={"profile": cluster.model_dump(mode="json"), "jobs": []})
-    assert run.environment == {ssh.LOGIN: "login1"}
+    assert run.host == cluster.host == LoginNode(ssh.Login("login1"))
     there = record.Run(path=Path("/shared/runs/finetune-1"), record=run.record)
-    assert there.environment == {}
+    assert there.host == Local()
     assert copies.original(there.path) == there.path
 
 
@@ -108,4 +110,4 @@ def test_two_ports_of_one_host_are_two_clusters(tmp_path):
     path = Path("/shared/runs")
     assert copies.place(one, path) != copies.place(other, path)
     assert copies.login_of(copies.place(other, path)) == other
-    assert copies.place(None, path) == path
+    assert Local().place(path) == path

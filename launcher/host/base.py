@@ -1,0 +1,115 @@
+"""Where a cluster's commands run and its files lie, as an object: this machine, or a login node behind ssh.
+
+Whoever holds one needn't know which. Paths are the cluster's own; `place` says where this machine sees one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from launcher.errors import Fault
+
+TIMEOUT = 30  # seconds; a busy controller takes some
+INTERRUPTED = 130
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class LostError(Fault):
+    """The connection didn't hold: what was to be done may be done or not."""
+
+
+class MissingError(Fault):
+    """What to copy isn't there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A script's end: exit code and what it printed, without what a shell's start-up files print."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """What to quote in an error."""
+        return self.err.strip() or self.out.strip() or f"exit {self.code}"
+
+
+class Growth(Protocol):
+    """What keeps the files of a run growing on this machine while somebody reads them."""
+
+    def check(self) -> None:
+        """`Fault` if nothing keeps them growing any more."""
+
+    def settle(self) -> None:
+        """Wait until everything that is written by now is here, and end."""
+
+
+class Host(Protocol):
+    """One cluster's commands and files. Two that are equal are the same cluster's."""
+
+    @property
+    def name(self) -> str:
+        """As ssh takes it; empty for this machine."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine is one of the cluster's: its folders are at hand, and its nodes are reached."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that Slurm's commands need there."""
+
+    @property
+    def python(self) -> str | None:
+        """The Python that has mixlaunch there; None where only a profile knows one."""
+
+    def call(self, program: str, *arguments: str, timeout: float = TIMEOUT) -> str:
+        """What a command prints; `Fault` when it's missing, fails or doesn't answer."""
+
+    def attend(self, argv: Sequence[str], files: Mapping[str, str], variables: Mapping[str, str]) -> int:
+        """Run a program in the terminal's foreground, in a folder of these files that is gone afterwards.
+
+        Its exit code; Ctrl-C goes to it.
+        """
+
+    def exist(self, paths: Sequence[str]) -> list[bool]:
+        """Whether each of `paths` is there."""
+
+    def known(self, paths: Sequence[str]) -> list[bool | None]:
+        """The same without a network: None for what this machine can't see."""
+
+    def texts(self, folders: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+        """Of each folder the files of these names that can be read; of a pattern the last one."""
+
+    def bring(self, files: Sequence[tuple[Path, str]]) -> None:
+        """Copy files and folders of this machine to these paths; what is there already costs one look."""
+
+    def noted(self, script: Path, number: int) -> str:
+        """What sbatch said of the submission of this number, as far as notes were kept where it ran."""
+
+    # --- what this machine sees of it -----------------------------------------------------------------------------
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether this machine ever saw runs of it."""
+
+    def place(self, path: Path) -> Path:
+        """Where this machine sees a path of the cluster; a place stays what it is."""
+
+    def follow(self, run: Path) -> Growth | None:
+        """What keeps the run in this place growing; None where it grows by itself."""
+
+    # --- the way to it and to its nodes ---------------------------------------------------------------------------
+
+    def typed(self, *argv: str) -> str:
+        """What to type on this machine to run a command there."""
+
+    def tunnel(self, address: str, port: int, node: str | None) -> AbstractContextManager[int | None]:
+        """A port of this machine that leads to a server, on the loopback of `node` if one is given.
+
+        None where the server is on this very machine.
+        """
