@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from launcher.cluster import catalog, profile
+from launcher.cluster.containers import RUNTIMES
 from launcher.common import processes, quoting
 from launcher.errors import Fault, UsageError
 from launcher.host.local import Local
@@ -246,12 +247,13 @@ def _software() -> Iterator[str]:
 
 def _runtimes() -> Iterator[tuple[str, str]]:
     try:
-        if "--container-image" in HERE.call("srun", "--help"):
-            yield "pyxis", "/shared/images/mixlaunch.sqsh"
+        srun = HERE.call("srun", "--help")
     except Fault:
-        pass  # a login node without srun can still submit
-    if processes.which("apptainer"):
-        yield "apptainer", "/shared/images/mixlaunch.sif"
+        srun = ""  # a login node without srun can still submit
+    for name, runtime in RUNTIMES.items():
+        there = runtime.srun_option in srun if runtime.srun_option else processes.which(name)
+        if there and runtime.image:
+            yield name, runtime.image
 
 
 def _places() -> Iterator[str]:

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from launcher import templates
 from launcher.cluster import catalog, yaml_layers
+from launcher.cluster.containers import RUNTIMES
 from launcher.cluster.sections import Binding, Container, Login, Node, Part, Paths, Serve, Text, as_value_error
 from launcher.cluster.yaml_layers import Document, Location
 from launcher.common import quoting, words
@@ -185,8 +186,8 @@ class ClusterProfile(Part):
             return
         if self.login.host:
             raise _mistake_at("login.host: jobs of this cluster are processes of this machine", "login", "host")
-        if self.container.runtime == "pyxis":
-            message = "container.runtime: pyxis is a part of Slurm, and this cluster has none"
+        if self.in_container and RUNTIMES[self.container.runtime].srun_option:
+            message = f"container.runtime: {self.container.runtime} is a part of Slurm, and this cluster has none"
             raise _mistake_at(message, "container", "runtime")
         if self.binding.of_srun:
             raise _mistake_at("binding: these are options of srun, and this cluster has no Slurm", "binding")

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from launcher.cluster import containers
 from launcher.common import quoting
 from launcher.errors import UsageError
 from launcher.host import ssh
@@ -110,7 +111,7 @@ class Binding(Part):
 class Container(Part):
     """How a rank gets its software."""
 
-    runtime: Literal["none", "pyxis", "apptainer", "docker"] = "none"
+    runtime: containers.Name = "none"
     image: str | None = Field(default=None, description="what the runtime takes: a registry reference or a file")
     mounts: tuple[str, ...] = Field(default=(), description="HOST[:CONTAINER[:ro]]; paths.* come by themselves")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.cluster.containers import RUNTIMES
 from launcher.cluster.profile import ClusterProfile
 from launcher.common import words
 from launcher.errors import Fault, UsageError
@@ -241,11 +242,9 @@ def _paths(profile: ClusterProfile) -> Iterator[ProfileFinding]:
 
 def _runtime(profile: ClusterProfile) -> ProfileFinding:
     name = profile.container.runtime
-    if name == "pyxis":
-        there = "--container-image" in profile.host.call("srun", "--help")
-        return (
-            _ok(name, "srun takes --container-image") if there else _failed(name, "srun has no --container-image")
-        )
+    if option := RUNTIMES[name].srun_option:
+        there = option in profile.host.call("srun", "--help")
+        return _ok(name, f"srun takes {option}") if there else _failed(name, f"srun has no {option}")
     try:
         return _ok(name, profile.host.call("sh", "-c", 'command -v "$1"', "sh", name).strip())
     except Fault:

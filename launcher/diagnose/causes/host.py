@@ -3,7 +3,10 @@
 Rows are in order of precedence: the first that fits wins.
 """
 
+from launcher.cluster.containers import PROGRAMS
 from launcher.diagnose.causes.cause import MARK, RESUME, RETRY, Cause
+
+RUNTIMES = "|".join(PROGRAMS)
 
 HOST = (
     Cause(
@@ -88,14 +91,14 @@ HOST = (
         host=(
             r"pyxis: .*(?:failed|couldn't|error)",
             r"srun: unrecognized option '--container",
-            r"execve\(\): (?:apptainer|singularity|docker|enroot): ",
+            rf"execve\(\): (?:{RUNTIMES}): ",
             r"enroot.*(?:No such file|\[ERROR\])",
             r"\[ERROR\] (?:No such file or directory|Could not open|Invalid image)",
         ),
         rank=(
             r"FATAL:\s+could not open image",
-            r"(?:apptainer|singularity|docker|enroot): command not found",
-            r"(?:apptainer|singularity|docker|enroot): No such file or directory",
+            rf"(?:{RUNTIMES}): command not found",
+            rf"(?:{RUNTIMES}): No such file or directory",
             r"docker: (?:Error response from daemon|Cannot connect to the Docker daemon)",
             r"Unable to find image '",
             r"could not select device driver",
