@@ -8,6 +8,7 @@ from launcher.errors import UsageError
 
 FOLDER = Path(__file__).parent
 SUFFIX = ".sh.j2"
+FORMER = {"again_slurm": "requeue_slurm", "again_local": "requeue_local"}  # names that profiles may still say
 
 
 @functools.cache
@@ -17,7 +18,8 @@ def names() -> tuple[str, ...]:
 
 
 def known(name: str) -> str:
-    """`name` if there is such a part; `UsageError` lists those there are."""
+    """The part that is called `name` or was once; `UsageError` lists those there are."""
+    name = FORMER.get(name, name)
     if name not in names():
         raise UsageError(f"no part {quoting.shown(name)}; {words.choices(name, names())}")
     return name

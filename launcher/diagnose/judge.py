@@ -14,6 +14,7 @@ from launcher.diagnose.causes.host import HOST
 from launcher.diagnose.causes.rank import RANK
 from launcher.diagnose.evidence import Evidence, Line
 from launcher.errors import UsageError
+from launcher.planning import requeue
 from launcher.slurm import hostlist
 
 RECENT = 200  # lines at the end of a rank's log: what stands before was survived
@@ -247,7 +248,7 @@ def _last_lines(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def _notes(evidence: Evidence, found: Finding) -> Iterable[str]:
-    if match := re.search(r"(\d+ faults without a newer checkpoint than \S+);", evidence.last_word):
+    if match := requeue.GAVE_UP.search(evidence.last_word):
         yield f"not tried again: {match[1]}"
     elif "scontrol requeue failed" in evidence.last_word:
         yield "it asked for its place in the queue back, and Slurm refused"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.common import words
 from launcher.errors import LayoutError
-from launcher.planning import memory, secrets, suggest
+from launcher.planning import memory, requeue, secrets, suggest
 from launcher.planning.fit import Batch, Exchange, Outlook, gpu_bytes, itemized
 from launcher.planning.layout import Layout
 from launcher.planning.memory import GIB, Serving
@@ -36,17 +36,11 @@ def plan_facts(plan: "JobPlan") -> Facts:
         ("ranks", spread),
         ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
         ("limit", "" if profile.is_local else plan.time),
-        ("retried", _retried(plan)),
+        ("retried", requeue.when(plan)),
         *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
         *(("output", path) for path in plan.outputs),
         ("secrets", ", ".join(map(_with_value, secrets.carried(plan)))),
     ]
-
-
-def _retried(plan: "JobPlan") -> str:
-    if plan.retried:
-        return "after a fault or a preemption"
-    return "after a preemption" if plan.resumable and not plan.profile.is_local else "never"
 
 
 def _with_state(path: str) -> str:

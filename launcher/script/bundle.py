@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.common import quoting, words
 from launcher.errors import Fault, UsageError
+from launcher.planning import requeue
 from launcher.planning.jobs import JobPlan
 from launcher.script import lint, render
 
@@ -55,7 +56,7 @@ def _readme(plan: JobPlan, asked: Sequence[str]) -> Iterator[str]:
         "parallelism is the number of ranks."
     )
     yield ""
-    yield from _course(plan)
+    yield _paragraph(requeue.course(plan))
     if asked:
         yield ""
         yield "Made by:"
@@ -95,19 +96,3 @@ def _facts(plan: JobPlan) -> Iterator[str]:
     yield f"* its run's folder, with logs and checkpoints: `{plan.profile.paths.runs}/{plan.name}-{number}`"
     for name in plan.secrets:
         yield f"* secret: `{name}` must be set where you type that; only the run's `secrets.env` holds it"
-
-
-def _course(plan: JobPlan) -> Iterator[str]:
-    """What the script does when something happens."""
-    if plan.resumable and not plan.retried:
-        yield "A fault ends it; after a preemption Slurm queues it again."
-        return
-    if not plan.resumable:
-        yield "It runs once: a fault ends it, and it isn't queued again."
-        return
-    again = "starts again" if plan.profile.is_local else "asks for its place in the queue back"
-    yield _paragraph(
-        f"Near its time limit or a preemption every rank saves and leaves, and the job {again}. After a fault it "
-        "does so too, while it gets further, and stops after three faults in one place. Exit codes: 0 done, 2 a "
-        "mistake in what was asked for, anything else the fault's own."
-    )

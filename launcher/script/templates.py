@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
+from launcher import templates
 from launcher.common import quoting
 from launcher.common.quoting import Quoted
 from launcher.errors import UsageError
@@ -23,7 +24,7 @@ CONFIG_END = "END_OF_CONFIG"
 
 def render(replaced: Mapping[str, str], variables: Mapping[str, Any]) -> str:
     """The script, with `replaced`, part -> path, in place of our own; `UsageError` for what is wrong in those."""
-    own = {f"{name}{SUFFIX}": _read(name, path) for name, path in replaced.items()}
+    own = {f"{templates.known(name)}{SUFFIX}": _read(name, path) for name, path in replaced.items()}
     paths = [str(Path(path)) for path in replaced.values()]
     try:
         jinja = environment(_Own(own, dict(zip(own, paths, strict=True))))
@@ -63,14 +64,28 @@ class _Own(jinja2.BaseLoader):
     def get_source(
         self, environment: jinja2.Environment, template: str
     ) -> tuple[str, str | None, Callable[[], bool] | None]:
+        template = _current(template)
         if template not in self.texts:
             raise jinja2.TemplateNotFound(template)
         return self.texts[template], self.paths[template], None
 
 
+class _Stock(jinja2.FileSystemLoader):
+    """The texts that come with mixlaunch."""
+
+    def get_source(self, environment: jinja2.Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
+        return super().get_source(environment, _current(template))
+
+
+def _current(file: str) -> str:
+    """What the file of a part is called now."""
+    name = file.removesuffix(SUFFIX)
+    return f"{templates.FORMER.get(name, name)}{SUFFIX}"
+
+
 def environment(own: jinja2.BaseLoader | None = None) -> jinja2.Environment:
     """Jinja as scripts are rendered with it: only literals, whole numbers and quoted values can be printed."""
-    ours = jinja2.FileSystemLoader(FOLDER)
+    ours = _Stock(FOLDER)
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         loader=jinja2.ChoiceLoader([*filter(None, [own]), ours, jinja2.PrefixLoader({STOCK: ours})]),
         undefined=jinja2.StrictUndefined,

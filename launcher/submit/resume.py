@@ -16,6 +16,7 @@ from launcher.cluster.profile import time_limit
 from launcher.common import files, quoting
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 from launcher.host import copies
+from launcher.planning import requeue
 from launcher.planning.jobs import JobPlan
 from launcher.planning.layout import Placement
 from launcher.runs import record, states
@@ -23,9 +24,6 @@ from launcher.runs.record import SCRIPT, Run
 from launcher.script import lint
 from launcher.slurm import hostlist
 from launcher.submit import answer, start
-
-# What the script counts to know when to give up, and how it looks when it begins to count.
-COUNTS = {"faults": "- 0\n", "came_back": ""}
 
 
 def resume(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> Run:
@@ -85,9 +83,9 @@ def _submit(changed: Run, before: Run, text: str, limit: str) -> None:
 
 def _reset(path: Path) -> dict[Path, str]:
     """The script's counts as they were; they begin anew."""
-    counts = {path / name: (path / name).read_text() for name in COUNTS if (path / name).exists()}
+    counts = {path / name: (path / name).read_text() for name in requeue.COUNTS if (path / name).exists()}
     for count in counts:
-        count.write_text(COUNTS[count.name])
+        count.write_text(requeue.COUNTS[count.name])
     return counts
 
 

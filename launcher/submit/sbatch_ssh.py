@@ -16,6 +16,7 @@ from launcher.host import copies, ssh
 from launcher.host.base import Done, LostError
 from launcher.host.login_node import LoginNode
 from launcher.host.ssh import Login
+from launcher.planning import requeue
 from launcher.runs import states
 from launcher.runs.record import RECORD, SCRIPT
 from launcher.submit import answer
@@ -43,7 +44,7 @@ for name in {decided} $(env | sed -n 's/^\\(SLURM_[A-Za-z0-9_]*\\)=.*/\\1/p'); d
   case $name in SLURM_CONF | SLURM_JWT) ;; *) unset "$name" ;; esac
 done
 {exports}
-rm -f faults came_back
+rm -f {counts}
 trap '' HUP PIPE
 limit=
 ! command -v timeout >/dev/null || limit="timeout -k 5 {timeout}"
@@ -140,6 +141,7 @@ def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequen
         under_way=UNDER_WAY,
         claim=claim,
         decided=" ".join(sorted(answer.decided_by(text))),
+        counts=" ".join(requeue.COUNTS),
         exports=ssh.exports(host.environment),
         timeout=answer.SBATCH_TIMEOUT,
         options=shlex.join(options),

@@ -44,6 +44,15 @@ def test_every_part_can_be_replaced_by_a_copy_of_itself(rendered, write_profile,
     assert rendered(name, templates.source(name), job="serve", more=more) == ours
 
 
+def test_names_that_parts_once_had_still_work(rendered):
+    """A profile's key, and what a supervise of the user's own includes."""
+    ours = rendered("requeue_slurm", "again() { exit 7; }\n")
+    assert "again() { exit 7; }" in ours
+    assert rendered("again_slurm", "again() { exit 7; }\n") == ours
+    for include in ('"again_" ~ profile.scheduler ~ ".sh.j2"', '"stock/again_slurm.sh.j2"'):
+        assert 'scontrol requeue "$SLURM_JOB_ID"' in rendered("supervise", f"{{% include {include} %}}")
+
+
 def test_an_unknown_part_lists_those_there_are(rendered):
     said = r"no part 'ranks'; did you mean 'rank'\? There are: .*container_pyxis.*rank"
     with pytest.raises(UsageError, match=said):
