@@ -246,7 +246,7 @@ def _stream(server: Server, route: str, body: dict[str, Any]) -> Iterator[dict[s
 def _refusal(server: Server, response: Any) -> UsageError | Fault:
     if response.status_code == 401:
         return UsageError(f"{server.url} wants a key: set {servers.KEY}, or name the server's run")
-    return Fault(f"{server.url}: {servers.explain(response)}")
+    return Fault(f"{server.url}: {servers.http_error(response)}")
 
 
 @click.command()

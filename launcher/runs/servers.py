@@ -203,7 +203,7 @@ def _key_of(path: Path) -> str | None:
     return None
 
 
-def explain(response: "httpx.Response") -> str:
+def http_error(response: "httpx.Response") -> str:
     """What a server's refusal says, in one line."""
     try:
         body: Any = response.json()
