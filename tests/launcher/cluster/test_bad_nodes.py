@@ -48,7 +48,7 @@ def test_an_entry_holds_until_it_expires(cluster):
 def test_scripts_leave_them_out_with_the_profiles_own(cluster):
     bad_nodes.add(cluster, {"gpu07": "x", "gpu08": "x"}, DAY)
     own = cluster.model_copy(update={"extra": {"exclude": "gpu[01-02]", "nice": "5"}})
-    script = render.render(start.leave_out(jobs.plan_download(own)))
+    script = render.render(start.leave_out(jobs.plan_download(own), bad_nodes.read(own)))
     assert [line for line in script.splitlines() if "exclude" in line] == ['#SBATCH --exclude="gpu[01-02,07-08]"']
     assert "--exclude" not in render.render(jobs.plan_download(cluster))
 
