@@ -1,7 +1,7 @@
-"""Whether a model's two folders, the hub's and Megatron's, compute the same logits: transformers and megatron-core.
+"""Compares the logits of a model's two folders: the hub's with transformers, and Megatron's with megatron-core.
 
-Whole models where memory allows, else one layer of each at a time, its weights read when its turn comes. Both
-compute in fp32 with the weights as they were written, so that what differs is the order of sums alone.
+It holds whole models if memory allows, else one layer of each at a time. Both compute in fp32 with the weights as
+they were written, so only the order of sums differs.
 """
 
 import os
@@ -32,18 +32,18 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-SPARE = 1.5  # memory for whole models, in sizes of one in fp32
+SPARE = 1.5  # memory needed for whole models, in sizes of one model in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What to read, and the type that its values are rounded to first."""
+    """The rows to read, and the type to which values are rounded first."""
 
     source: Source
     dtype: str | None
 
     def read(self, rows: Rows, out: Tensor) -> None:
-        """Fill `out`, of as many rows, a few at a time."""
+        """Fill `out`, a few rows at a time."""
         stored = getattr(torch, self.source.dtype(rows.name))
         for part in rows.cut(BLOCK // self.source.row_bytes(rows.name)):
             values = torch.frombuffer(read_rows(self.source, part), dtype=stored)
@@ -58,7 +58,7 @@ def check(
 ) -> str:
     """Print and return the largest difference; `CheckpointError` when it is above `tolerance` of the largest logit.
 
-    `dtype` is what the weights were rounded to on their way, if they were; `base` as in `merging.find_base`.
+    `dtype` is the type to which the conversion rounded the weights, if any; `base` as in `merging.find_base`.
     """
     shape = MixtralShape.from_folder(hub)
     tokens = _tokens(hub, shape, prompt)
@@ -70,8 +70,8 @@ def check(
             expected = (whole_reference if fits else reference_by_layers)(hub, shape, tokens, dtype)
         except (JobError, MemoryError):
             raise
-        except Exception as error:  # it says no in many ways
-            refused = f"transformers can't compute with it, so there is nothing to compare with: {error!r}"
+        except Exception as error:  # it can raise many errors
+            refused = f"transformers can't load it, so there is nothing to compare with: {error!r}"
             raise InputError(f"{hub}: {refused}") from error
         if fits and marker.get("kind") not in (legacy.KIND, lora.KIND):
             found = whole_model(megatron, shape, tokens, dtype)
@@ -82,14 +82,14 @@ def check(
     how = "whole models" if fits else "layer by layer"
     said = f"logits of {tokens.shape[1]} tokens: largest difference {off:.2g}, largest logit {scale:.3g} ({how})"
     if not off <= tolerance * scale:  # NaN as well
-        raise CheckpointError(f"{megatron}: {said}: more than {tolerance:g} of it; these aren't the same weights")
+        raise CheckpointError(f"{megatron}: {said}: more than {tolerance:g} of it; the weights differ")
     print(said, flush=True)
     return said
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """As a job of one process, whatever job this process is one of."""
+    """Run as a job of one process, even inside a larger job."""
     world = os.environ.pop("WORLD_SIZE", None)
     try:
         ranks.initialize(Layout())
@@ -101,12 +101,12 @@ def alone() -> Iterator[None]:
 
 
 def _tokens(folder: Path, shape: MixtralShape, prompt: str) -> Tensor:
-    """The prompt in the model's own tokens, [1, S]; some of its numbers where there is no tokenizer."""
+    """The prompt as token ids, [1, S]; arbitrary ids if there is no tokenizer."""
     try:
         found = tokenizer.find(folder)
         begin = [] if shape.bos_token_id is None else [shape.bos_token_id]
         ids = [*begin, *found.encode(prompt)] if found else None
-    except Exception:  # a tokenizer that can't be read is no reason not to compare
+    except Exception:  # a damaged tokenizer shouldn't prevent the comparison
         ids = None
     ids = ids or [(7 * place + 1) % shape.vocab_size for place in range(16)]
     return torch.tensor([[number % shape.vocab_size for number in ids]])
@@ -126,14 +126,14 @@ def whole_reference(hub: Path, shape: MixtralShape, tokens: Tensor, dtype: str |
 
 
 def _one_by_one(found: Any) -> Any:
-    """With experts multiplied one by one, which serves every width; transformers 5 groups them unless told so."""
+    """Compute experts one by one, which works for every width; transformers 5 would group them."""
     if hasattr(found, "set_experts_implementation"):
         found.set_experts_implementation("eager")
     return found
 
 
 def reference_by_layers(hub: Path, shape: MixtralShape, tokens: Tensor, dtype: str | None) -> Tensor:
-    """The same with weights that each part gets before its turn and loses after it."""
+    """The same, but each part gets its weights before it is called and loses them afterwards."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(hub, local_files_only=True)
@@ -149,7 +149,7 @@ def reference_by_layers(hub: Path, shape: MixtralShape, tokens: Tensor, dtype: s
 
 
 def _renamed(shape: MixtralShape, names: Names, found: torch.nn.Module) -> dict[str, list[tuple[Rows, Rows]]]:
-    """transformers' parameter -> its rows, and the folder's, which may have other names."""
+    """transformers' parameter -> its rows in the folder, which may have other names."""
     theirs = Names.found_in(name for name, _ in found.named_parameters())
     table: dict[str, list[tuple[Rows, Rows]]] = {}
     for here, there in zip(links(shape, theirs), links(shape, names), strict=True):
@@ -187,7 +187,7 @@ def whole_model(folder: Path, shape: MixtralShape, tokens: Tensor, dtype: str | 
 
 
 def model_by_layers(weights: Weights, shape: MixtralShape, tokens: Tensor) -> Tensor:
-    """The same by a model of one layer that is given each layer's weights in turn."""
+    """The same with a model of one layer that gets each layer's weights in turn."""
     shape_of_one = replace(shape, num_hidden_layers=1)
     built = build.build(shape_of_one, Layout(), precision="fp32", random_weights=False, fuse=False).eval()
     around, within = _shards(built)
@@ -208,7 +208,7 @@ def _positions(tokens: Tensor) -> Tensor:
 
 
 def _shards(built: Any) -> tuple[list[ShardedTensor], list[ShardedTensor]]:
-    """What a model loads, outside its layers and within them."""
+    """A model's shards, those outside its layers and those inside."""
     wanted = save_load.weights_wanted(built)
     apply_factories(wanted)
     shards = [value for value in nested_values(wanted) if isinstance(value, ShardedTensor)]
@@ -217,7 +217,7 @@ def _shards(built: Any) -> tuple[list[ShardedTensor], list[ShardedTensor]]:
 
 
 def _fill(shards: Iterable[ShardedTensor], weights: Weights, layer: int = 0) -> None:
-    """Each shard's rows from where they lie in the whole model, `layer` being the one to read."""
+    """Fill each shard with its rows of the whole model; `layer` is the layer to read."""
     for shard in shards:
         axes, front = megatron_axes(shard.key), shard.prepend_axis_num
         for own in product(*map(range, shard.data.shape[: axes - front])):
@@ -232,7 +232,7 @@ def _fill(shards: Iterable[ShardedTensor], weights: Weights, layer: int = 0) -> 
 
 
 def available() -> int:
-    """Bytes that this process may still take: of the machine's, its control group's and the GPU's the fewest."""
+    """Bytes that this process can still allocate: the least of the machine's, its control group's and the GPU's."""
     import psutil
 
     left = [psutil.virtual_memory().available]
@@ -242,7 +242,7 @@ def available() -> int:
 
 
 def _left_in_groups(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each control group around this process leaves, where one has a limit."""
+    """The free memory of each control group around this process that has a limit."""
     try:
         own = next(
             line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")

@@ -1,7 +1,6 @@
-"""Digests in a folder's marker, recorded as it was written, compared before the first step.
+"""Checks the digests in a folder's marker before the first step.
 
-A save records every file's, a conversion every tensor's. Ranks share the reading, so that all of it is read through
-once, at the speed of memory or of the file system.
+A save records a digest of every file, and a conversion of every tensor. The ranks share one reading of all data.
 """
 
 from pathlib import Path
@@ -17,14 +16,14 @@ from megatron_mixtral.weights.shared_work import Workers
 
 
 def of(path: Path) -> dict[str, Any]:
-    """Size and BLAKE3 of one file, by all cores that are free."""
+    """Size and BLAKE3 of one file, computed by all free cores."""
     found = blake3(max_threads=blake3.AUTO)
     found.update_mmap(path)
     return {"bytes": path.stat().st_size, "blake3": found.hexdigest()}
 
 
 def check(folder: Path, marker: dict[str, Any]) -> None:
-    """All ranks: `CheckpointError` on each for a file or tensor whose digest isn't the one in `marker`."""
+    """All ranks: `CheckpointError` on every rank for a file or tensor whose digest differs from `marker`."""
     if "files" in marker:
         _check_files(folder, marker["files"])
     elif "digests" in marker:
@@ -46,7 +45,7 @@ def _wrong(folder: Path, recorded: dict[str, dict[str, Any]]) -> str | None:
             if size != wanted["bytes"]:
                 return f"{path}: {size} bytes, but {wanted['bytes']} were saved"
             if of(path) != wanted:
-                return f"{path}: damaged, its contents aren't those that were saved"
+                return f"{path}: damaged, its contents differ from what was saved"
         except OSError as error:
             return f"{path}: {error.strerror or error}"
     return None

@@ -1,7 +1,7 @@
-"""A rank's part of a model straight from files, in place and by rows: a weights folder's or the hub's layout.
+"""Loads a rank's part of a model straight from files, in place and by rows, in Megatron's or the hub's layout.
 
-Several threads read ahead while values are put where they belong, and it is told how many bytes are done. What a
-rank doesn't need isn't read; nothing is written and nothing converted first.
+Several threads read ahead while values are copied into the parameters. A rank reads only what it needs. Nothing is
+written or converted first.
 """
 
 import threading
@@ -32,12 +32,12 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 BLOCK = 64 << 20  # bytes read at a time
-READERS = 4  # threads: a parallel file system or a page cache gives more to several
+READERS = 4  # threads; a parallel file system or a page cache is faster with several
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterRows:
-    """Some rows of a stored tensor, and the rows and columns of a parameter that they are for.
+    """Some rows of a stored tensor, and the rows and columns of a parameter that they fill.
 
     A parameter in FP8 has a scale for each of its rows.
     """
@@ -49,10 +49,10 @@ class ParameterRows:
 
 
 def load(model: Any, folder: Path, *, base: str | None = None, progress: Callable[[int], Any] = int) -> None:
-    """Fill `model`, built without random weights, from `folder`; whatever is missing there is refused by name.
+    """Fill `model`, built without random weights, from `folder`; a missing tensor is an error with its name.
 
-    Adapters are merged into their base, which is looked for where it was when they were trained, or in `base`.
-    `progress` is called with each number of bytes put in place; their sum is `size(model)`.
+    Adapters are merged into their base, which is at its path from the training, or at `base`. `progress` is called
+    with numbers of loaded bytes; their sum is `size(model)`.
     """
     plain = save_load.unwrap(model)
     source, lengths = _open(folder, plain.shape, base)
@@ -74,7 +74,7 @@ def load(model: Any, folder: Path, *, base: str | None = None, progress: Callabl
 
 
 def start(chunks: list[Any], folder: Path) -> None:
-    """Fill a model, its adapters aside, to train it; files whose digests are known are compared with them first.
+    """Fill a model for training, without its adapters; files with known digests are compared first.
 
     Adapters in `folder` are merged into their base.
     """
@@ -93,7 +93,7 @@ def size(model: Any) -> int:
 
 
 def _open(folder: Path, shape: MixtralShape, base: str | None) -> tuple[WeightsFolder, dict[str, int]]:
-    """Where to read, checked; and how many rows the tensors have there that tensor parallelism may pad."""
+    """The checked source, and the number of vocabulary rows in it, which tensor parallelism may pad."""
     if not weights_folder.is_hub(folder) and not merged.is_adapter(folder):
         save_load.verify(folder, shape)
     source = merged.open_weights(folder, shape, base=base)
@@ -104,7 +104,7 @@ def _open(folder: Path, shape: MixtralShape, base: str | None) -> tuple[WeightsF
 
 
 def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> Iterator[ParameterRows]:
-    """The shard plane by plane (layer, expert), each in runs of rows; rows that only pad become zero."""
+    """The shard plane by plane (layer, expert), each in runs of rows; padding rows become zero."""
     axes = megatron_axes(shard.key)
     offset, data = tuple(shard.global_offset), shard.data
     scales = getattr(shard, "scales", None)
@@ -123,7 +123,7 @@ def _blocks(shard: ShardedTensor, source: Source, lengths: dict[str, int]) -> It
 
 
 def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Each plane of a shard with its place; the last `own` of the leading axes are the shard's own."""
+    """Each plane of a shard with its index; the last `own` of the leading axes are the shard's own."""
     assert own in (0, 1), "layers come one by one, experts may come together"
     if own == 0:
         yield first, data
@@ -135,7 +135,7 @@ def _planes(data: Tensor, first: tuple[int, ...], own: int) -> Iterator[tuple[tu
 def _fill(
     source: Any, blocks: Iterable[ParameterRows], readers: ThreadPoolExecutor, progress: Callable[[int], Any]
 ) -> None:
-    """Read ahead by as many blocks as there are readers, and put each where it belongs."""
+    """Read ahead by one block for each reader, and copy each block into its parameter."""
     own = threading.local()
 
     def read(block: ParameterRows) -> Tensor:

@@ -1,7 +1,8 @@
-"""Weights folders and training checkpoints: save one, load it at any layout; `weights_folder` finds and marks them.
+"""Saves weights folders and training checkpoints, and loads them at any layout; `weights.folder` finds and marks
+them.
 
-Loading is strict: a tensor missing, unexpected or of another shape is an error with its name, raised alike on every
-rank before anything is read.
+Loading is strict: a tensor that is missing, unexpected or of another shape is an error with its name. It is raised
+on every rank before anything is read.
 """
 
 import os
@@ -49,11 +50,11 @@ _CONTENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a training checkpoint holds besides tensors."""
+    """The contents of a training checkpoint besides tensors."""
 
     step: int | None
     common: dict[str, Any]  # alike on all ranks
-    rank: Any  # this rank's own; None when it was saved by another number of ranks
+    rank: Any  # this rank's own; None if another number of ranks saved it
 
 
 def verify(folder: Path, shape: MixtralShape, lora: Lora | None = None) -> None:
@@ -65,13 +66,13 @@ def verify(folder: Path, shape: MixtralShape, lora: Lora | None = None) -> None:
     if kind == "legacy":
         raise CheckpointError(f"{folder}: legacy files, for other programs; convert again without --layout legacy")
     if kind == adapters.KIND and not lora:
-        raise CheckpointError(f"{folder}: holds adapters alone; convert --to hf merges them into their base")
+        raise CheckpointError(f"{folder}: holds only adapters; convert --to hf merges them into their base")
     refuse_foreign(folder)
     _check_contents(folder, _whole(shape, lora))
 
 
 def _whole(shape: MixtralShape, lora: Lora | None) -> dict[str, tuple[int, ...]]:
-    """Name -> global shape of all that a checkpoint of the model's holds."""
+    """Name -> global shape of every tensor in a checkpoint of the model."""
     return adapters.shapes(shape, lora) if lora else tensors.shapes(shape)
 
 
@@ -89,7 +90,7 @@ def _read_metadata(folder: Path) -> Any:
 
 
 def _check_files(folder: Path, metadata: Any) -> None:
-    """Every file there and as long as its contents need."""
+    """Check that every file exists and is long enough for its contents."""
     needed: dict[str, int] = {}
     for entry in metadata.storage_data.values():
         needed[entry.relative_path] = max(needed.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -130,17 +131,17 @@ def unwrap(model: Any) -> Any:
 
 
 def _chunks(model: Any) -> list[Any]:
-    """The GPTModels of this rank: of one that is given, or of a list of its chunks."""
+    """This rank's GPTModels: a single one, or a list of chunks."""
     return [unwrap(chunk) for chunk in (model if isinstance(model, list) else [model])]
 
 
 def _keyed(chunks: list[Any], state: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """`state` of each chunk under the name that upstream gives it; a tensor's own name doesn't depend on it."""
+    """`state` of each chunk under upstream's key; the tensors' names don't depend on the key."""
     return {"model" if len(chunks) == 1 else f"model{i}": state(chunk) for i, chunk in enumerate(chunks)}
 
 
 def _model_state(model: Any) -> dict[str, Any]:
-    """What a checkpoint of the model holds: its adapters alone where it has any."""
+    """The sharded state that a checkpoint of the model holds: only its adapters if it has any."""
     return _part_of_state(model, of_adapters=bool(model.lora))
 
 
@@ -154,21 +155,20 @@ def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trained(model: Any) -> dict[str, Any]:
-    """What of that an optimizer may have state for."""
+    """The part of it that can have optimizer state."""
     return _without_extra_states(_model_state(model))
 
 
 def weights_wanted(model: Any) -> dict[str, Any]:
-    """What `model` asks of a weights folder: its parameters, but for adapters, as shards of the whole."""
+    """The shards that `model` needs from a weights folder: its parameters without adapters."""
     return _without_extra_states(_part_of_state(model, of_adapters=False))
 
 
 def load_weights(model: Any, folder: Path, *, whole: bool = False) -> None:
-    """Fill `model` from a weights folder or training checkpoint, whatever layout wrote it, in the model's dtype.
+    """Fill `model` from a weights folder or training checkpoint of any layout, in the model's dtype.
 
-    Where a rank holds several chunks of one, `model` is their list, here and below.
-    `whole` reads everything through first, to compare it with its digest. When there is an optimizer already, call
-    its `reload_model_params()` afterwards.
+    If a rank holds several chunks, `model` is their list, here and below. `whole` first reads everything and
+    compares the digests. When there is an optimizer already, call its `reload_model_params()` afterwards.
     """
     chunks = _chunks(model)
     _verify_together(folder, chunks[0].shape, whole=whole)
@@ -179,7 +179,7 @@ def load_weights(model: Any, folder: Path, *, whole: bool = False) -> None:
 
 
 def _verify_together(folder: Path, shape: MixtralShape, lora: Lora | None = None, *, whole: bool) -> None:
-    """`verify` on every rank, one's error being everyone's; then the bytes of each file by one of them."""
+    """Run `verify` on every rank and share the error; then compare the digests of the files, each on one rank."""
     collectives.everywhere(lambda: verify(folder, shape, lora), failure=CheckpointError)
     if whole:
         digests.check(folder, read_marker(folder))
@@ -196,9 +196,9 @@ def _load(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def fill(model: Any, state: dict[str, Any], folder: Path) -> None:
-    """Give `model` the parameters of `state`; `CheckpointError` when one is missing or has no place.
+    """Copy the parameters of `state` into `model`; `CheckpointError` if one is missing or unexpected.
 
-    It holds all adapters, or all but those.
+    `state` holds only adapters, or everything else.
     """
     result = model.load_state_dict(state, strict=False)
     of_adapters = any(map(adapters.is_adapter, state))
@@ -214,13 +214,13 @@ def fill(model: Any, state: dict[str, Any], folder: Path) -> None:
 def load_training(model: Any, optimizer: Any, folder: Path) -> State:
     """Parameters, optimizer and the rest of a training checkpoint, resharded to this layout.
 
-    Of a model with adapters only those: `load_weights` is for the rest.
+    For a model with adapters it loads only those; `load_weights` loads the rest.
     """
     marker = collectives.on_first_rank(lambda: read_marker(folder), failure=CheckpointError)
     chunks = _chunks(model)
     plain = chunks[0]
     if (kind := marker.get("kind")) not in ("training", adapters.KIND):
-        raise CheckpointError(f"{folder}: holds {kind} alone, no optimizer to resume")
+        raise CheckpointError(f"{folder}: holds only {kind}, and no optimizer to resume from")
     adapters.check_same(folder, marker, plain.lora)
     _verify_together(folder, plain.shape, plain.lora, whole=True)
     state = _keyed(chunks, _trained)
@@ -243,8 +243,8 @@ def _rank_object(value: Any) -> ShardedObject:
 def save(folder: Path, model: Any, optimizer: Any = None, *, assets: Path | None = None, **more: Any) -> None:
     """Write a complete checkpoint into `folder`, which must not hold one; all ranks call it.
 
-    `assets` is the folder whose `config.json` and tokenizer go along; the rest are `begin`'s. What an interrupted
-    save left under the same name is cleared first.
+    `config.json` and the tokenizer are copied from the folder `assets`; the other arguments are `begin`'s. Remains
+    of an interrupted save under the same name are removed first.
     """
     begin(folder, model, optimizer, assets=read_assets(assets) if assets else {}, **more).write()
 
@@ -262,11 +262,11 @@ def begin(
     group: Any = None,
     copied: bool = False,
 ) -> "Unwritten":
-    """The first part of `save`, whose second may then run on a thread with its own `group` of all ranks.
+    """The first part of `save`; the second part may run on a thread with its own `group` of all ranks.
 
-    `copied` takes the values as they are now, so that training can go on and change them. `assets` are files that
-    go along, by name: not their folder, which may be a checkpoint that is gone before this one is saved. `common`
-    must be alike on all ranks, `rank_state` is each one's own.
+    `copied` copies the present values, so training can continue and change them. `assets` are further files by
+    name. It isn't a folder, because an old checkpoint may be removed before this save ends. `common` must be the
+    same on all ranks; `rank_state` is each rank's own.
     """
     collectives.on_first_rank(lambda: _claim(folder), failure=SaveError)
     chunks = _chunks(model)
@@ -297,13 +297,13 @@ def begin(
 
 
 def read_assets(folder: Path) -> dict[str, bytes]:
-    """What describes the model in `folder` and its tokenizer, by name."""
+    """The files in `folder` that describe the model and its tokenizer, by name."""
     return {path.name: path.read_bytes() for path in hub_assets(folder)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unwritten:
-    """A save that has been begun."""
+    """A save that has begun."""
 
     folder: Path
     content: writer.Content
@@ -313,7 +313,7 @@ class Unwritten:
     group: Any
 
     def write(self) -> int:
-        """Write it and declare it complete; the bytes it has. `SaveError` on all ranks for what fails on one."""
+        """Write it and mark it complete; returns its bytes. A failure on one rank is a `SaveError` on all."""
         writer.write(self.folder, self.content, self.group)
         found = collectives.everywhere(self._digests, failure=SaveError, group=self.group)
         files = {name: entry for of_rank in found for name, entry in of_rank.items()}
@@ -321,7 +321,7 @@ class Unwritten:
         return sum(entry["bytes"] for entry in files.values())
 
     def _digests(self) -> dict[str, dict[str, Any]]:
-        """Of the files that this rank wrote."""
+        """Digests of the files that this rank wrote."""
         mine = list(self.folder.glob(f"__{dist.get_rank()}_*.distcp"))
         if dist.get_rank() == 0:
             mine += [self.folder / name for name in (".metadata", writer.COMMON, writer.CONFIG)]
@@ -342,9 +342,9 @@ def _claim(folder: Path) -> None:
     if (folder / MARKER).exists():
         raise CheckpointError(f"{folder}: already holds a complete checkpoint")
     if folder.is_file():
-        raise CheckpointError(f"{folder}: a file, where a checkpoint is to be saved; move it away")
+        raise CheckpointError(f"{folder}: a file, but a checkpoint must be saved here; move it away")
     if folder.exists():
-        # Renamed before it's removed, so that nothing of an interrupted save can be mistaken for the next one's.
+        # It is renamed before it is removed, so remains of an interrupted save can't be mixed with the next save.
         rest = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
         folder.rename(rest)
         shutil.rmtree(rest)
@@ -363,5 +363,5 @@ def _layout(config: Any) -> dict[str, int]:
 
 
 def _for_upstream(step: int | None) -> dict[str, Any]:
-    """What upstream Megatron's own loader looks up in every checkpoint."""
+    """Entries that upstream Megatron's own loader needs in every checkpoint."""
     return {"checkpoint_version": 3.0, "iteration": step or 0}

@@ -1,6 +1,6 @@
-"""A run's saves: in the foreground, or on a thread while training goes on; what they cost is told as events.
+"""A run's saves: in the foreground, or on a thread while training continues. Events report their duration.
 
-At most one is under way. A save that fails on one rank fails on all, at the end of the same step.
+At most one save runs at a time. A save that fails on one rank fails on all ranks at the end of the same step.
 """
 
 import time
@@ -20,7 +20,7 @@ from megatron_mixtral.weights.folder import prune, step_folder
 
 @dataclass(frozen=True, kw_only=True)
 class UnderWay:
-    """A save that a thread writes."""
+    """A save that a thread is writing."""
 
     step: int
     folder: Path
@@ -36,13 +36,14 @@ class Saver:
         self, root: Path, *, keep: int, asynchronous: bool, events: EventLog, say: Callable[[str], None]
     ) -> None:
         self._root, self._keep, self._events, self._say = root, keep, events, say
-        # The thread talks to those of other ranks while the ranks themselves talk about training: a group for each.
+        # The saving threads communicate while the ranks communicate about training, so they have a group of their
+        # own.
         self._group = dist.new_group(backend="gloo") if asynchronous else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save") if asynchronous else None
         self._under_way: UnderWay | None = None
 
     def save(self, step: int, *parts: Any, wait: bool, **more: Any) -> None:
-        """Save `step`; the rest are `checkpoint.begin`'s. With `wait` it is complete when this returns."""
+        """Save `step`; the other arguments are those of `begin`. With `wait` the save is complete on return."""
         begun = time.monotonic()
         self.finish()
         self._events.write("saving", step=step)
@@ -58,7 +59,7 @@ class Saver:
         self._under_way = UnderWay(step=step, folder=folder, begun=begun, pause=pause, written=written)
 
     def failed(self) -> bool:
-        """Whether the save under way has failed as far as this rank knows; what has ended well is told."""
+        """Whether the running save has failed on this rank; a finished save is reported."""
         if not (one := self._under_way) or not one.written.done():
             return False
         if one.written.exception():
@@ -67,13 +68,13 @@ class Saver:
         return False
 
     def finish(self) -> None:
-        """Wait for the save under way; its error, which is alike on all ranks, is raised here."""
+        """Wait for the running save; its error, which is the same on all ranks, is raised here."""
         if one := self._under_way:
             self._under_way = None
             self._tell(one.step, one.folder, one.begun, one.written.result(), one.pause)
 
     def close(self) -> None:
-        """As `finish`, with an error only told."""
+        """Like `finish`, but an error is only printed."""
         try:
             self.finish()
         except SaveError as error:

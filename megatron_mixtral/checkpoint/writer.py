@@ -1,7 +1,7 @@
-"""megatron-core's state dicts in the form that torch's own writer takes, in both versions of it.
+"""Writes megatron-core's state dicts with torch's own writer, in both versions of megatron-core.
 
-megatron-core's writer starts two processes a rank and a manager for their results; torch's works in this process,
-on whatever thread it is called.
+megatron-core's writer starts two processes for each rank and a manager for their results. torch's works in this
+process, on the calling thread.
 """
 
 import errno
@@ -26,22 +26,24 @@ from megatron.core.dist_checkpointing import core, mapping, state_dict_utils
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 
 COMMON, CONFIG = "common.pt", "metadata.json"
-FULL = 1 << 20  # bytes free on a disk that holds no more
+FULL = 1 << 20  # free bytes below which a disk counts as full
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What is to be written: this rank's shards, and the rest, alike on all ranks, already as bytes."""
+    """The contents to write: this rank's shards, and the common part as bytes, the same on all ranks."""
 
     shards: dict[str, Any]
     common: bytes
 
 
 def content(state: dict[str, Any], metadata: dict[str, Any], *, copied: bool) -> Content:
-    """`state` as torch's writer takes it; all ranks call it. `copied` where it may change before it's written."""
+    """`state` for torch's writer; all ranks call it. `copied` makes a copy, if values may change before they are
+    written.
+    """
     with mcore.quiet():
         sharded, common = state_dict_utils.save_preprocess({**state, "content_metadata": metadata}, True)
-    if compat.COMMON_AMONG_TENSORS:  # ours has the file too, so that either reads it
+    if compat.COMMON_AMONG_TENSORS:  # our checkpoints have the file too, so both versions can read them
         sharded["common_state"] = mapping.ShardedObject("common_state", common, (1,), (0,), dist.get_rank())
     flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(sharded, True)
     if copied:
@@ -53,7 +55,7 @@ def content(state: dict[str, Any], metadata: dict[str, Any], *, copied: bool) ->
 
 
 def write(folder: Path, what: Content, group: Any = None) -> None:
-    """All ranks write their shards into `folder`; `SaveError` on each of them names the first that couldn't."""
+    """Write all ranks' shards into `folder`; `SaveError` on every rank names the first rank that failed."""
     collectives.on_first_rank(lambda: _write_common(folder, what.common), failure=SaveError, group=group)
     try:
         with mcore.quiet():
@@ -69,7 +71,7 @@ def write(folder: Path, what: Content, group: Any = None) -> None:
 
 
 def _said_of_room(folder: Path) -> str:
-    """What torch's writer doesn't say of a full disk: "unexpected pos 704 vs 598" is all that it knows."""
+    """The message for a full disk, where torch's writer only says "unexpected pos 704 vs 598"."""
     return f": {os.strerror(errno.ENOSPC)}" if shutil.disk_usage(folder).free < FULL else ""
 
 

@@ -1,6 +1,6 @@
-"""Kernels of our own, in Triton: what torch does in several passes over memory done in one, forward and backward.
+"""Our own Triton kernels: one pass over memory where torch needs several, forward and backward.
 
-No kernel is needed for a right answer: `model` takes these parts where `missing()` finds nothing missing.
+Results don't depend on them: `model` uses them if `missing()` returns None.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own way to r
 
 
 def missing() -> str | None:
-    """What stands in the way of these kernels on this machine; None when they can be used."""
+    """Why these kernels can't run on this machine; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "no triton"
     if not torch.cuda.is_available() and not INTERPRETED:

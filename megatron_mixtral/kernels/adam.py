@@ -1,6 +1,6 @@
-"""AdamW in one pass: reads each number once, applies the clipping factor, writes the model's bf16 copy as well.
+"""AdamW in one pass: it reads each number once, applies the clipping factor, and also writes the model's bf16 copy.
 
-State and settings are those of torch's AdamW, so checkpoints don't know the difference.
+State and settings are those of torch's AdamW, so checkpoints are the same.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def _update(  # noqa: ANN202
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch's AdamW with another `step`: `scale` multiplies gradients, `copies` has parameters' bf16 twins."""
+    """torch's AdamW with another `step`: `scale` multiplies gradients, `copies` has the parameters' bf16 copies."""
 
     def __init__(self, groups: list[dict[str, Any]], copies: dict[Tensor, Tensor]) -> None:
         super().__init__(groups)

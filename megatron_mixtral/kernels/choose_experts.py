@@ -1,4 +1,4 @@
-"""Which experts a server's tokens go to, and their rows in the order of experts, with nothing known on the host.
+"""Routing for the server: each token's experts, and rows sorted by expert, without copying counts to the host.
 
 Shapes: T tokens, k experts a token, R = T k rows, E experts, H hidden.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which experts each token goes to, in order of experts, and with what weight."""
+    """Each token's experts, in order of experts, and their weights."""
 
-    experts: Tensor  # [T, k] int32; -1 for tokens that don't count
+    experts: Tensor  # [T, k] int32; -1 for padding tokens
     probs: Tensor  # [T, k]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Rows by expert; as many at the end as tokens don't count are nobody's."""
+    """Rows sorted by expert; padding rows are at the end."""
 
-    source: Tensor  # [R] int32: the place in `Choice` that each row has
-    place: Tensor  # [T, k] int32: the row of each place; -1: none
+    source: Tensor  # [R] int32: each row's index in `Choice`
+    place: Tensor  # [T, k] int32: the row of each index; -1: none
     ends: Tensor  # [E] int32: where each expert's rows end
 
 
@@ -43,7 +43,7 @@ def _choose(x, weight, real, share, chosen, probs, width, E: tl.constexpr, K: tl
     logits = logits.to(x.dtype.element_ty).to(tl.float32)
     top = tl.max(logits)
     total = 0.0
-    left = tl.where(logits > float("-inf"), logits, -3e38)  # of NaN, too, K different ones are taken
+    left = tl.where(logits > float("-inf"), logits, -3e38)  # K different experts are chosen even for NaN
     picked = tl.zeros([E], tl.int32)
     for _ in tl.static_range(K):
         best = tl.argmax(left, 0)
@@ -51,7 +51,7 @@ def _choose(x, weight, real, share, chosen, probs, width, E: tl.constexpr, K: tl
         picked = tl.where(expert == best, 1, picked)
         left = tl.where(expert == best, float("-inf"), left)
     counts = token % share < tl.load(real + token // share)
-    rank = tl.cumsum(picked) - 1  # the expert's place among the token's own, in order of experts
+    rank = tl.cumsum(picked) - 1  # the expert's index among the token's experts, in order of experts
     at_own = token * K + rank
     tl.store(chosen + at_own, tl.where(counts, expert, -1), mask=picked > 0)
     tl.store(probs + at_own, (tl.exp(logits - top) / total).to(probs.dtype.element_ty), mask=picked > 0)
@@ -59,7 +59,7 @@ def _choose(x, weight, real, share, chosen, probs, width, E: tl.constexpr, K: tl
 
 @triton.jit
 def _sort(chosen, source, place, ends, rows, first, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    """One program an expert: counts the rows of those before it, then numbers its own."""
+    """One program for each expert: it counts the rows of earlier experts, then numbers its own."""
     expert = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     before, own = 0, 0
@@ -116,7 +116,7 @@ def sort(choice: Choice, count: int, first: int = 0) -> Order:
 
 
 def spread(x: Tensor, choice: Choice, order: Order) -> tuple[Tensor, Tensor]:
-    """x [T, H] -> its rows [R, H] and their weights [R]; what is in nobody's rows is left to chance."""
+    """x [T, H] -> its rows [R, H] and their weights [R]; padding rows are undefined."""
     (tokens, width), top_k = x.shape, choice.experts.shape[1]
     rows, probs = x.new_empty(tokens * top_k, width), choice.probs.new_empty(tokens * top_k)
     block = triton.next_power_of_2(width)

@@ -1,7 +1,8 @@
-"""Cross entropy straight from bf16 logits: fp32 inside the kernel only, the gradient written over the logits.
+"""Cross entropy straight from bf16 logits: fp32 is used only inside the kernel, and the gradient overwrites the
+logits.
 
-Over tensor-parallel ranks each holds a slice of the vocabulary, and only numbers per token travel.
-Shapes: T tokens, V vocabulary of this rank.
+Each tensor-parallel rank has a slice of the vocabulary, and only a few numbers per token are exchanged. Shapes: T
+tokens, V vocabulary of this rank.
 """
 
 from typing import Any
@@ -50,7 +51,7 @@ def _backward(logits, labels, first, sums, grad, width, BLOCK: tl.constexpr):  #
 
 
 class CrossEntropy(torch.autograd.Function):
-    """logits [..., V] and labels [...] -> losses [...] in fp32; backward uses up the logits."""
+    """logits [..., V] and labels [...] -> losses [...] in fp32; backward overwrites the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -69,7 +70,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        assert not ctx.used, "the logits became their gradient: there is no second backward pass"
+        assert not ctx.used, "the gradient has overwritten the logits: a second backward pass isn't possible"
         ctx.used = True
         logits, labels, sums = ctx.saved_tensors
         width, tokens = logits.shape[-1], labels.numel()

@@ -1,4 +1,4 @@
-"""Token embeddings whose gradient is added where it is kept, row by row.
+"""Token embeddings whose gradient is added to its buffer, row by row.
 
 Shapes: T tokens, V vocabulary, H hidden.
 """
@@ -19,7 +19,7 @@ ROWS = 16
 
 @triton.jit
 def _add_rows(ids, order, grad, total, tokens, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: ANN001, ANN202
-    """Of ROWS neighbours in the order of their ids: sums those of one id, then adds the sum to its row."""
+    """For ROWS neighbours sorted by id: sums the rows of an id, then adds the sum to the id's row."""
     first = tl.program_id(0) * ROWS
     at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = at < width

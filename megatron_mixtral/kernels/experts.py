@@ -1,7 +1,7 @@
-"""The experts of one rank as grouped products around the fused activation, differentiated by hand.
+"""One rank's experts: grouped matmuls around the fused activation, with a backward pass written by hand.
 
-By hand, because then the activation's backward kernel can work in place and weight gradients can be added where
-they are kept. Shapes: R rows sorted by expert, E experts, H hidden, F expert width.
+So the activation's backward kernel works in place, and weight gradients are added to their buffers. Shapes: R rows
+sorted by expert, E experts, H hidden, F expert width.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_mixtral.kernels.grouped_gemm import Products, Scales, best
 def forward(
     rows: Tensor, probs: Tensor, products: Products, fc1: Tensor, fc2: Tensor, scales: Scales = (None, None)
 ) -> Tensor:
-    """What `GroupedExperts` gives, keeping nothing for a backward pass; weights in FP8 come with their `scales`."""
+    """Like `GroupedExperts`, but it keeps nothing for a backward pass; weights in FP8 have `scales`."""
     inner = products.swiglu(rows, fc1.transpose(1, 2), probs, scales[0])
     return products.of(inner, fc2.transpose(1, 2), scales[1])
 
@@ -36,12 +36,12 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        assert not ctx.used, "the activations became their gradients: there is no second backward pass"
+        assert not ctx.used, "the gradients have overwritten the activations: a second backward pass isn't possible"
         ctx.used = True
         rows, probs, both, fc1, fc2 = ctx.saved_tensors
         products: Products = ctx.products
         grad = grad.contiguous()
-        inner = products.of(grad, fc2)  # its gradient, until the next line makes it the value again
+        inner = products.of(grad, fc2)  # now its gradient; the next line restores the value
         grad_probs = swiglu.backward_in_place(both, probs, inner)
         grad_fc2 = _weight_gradient(products, fc2, grad, inner) if ctx.needs_input_grad[4] else None
         del inner

@@ -1,4 +1,4 @@
-"""Rows of activations in FP8 (e4m3) with a scale each, read once; what `fp8.quantize` does in plain torch."""
+"""Rounds rows of activations to FP8 (e4m3) with a scale each, in one read; `fp8.quantize` is the plain torch."""
 
 import torch
 import triton

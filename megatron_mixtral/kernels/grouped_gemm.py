@@ -1,8 +1,9 @@
-"""Products of each row with its own expert's matrix, and of each expert's rows with each other.
+"""Grouped matmuls: each row with its own expert's matrix, and each expert's rows with each other.
 
-The fastest way there is here. To train: quack's kernels for Hopper where that package is installed, torch's grouped
-product and cuBLAS else; to serve on Hopper our own; one product after another where none of them runs. Weights in
-FP8 (e4m3) have a scale a row of each matrix, which is a column here. Shapes: R rows sorted by expert, E experts.
+It chooses the fastest available way. To train: quack's kernels for Hopper where that package is installed, else
+torch's grouped matmul and cuBLAS. To serve on Hopper: our own. Where none of them runs: one matmul after another.
+Weights in FP8 (e4m3) have a scale for each row of a matrix, which is a column here. Shapes: R rows sorted by
+expert, E experts.
 """
 
 import functools
@@ -18,12 +19,12 @@ from torch import Tensor
 from megatron_mixtral import kernels
 from megatron_mixtral.kernels import wgrad
 
-# Of both matrices of each expert, [E, 2F] and [E, H] in fp32, where these are in FP8.
+# Scales of both matrices of each expert, [E, 2F] and [E, H] in fp32, if the weights are FP8.
 Scales = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Products(Protocol):
-    """Made of how many rows each expert has; good for one pass, forward and, if it is to be trained, backward."""
+    """Made from the number of rows of each expert, for one pass: forward, and in training backward."""
 
     def of(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         """x [R, K], weight [E, K, N] -> [R, N] in the type of x; `scale` [E, N] if the weight is in FP8."""
@@ -65,7 +66,7 @@ class OneByOne(Products):
 
 
 class Grouped(OneByOne):
-    """By torch's grouped product; sums in fp32 by cuBLAS, whose counts came to the host long before."""
+    """By torch's grouped matmul; fp32 weight gradients by cuBLAS, whose counts were copied to the host earlier."""
 
     def __init__(self, counts: Tensor, *, adds: bool) -> None:
         self.counts = counts
@@ -104,9 +105,9 @@ class Tiled(Products):
 
 
 class Quack(Products):
-    """By quack's grouped kernels, but for products with a matrix as it lies, in which torch's are faster.
+    """By quack's grouped kernels, except for matmuls with an untransposed matrix, where torch's are faster.
 
-    The host knows no count at any time.
+    Counts are never copied to the host.
     """
 
     def __init__(self, counts: Tensor) -> None:
@@ -134,7 +135,7 @@ class Quack(Products):
 
 @functools.cache
 def _quack() -> Callable[..., Any]:
-    """Its product with the tiles that were the fastest of six at Mixtral 8x7B's sizes on an H200."""
+    """quack's matmul with the fastest of six tile sizes at Mixtral 8x7B's sizes on an H200."""
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_tuned
 
@@ -152,23 +153,23 @@ def _quack() -> Callable[..., Any]:
 
 @functools.cache
 def _quack_version() -> str | None:
-    """None where quack isn't installed or the chip isn't the one it was tuned for."""
+    """quack's version; None if it isn't installed, or the chip differs from the one it was tuned for."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     return importlib.metadata.version("quack-kernels") if importlib.util.find_spec("quack") else None
 
 
 def describe() -> str:
-    """Which way the experts' products go on this machine, for a log."""
+    """How the experts' matmuls are computed on this machine, for a log."""
     if version := _quack_version():
         return f"experts by quack {version}"
-    return "experts by torch's grouped product" if grouped_mm_serves() else "experts one by one"
+    return "experts by torch's grouped matmul" if grouped_mm_serves() else "experts one by one"
 
 
 def best(counts: Tensor, *weights: Tensor) -> Products:
     """The fastest way for these weights to be trained.
 
-    Our own kernels are fast enough, but draw so much power that the clock falls: a pass was 3 % longer with them.
+    Our own kernels aren't used: they draw so much power that the clock falls, and a pass took 3 % longer.
     """
     if not grouped_mm_serves(*weights):
         return OneByOne(counts)
@@ -186,7 +187,7 @@ def best_forward(ends: Tensor, *weights: Tensor) -> Products:
 
 
 def grouped_mm_serves(*weights: Tensor) -> bool:
-    """Whether one grouped product can do all experts: bf16 on a GPU with rows of whole 16 bytes."""
+    """Whether one grouped matmul can do all experts: bf16 on a GPU with rows of whole 16 bytes."""
     return (
         torch.cuda.is_available()
         and hasattr(F, "grouped_mm")
@@ -198,7 +199,7 @@ def grouped_mm_serves(*weights: Tensor) -> bool:
 
 
 def tiles_serve(*weights: Tensor) -> bool:
-    """Whether our own grouped product can do all experts: bf16 or e4m3 on Hopper, rows of whole 16 bytes."""
+    """Whether our own grouped matmul can do all experts: bf16 or e4m3 on Hopper, rows of whole 16 bytes."""
     return _have_tiles() and all(
         w.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         and w.is_cuda

@@ -1,8 +1,8 @@
-"""Products of each row with its own expert's matrix, in tiles as high as there are rows left.
+"""Grouped matmuls for Hopper, in tiles that fit the rows left.
 
-With some hundred rows an expert, tiles of one height would be a fifth empty: an expert's last rows get a tile of
-half the height here, and all are read by the copy engine. Shapes: R rows sorted by expert, E experts, `ends` [E]
-int32 where each one's rows end, K depth, N width of a product, F expert width.
+With some hundred rows an expert, tiles of one height would be a fifth empty. So an expert's last rows get a tile of
+half the height. The copy engine reads all tiles. Shapes: R rows sorted by expert, E experts, `ends` [E] int32 where
+each one's rows end, K depth, N width of a product, F expert width.
 """
 
 import triton
@@ -13,15 +13,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megatron_mixtral.kernels import fp8_rows
 
 # The fastest of a dozen on an H200 at Mixtral 8x7B's sizes, from 64 rows an expert to 1,024, in bf16 and in FP8.
-HIGH = 128  # rows of a tile; where no more than half of them are left, half
-WIDE = 128  # columns; of gate and up as many each
+HIGH = 128  # rows of a tile; half as many if at most half are left
+WIDE = 128  # columns of a tile; the same number for gate and for up
 DEPTH = 128  # bytes of a row that are read at a time
-STAGES = 4  # of such steps under way
+STAGES = 4  # pipelined steps
 
 
 @triton.jit
 def _find(tile, ends, columns, E: tl.constexpr, HIGH: tl.constexpr):  # noqa: ANN001, ANN202
-    """The tile's expert (-1: there is no such tile), first row, where the rows end, and column."""
+    """The tile's expert (-1: no such tile), first row, end of rows, and column."""
     expert, first, end, own, high = -1, 0, 0, 0, 1
     begin, before = 0, 0
     for e in tl.static_range(E):
@@ -35,7 +35,7 @@ def _find(tile, ends, columns, E: tl.constexpr, HIGH: tl.constexpr):  # noqa: AN
         high = tl.where(mine, here, high)
         before += here * columns
         begin = stop
-    return expert, first + own % high * HIGH, end, own // high  # neighbours share their weights
+    return expert, first + own % high * HIGH, end, own // high  # neighbouring tiles share their weights
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor | None, ends: Tensor, probs: T
 def product(x: Tensor, weight: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [R, K], weight [E, K, N] -> [R, N] in the type of x; columns of the weight lie end to end.
 
-    With `scale` [E, N] the weight is e4m3, and each row of x becomes it as well.
+    With `scale` [E, N] the weight is e4m3, and each row of x is rounded to e4m3 as well.
     """
     return _run(x, weight, scale, ends, None)
 

@@ -1,7 +1,9 @@
-"""Attention over a paged cache of keys and values, and writing to it: for one new token a request or whole prompts.
+"""Attention over a paged cache of keys and values, and writes to the cache: for one new token a request, or for
+whole prompts.
 
 Shapes: T tokens of all requests in a row, R requests, N query heads in G groups of n, D head size, P pages of S
-positions each. `real` (one number on the device) is how many tokens count; the rest only fill a CUDA graph.
+positions each. `real` (one number on the device) is the number of tokens that aren't padding; padding fills a CUDA
+graph.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ def _rotate_and_store(  # noqa: ANN202
     mixed, q, keys, values, position, page, offset, stride, real, frequency,  # noqa: ANN001
     groups, queries, page_size, D: tl.constexpr, HEADS: tl.constexpr,  # noqa: ANN001
 ):  # fmt: skip
-    """mixed [T, G, (n + 2) D] -> q [T, N, D], and keys and values to their place in the cache."""
+    """mixed [T, G, (n + 2) D] -> q [T, N, D], and writes keys and values to the cache."""
     token = tl.program_id(0).to(tl.int64)
     per = queries + 2
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -118,7 +120,7 @@ def _decode(  # noqa: ANN202
 
 @triton.jit
 def _join(partial, weights, out, D: tl.constexpr, SPLITS: tl.constexpr):  # noqa: ANN001, ANN202
-    """The parts of one head of one request, each weighed by how much of the softmax it holds."""
+    """Combine the parts of one head of one request, weighted by their softmax sums."""
     row = tl.program_id(0).to(tl.int64)
     split, column = tl.arange(0, SPLITS), tl.arange(0, D)
     largest = tl.load(weights + (row * SPLITS + split) * 2)
@@ -137,7 +139,7 @@ def _stages(q: Tensor) -> int:
 
 
 def _splits(programs: int) -> int:
-    """Parts of each request's positions, a power of two: enough programs for all multiprocessors."""
+    """Number of parts of each request's positions, a power of two, so all multiprocessors have a program."""
     return next(parts for parts in (16, 8, 4, 2, 1) if parts * programs <= 264 or parts == 1)
 
 
@@ -163,11 +165,13 @@ def decode(
 
 @triton.jit
 def _cut(bounds, real, requests, rows, most, REQUESTS: tl.constexpr, ROWS: tl.constexpr):  # noqa: ANN001, ANN202
-    """One program a request: which blocks of rows are its own, and where each begins."""
+    """One program for each request: its blocks of rows, and where each begins."""
     own, index = tl.program_id(0), tl.arange(0, REQUESTS)
     bound = tl.load(bounds + index, mask=index <= most, other=2**30)
     following = tl.load(bounds + index + 1, mask=index < most, other=2**30)
-    count = tl.min(tl.where(bound >= tl.load(real), index, REQUESTS))  # there all tokens end; what follows is old
+    count = tl.min(
+        tl.where(bound >= tl.load(real), index, REQUESTS)
+    )  # all tokens end there; later entries are stale
     if own < count:
         blocks = (following - bound + ROWS - 1) // ROWS
         first = tl.sum(tl.where(index < own, blocks, 0))
@@ -222,16 +226,16 @@ def _prompts(  # noqa: ANN202
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A batch of prompts in blocks of rows: each one's request (-1: none) and first row in it."""
+    """A batch of prompts in blocks of rows: each block's request (-1: none) and first row."""
 
     requests: Tensor  # [blocks] int32
     rows: Tensor  # [blocks] int32
 
 
 def cut(bounds: Tensor, real: Tensor, tokens: int, requests: int) -> Cut:
-    """Request r has rows bounds[r] to bounds[r + 1], until `real` of at most `tokens` are had.
+    """Request r has rows bounds[r] to bounds[r + 1], up to `real` of at most `tokens`.
 
-    bounds [most + 1] may hold anything beyond the `requests` at most that there are.
+    Entries of bounds [most + 1] beyond `requests` are ignored.
     """
     most, blocks = len(bounds) - 1, tokens // ROWS + min(requests, tokens)
     made = Cut(requests=bounds.new_full((blocks,), -1), rows=bounds.new_empty(blocks))

@@ -1,4 +1,4 @@
-"""Tokens to the rows of their experts and back, with every count and place left on the device.
+"""Permutes tokens to the rows of their experts and back; all counts and indices stay on the device.
 
 Shapes: T tokens, E experts, R = rows of all experts (T times the experts per token), H hidden.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Where each token goes: `place[t, e]` is its row among those of expert e, -1 where it isn't sent."""
+    """Each token's rows: `place[t, e]` is its row in expert e, or -1 if it isn't sent there."""
 
     place: Tensor  # [T, E] int32
     counts: Tensor  # [E] int32, rows of each expert
@@ -23,7 +23,7 @@ class Plan:
 
 @triton.jit
 def _place(chosen, place, counts, tokens, E: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    """One program an expert: counts the rows of those before it, then numbers its own."""
+    """One program for each expert: it counts the rows of earlier experts, then numbers its own."""
     expert = tl.program_id(0)
     column = tl.arange(0, WIDE)
     row = tl.arange(0, BLOCK)
@@ -55,7 +55,7 @@ def plan(chosen: Tensor, top_k: int) -> Plan:
 
 @triton.jit
 def _spread(tokens, probs, place, rows, row_probs, E: tl.constexpr, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    """Copy each token to all its rows, its probabilities to theirs."""
+    """Copy each token to all its rows, and its probabilities to theirs."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width
@@ -70,7 +70,7 @@ def _spread(tokens, probs, place, rows, row_probs, E: tl.constexpr, width, BLOCK
 
 @triton.jit
 def _gather(rows, row_probs, place, tokens, probs, E: tl.constexpr, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
-    """Sum each token's rows; rows' probabilities to their place, 0 elsewhere."""
+    """Sum each token's rows; copy the rows' probabilities to their entries, 0 elsewhere."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, x / rms(x) * weight, one pass forward and one backward.
+"""Root-mean-square normalisation, x / rms(x) * weight, with one pass forward and one backward.
 
 Shapes: T rows, H their width; one program holds a whole row.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 528  # four on each of 132 multiprocessors; each sums its rows' part of the weight's gradient
+PROGRAMS = 528  # four programs on each of 132 multiprocessors; each sums its rows' part of the weight's gradient
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _backward(x, weight, scale, grad, grad_x, grad_weight, rows, width, BLOCK: t
         here = start + at
         inverse = tl.load(scale + row)
         normal, given = next_x.to(tl.float32) * inverse, next_grad.to(tl.float32)
-        start += tl.num_programs(0) * width  # the next row is on its way while this one is reduced
+        start += tl.num_programs(0) * width  # the next row is loaded while this one is reduced
         more = mask & (row + tl.num_programs(0) < rows)
         next_x = tl.load(x + start + at, mask=more, other=0.0)
         next_grad = tl.load(grad + start + at, mask=more, other=0.0)

@@ -1,4 +1,5 @@
-"""The projection's output split into queries, keys and values, rotated by position, in one pass over memory.
+"""Splits the projection's output into queries, keys and values, and applies the rotary embedding, in one pass over
+memory.
 
 Shapes: S sequence, B batch, G query groups, n queries in a group, D head size; N = G * n.
 """
@@ -19,7 +20,7 @@ def _rotate(  # noqa: ANN202
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h,  # noqa: ANN001
     batch, groups, queries, D: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr,  # noqa: ANN001
 ):  # fmt: skip
-    """mixed [S, B, G, (n + 2) D] -> q, k, v; with BACK their gradients -> mixed's, rotated the other way."""
+    """mixed [S, B, G, (n + 2) D] -> q, k, v; with BACK it turns their gradients into the gradient of mixed."""
     s = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     per = queries + 2

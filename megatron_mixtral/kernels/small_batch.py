@@ -1,7 +1,7 @@
-"""Experts for few tokens: every weight is read once, at the speed of memory, with nothing known on the host.
+"""Experts for small batches: every weight is read once, at memory bandwidth, and no count is copied to the host.
 
-Both products are made by programs that each own a strip of one expert's matrix. Shapes: T tokens, k experts a
-token, R = T k rows sorted by expert, E experts, H hidden, F expert width.
+In both matmuls each program has a strip of one expert's matrix. Shapes: T tokens, k experts a token, R = T k rows
+sorted by expert, E experts, H hidden, F expert width.
 """
 
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from megatron_mixtral.kernels import grouped_gemm
 from megatron_mixtral.kernels.choose_experts import Choice, Order
 from megatron_mixtral.kernels.grouped_gemm import Scales
 
-# Tokens beyond which grouped products are faster on an H200: torch's, our own, and our own in FP8.
+# Tokens above which grouped matmuls are faster on an H200: torch's, our own, and our own in FP8.
 MOST, MOST_TILED, MOST_TILED_FP8 = 512, 32, 2
 
 
 def most(fc1: Tensor, fc2: Tensor) -> float:
-    """Tokens up to which these experts are served here rather than by grouped products."""
+    """Most tokens for which these kernels are used instead of grouped matmuls."""
     in_fp8 = fc1.dtype == torch.float8_e4m3fn
     if not grouped_gemm.tiles_serve(fc1, fc2):
         return float("inf") if in_fp8 else MOST
@@ -29,7 +29,7 @@ def most(fc1: Tensor, fc2: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Strips:
-    """How a product is cut: rows at once, columns of a program, depth of a step, parts of the sum."""
+    """How a matmul is divided: rows at once, columns of a program, depth of a step, parts of the sum."""
 
     rows: int
     wide: int
@@ -130,7 +130,7 @@ def _second(  # noqa: ANN202
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the experts gave: `parts` summed and gathered by `place` are the tokens' sums."""
+    """The experts' output: the sum of `parts`, gathered by `place`, is the tokens' sum."""
 
     parts: Tensor  # [parts, R, H]
     place: Tensor  # [T, k] int32, -1: no row
@@ -188,7 +188,9 @@ def _add_and_norm(  # noqa: ANN202
 
 
 def add_and_norm(residual: Tensor, added: Tensor | Rows, weight: Tensor | None, eps: float) -> Tensor:
-    """residual [T, H] grows in place by `added`; the norm of it, weighted, [T, H], or without a weight itself."""
+    """Add `added` to residual [T, H] in place; returns its weighted norm [T, H], or the residual if there is no
+    weight.
+    """
     tokens, width = residual.shape
     out = residual if weight is None else torch.empty_like(residual)
     sizes = {"BLOCK": triton.next_power_of_2(width), "num_warps": 8 if width >= 2048 else 4}

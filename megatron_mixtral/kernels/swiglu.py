@@ -1,7 +1,7 @@
-"""SwiGLU times the routing probability: silu(gate) * up * p, one kernel forward and one backward.
+"""SwiGLU times the routing probability, silu(gate) * up * p, with one kernel forward and one backward.
 
-The backward kernel works in place: the gradient lies where its input was, the recomputed product where its own
-gradient was. Shapes: R rows (tokens sent to experts), F expert width.
+The backward kernel works in place: the gradient overwrites the input, and the recomputed output overwrites its own
+gradient. Shapes: R rows (tokens sent to experts), F expert width.
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def forward(both: Tensor, probs: Tensor) -> Tensor:
 
 
 def backward_in_place(both: Tensor, probs: Tensor, grad: Tensor) -> Tensor:
-    """The gradient by probs [R]; `both` becomes its own gradient, `grad` the forward's result."""
+    """Returns the gradient of probs [R]; `both` becomes its own gradient, and `grad` the forward result."""
     rows, width = grad.shape
     grad_probs = torch.empty_like(probs)
     if rows:

@@ -1,6 +1,6 @@
-"""Weight gradients added where they are kept: the product's epilogue adds to the fp32 buffer, nothing is copied.
+"""Weight gradients are added to their fp32 buffers by the matmul's epilogue; nothing is copied.
 
-megatron-core's data parallelism gives a parameter its `main_grad`; where that is there and in fp32, this is used.
+megatron-core's data parallelism gives a parameter its `main_grad`. If it exists and is fp32, this is used.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 def add_products(totals: Tensor, grad: Tensor, x: Tensor, counts: Sequence[int]) -> None:
-    """totals [E, N, K] += each expert's product over its own rows of grad [R, N] and x [R, K]."""
+    """totals [E, N, K] += each expert's matmul over its own rows of grad [R, N] and x [R, K]."""
     start = 0
     for total, count in zip(totals, counts, strict=True):
         if count:
@@ -36,14 +36,14 @@ def add_products(totals: Tensor, grad: Tensor, x: Tensor, counts: Sequence[int])
 def mark_added(weight: Tensor) -> None:
     """Tell data parallelism that this backward pass has added `weight`'s gradient.
 
-    Its hook wants to see some gradient; one number seen in the weight's shape costs no memory.
+    Its hook needs a gradient; one number expanded to the weight's shape costs no memory.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     weight.grad = weight.new_zeros(1).expand(weight.shape)
 
 
 class CountsOnHost:
-    """Rows of each expert, on their way to the host during the forward pass and there before backward asks."""
+    """Rows of each expert, copied to the host during the forward pass, in time for the backward pass."""
 
     def __init__(self, counts: Tensor) -> None:
         self._counts = counts.to("cpu", non_blocking=True)
@@ -61,5 +61,5 @@ def _add(x: Tensor, grad: Tensor, main_grad: Tensor) -> None:
     add_product(main_grad, grad, x)
 
 
-# What megatron-core's linear layers call; the name and the functions are those of the CUDA extension it looks for.
+# megatron-core's linear layers call this; name and functions are those of the CUDA extension that it looks for.
 extension = SimpleNamespace(wgrad_gemm_accum_fp32=_add)

@@ -1,7 +1,7 @@
-"""megatron-core, imported in the one order that works: import this package, or a part, before `megatron.core`.
+"""Imports megatron-core in the order that works: import this package, or a part of it, before `megatron.core`.
 
-Where no GPU is visible, `cpu` stands in for CUDA before megatron-core sees torch; then `compat` applies its table
-of patches. `ranks` has the process group.
+Without a GPU, `cpu` replaces CUDA before megatron-core sees torch. Then `compat` applies its table of patches.
+`ranks` has the process group.
 """
 
 import logging
@@ -18,7 +18,7 @@ from megatron_mixtral.mcore import cpu
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without megatron-core's warnings about packages that we do without, and torch's about what it calls."""
+    """Without megatron-core's warnings about unused packages, and torch's about functions that it calls."""
     logger = logging.getLogger("megatron.core")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -32,7 +32,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without_recorders() -> Iterator[None]:
-    """While megatron-core is imported: it takes them along, 0.4 s a rank, for records that are kept elsewhere."""
+    """Hides recorders (TensorBoard, W&B) while megatron-core is imported: it would import them, 0.4 s a rank, and
+    we don't use them there.
+    """
     absent = [name for name in ("torch.utils.tensorboard", "wandb") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
@@ -44,10 +46,10 @@ def without_recorders() -> Iterator[None]:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """While megatron-core is imported on CPU: no torch.compile.
+    """Turns torch.compile off while megatron-core is imported on CPU.
 
-    Its helpers are decorated with it, which alone doubles the import time and would need a C++ compiler at the
-    first step; where there is no GPU they run as written.
+    Its helpers are decorated with torch.compile, which doubles the import time and needs a C++ compiler at the
+    first step. Without a GPU they run uncompiled.
     """
     compiler = torch.compile
     if not cpu.HAVE_GPU:
@@ -59,9 +61,9 @@ def _uncompiled() -> Iterator[None]:
 
 
 def _leave_dynamo_out() -> None:
-    """Optimizers' methods import torch._dynamo, a second and a half a rank, to tell it to leave them alone.
+    """Optimizers' methods import torch._dynamo, 1.5 s a rank, only to exclude themselves from it.
 
-    It isn't used on CPU: mark them as told already.
+    dynamo isn't used on CPU, so mark them as excluded already.
     """
     for method in vars(torch.optim.Optimizer).values():
         if (plain := getattr(method, "__wrapped__", None)) is not None:
@@ -85,7 +87,9 @@ def _import_megatron() -> None:
         megatron.core.jit.disable_jit_fuser()  # for the modules still to be imported
 
 
-os.environ.setdefault("NO_VCS_VERSION", "1")  # newer ones ask git for their version, a process a rank
+os.environ.setdefault(
+    "NO_VCS_VERSION", "1"
+)  # newer versions ask git for their version, with a process for each rank
 _import_megatron()
 
 from megatron_mixtral.mcore import compat  # noqa: E402, F401 - it mends what was just imported

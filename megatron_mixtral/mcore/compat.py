@@ -1,6 +1,6 @@
-"""The one place that knows megatron-core's versions, but for its engine's, which `serve.engine.engine` knows.
+"""The one place that knows megatron-core's versions, except its engine's, which `serve.engine.engine` knows.
 
-What it is asked differs between versions here; what it does is mended by the table `PATCHES`.
+Functions here hide differences between versions. The table `PATCHES` corrects its behaviour.
 """
 
 import logging
@@ -27,8 +27,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
-ENGINE_COUNTS_ON_DEVICE = VERSION >= (0, 19)  # what a step has to compute, where our own forward pass reads it
-# A checkpoint's common part: newer ones keep it among the tensors, older ones in a file of its own.
+ENGINE_COUNTS_ON_DEVICE = VERSION >= (0, 19)  # where our forward pass reads the work of a step
+# A checkpoint's common part: newer versions keep it among the tensors, and older ones in its own file.
 COMMON_AMONG_TENSORS = not hasattr(serialization, "get_default_save_common_strategy")
 
 
@@ -63,7 +63,7 @@ def _define_te_gemm() -> None:
 def _lend_generator() -> None:
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # It would report, a line a layer, that the device's generator is the process's.
+    # It would print a line for each layer, because the device's generator is the process's.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
@@ -71,7 +71,7 @@ _aux_share = 1.0
 
 
 def weigh_aux_loss(share: float) -> None:
-    """Count what routers add to the loss by `share`, the learnt tokens among all of this step's."""
+    """Scale the routers' losses by `share`, the share of this step's tokens that are learnt."""
     global _aux_share
     _aux_share = share
 
@@ -82,11 +82,11 @@ def _weigh_aux_loss() -> None:
 
 
 class Patch(NamedTuple):
-    """A name of somebody else's that is replaced, for the whole process."""
+    """A replaced name of another package, for the whole process."""
 
     what: str
     why: str
-    until: str  # the version that needs it no more
+    until: str  # the first version that doesn't need it
     needed: bool = False  # at import, here and with these versions
     apply: Callable[[], None] = lambda: None  # nothing where `why` says by whom
 
@@ -152,11 +152,11 @@ FP8_NEEDS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp
 
 
 def fp8_missing(recipe: str) -> str | None:
-    """What stands in the way of products in FP8 here; None when Transformer Engine and the GPU can do them."""
+    """Why matmuls in FP8 aren't possible here; None if Transformer Engine and the GPU can do them."""
     if not have_transformer_engine():
-        return "Transformer Engine computes in FP8, and it isn't installed where the job runs"
+        return "needs Transformer Engine, which isn't installed where the job runs"
     if not cpu.HAVE_GPU:
-        return "there is no GPU here to compute in it"
+        return "needs a GPU, and there is none here"
     found, needed = torch.cuda.get_device_capability(), FP8_NEEDS[recipe]
     if found < needed:
         has, wants = (".".join(map(str, capability)) for capability in (found, needed))
@@ -180,7 +180,9 @@ def moe_spec(layer: type, **parts: Any) -> Any:
 
 
 def accumulate_in_place(model: torch.nn.Module, extension: Any) -> None:
-    """Let linear layers add weight gradients to `main_grad` by `extension`, as by the CUDA one upstream wants."""
+    """Let linear layers add weight gradients to `main_grad` with `extension`, in place of the CUDA extension that
+    upstream uses.
+    """
     tensor_parallel_layers.fused_weight_gradient_mlp_cuda = extension
     for module in model.modules():
         if hasattr(module, "gradient_accumulation_fusion"):
@@ -188,7 +190,9 @@ def accumulate_in_place(model: torch.nn.Module, extension: Any) -> None:
 
 
 def norms_without_waiting() -> None:
-    """Gradient norms of all tensors in a few kernels; upstream without Transformer Engine waits for each one's."""
+    """Compute the gradient norms of all tensors in a few kernels; upstream without Transformer Engine waits for
+    each tensor.
+    """
 
     def l2_norm(_: int, __: Any, lists: list[list[torch.Tensor]], per_tensor: bool) -> tuple[torch.Tensor, None]:
         assert not per_tensor
@@ -199,7 +203,7 @@ def norms_without_waiting() -> None:
 
 
 def model_shards(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
-    """Of a DistributedOptimizer: each fp32 shard, and the same numbers' place in the model's bf16 buffer."""
+    """A DistributedOptimizer's fp32 shards, each with its slice of the model's bf16 buffer."""
     shards = {}
     groups = zip(optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups, strict=True)
     for main, parameter in (pair for group in groups for pair in zip(*group, strict=True)):

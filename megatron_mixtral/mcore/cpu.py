@@ -1,7 +1,7 @@
-"""What stands in for CUDA in a process without a GPU, so that code written for one runs on CPU: patches of torch.
+"""Replaces CUDA in a process without a GPU by patching torch, so code for a GPU runs on CPU.
 
-Streams and events become no-ops, any spelling of a CUDA device becomes the CPU, the process's generator plays the
-device's. They hold for the whole process and all its threads, and cost nothing where no device is named.
+Streams and events become no-ops, any CUDA device becomes the CPU, and the process's generator replaces the
+device's. The patches hold for the whole process and all threads. They cost nothing where no device is named.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _FACTORIES = (
 
 
 class _Stream:
-    """One queue in which everything has already happened: work on CPU is synchronous."""
+    """A stream whose work is always done, because work on CPU is synchronous."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = CPU
@@ -42,7 +42,7 @@ class _Stream:
 
 
 class _Event:
-    """A moment that has passed."""
+    """An event that has always happened."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -60,7 +60,7 @@ class _Event:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A device argument as this machine can honour it: any spelling of CUDA becomes the CPU."""
+    """A device argument for this machine: any CUDA device becomes the CPU."""
     cuda = (isinstance(value, str) and value.startswith("cuda")) or (
         isinstance(value, torch.device) and value.type == "cuda"
     )
@@ -83,7 +83,7 @@ def _substitute_streams(cuda: Any) -> None:
     the_stream = _Stream()
     cuda.Stream = _Stream
     cuda.Event = _Event
-    # One function a name: torch._dynamo, should anything import it, refuses the same one under two.
+    # A separate function for each name, because torch._dynamo refuses one function under two names.
     cuda.current_stream = lambda *_, **__: the_stream
     cuda.default_stream = lambda *_, **__: the_stream
     cuda.stream = lambda *_, **__: nullcontext()
@@ -91,15 +91,16 @@ def _substitute_streams(cuda: Any) -> None:
         setattr(cuda, name, lambda *_, **__: None)
     cuda.current_device = lambda: CPU
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
-    # The one generator of the process plays the device's: seeds and states go to it.
+    # The process's generator replaces the device's: seeds and states go to it.
     cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 def _substitute_tensors() -> None:
-    """Every factory and move that names CUDA; wrapping these few costs nothing elsewhere, in any thread."""
-    # `with torch.device(...)` knows the factories by identity, listed at first use: it must list the real ones.
+    """Wrap every factory and move that can name CUDA; other code isn't slowed down."""
+    # `with torch.device(...)` lists the factories at first use and compares identities, so it must list the real
+    # ones first.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
@@ -112,7 +113,7 @@ def _substitute_tensors() -> None:
         return move(self, *map(_on_cpu, args), **{k: _on_cpu(v) for k, v in kwargs.items()})
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Optimizers sort parameters by the name of their type and know CUDA's alone.
+        # Optimizers sort parameters by their type's name, and know only CUDA's names.
         name = kind(self, *args, **kwargs)
         return name if args or kwargs else name.replace("torch.", "torch.cuda.", 1)
 
@@ -127,7 +128,7 @@ def _substitute_collectives() -> None:
     exchange = dist.all_to_all_single
 
     def all_to_all_single(output: Any, given: Any, outputs: Any = None, inputs: Any = None, **kwargs: Any) -> Any:
-        """Split sizes are tensors where a GPU holds them; gloo wants lists."""
+        """Split sizes are tensors in code for a GPU; gloo needs lists."""
         outputs = kwargs.pop("output_split_sizes", outputs)
         inputs = kwargs.pop("input_split_sizes", inputs)
         as_list = [x.tolist() if hasattr(x, "tolist") else x for x in (outputs, inputs)]

@@ -1,6 +1,6 @@
-"""This process among the ranks: joining and leaving the process group, its device, its random numbers.
+"""This process as a rank: it joins and leaves the process group, and has a device and random numbers.
 
-NCCL joins GPUs, gloo CPUs. The model-parallel groups are laid over the ranks that the environment names.
+NCCL connects GPUs, and gloo CPUs. The environment names the ranks of the model-parallel groups.
 """
 
 import gc
@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 
 def _from_environment() -> tuple[int, int]:
-    """(world, local rank) by torch's env:// names; one process alone when the environment says nothing."""
+    """(world, local rank) by torch's env:// names; a single process if the environment has none."""
     if "WORLD_SIZE" not in os.environ:
         return 1, 0
     if missing := [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
@@ -39,7 +39,7 @@ def _from_environment() -> tuple[int, int]:
 
 def _join(world: int, timeout: timedelta) -> None:
     backend = "nccl" if cpu.HAVE_GPU else "gloo"
-    if world == 1:  # nobody to meet: no port is opened
+    if world == 1:  # a single process needs no port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
@@ -72,11 +72,11 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout: float = 600.0, virt
     if not cpu.HAVE_GPU:
         _lend_gloo_groups()
     seed_ranks(seed)
-    gc.freeze()  # a save has the collector run twice, half a second a rank if it looks at all that was imported
+    gc.freeze()  # a save runs garbage collection twice, which takes half a second a rank with all imported objects
 
 
 def _lend_gloo_groups() -> None:
-    """Gloo twins of the data-parallel groups exist for NCCL's sake; on CPU the groups themselves are gloo."""
+    """Gloo copies of the data-parallel groups exist because of NCCL; on CPU the groups themselves are gloo."""
     state = parallel_state
     state._DATA_PARALLEL_GROUP_GLOO = state._DATA_PARALLEL_GROUP
     state._DATA_PARALLEL_GROUP_WITH_CP_GLOO = state._DATA_PARALLEL_GROUP_WITH_CP
@@ -86,7 +86,7 @@ def _lend_gloo_groups() -> None:
 
 
 def seed_ranks(seed: int) -> None:
-    """Seed Python, numpy and torch: alike on data-parallel ranks, apart on those that hold other parameters."""
+    """Seed Python, numpy and torch: the same on data-parallel ranks, different on ranks with other parameters."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     numpy.random.seed(seed)
@@ -95,7 +95,7 @@ def seed_ranks(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Every generator of this rank, to go on drawing where it was."""
+    """The state of every random generator of this rank."""
     return {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),

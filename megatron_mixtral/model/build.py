@@ -1,6 +1,6 @@
-"""Build megatron-core's GPTModel for a Mixtral's shape: this rank's stage and shard of it, on its device.
+"""Builds megatron-core's GPTModel for a Mixtral's shape: this rank's stage and shard, on its device.
 
-`tensors.shapes` lists the tensors it has in a checkpoint, the same for every layout.
+`tensors.shapes` lists its tensors in a checkpoint, which are the same for every layout.
 """
 
 import math
@@ -56,13 +56,12 @@ def build(
 ) -> GPTModel:
     """This rank's part of the model, after `mcore.initialize(layout)`.
 
-    `random_weights=False` leaves parameters as the memory was: for models loaded from a checkpoint next.
-    `parallel_output=False` gathers the vocabulary of the logits over tensor-parallel ranks.
-    `fuse` asks for our own kernels or for none; by default they are used wherever they run on a GPU.
-    `lora` freezes everything and puts adapters beside it, whose first values follow from `seed`.
-    `fp8_experts` keeps experts' weights in FP8: to serve only, and loaded by `loading` alone.
-    `split_sequence` allows context parallelism: each rank is then given its stretches of every sequence.
-    `vp_stage` is which of this rank's chunks to build where `mcore.initialize` was told of several.
+    `random_weights=False` leaves parameters uninitialised, for models that are loaded next. `parallel_output=False`
+    gathers the vocabulary of the logits over tensor-parallel ranks. `fuse` asks for our own kernels or for none; by
+    default they are used wherever they run on a GPU. `lora` freezes everything and puts adapters beside it, whose
+    first values follow from `seed`. `fp8_experts` keeps experts' weights in FP8: to serve only, and loaded by
+    `loading` alone. `split_sequence` allows context parallelism: each rank is then given its stretches of every
+    sequence. `vp_stage` is which of this rank's chunks to build where `mcore.initialize` was told of several.
     Further keywords are fields of megatron-core's TransformerConfig. `LayoutError` when the shape can't be cut so.
     """
     layout.check(shape)
@@ -89,7 +88,7 @@ def build(
             vp_stage=vp_stage,
         ).to(ranks.device())
     model.shape, model.fused = shape, kind is not GPTModel
-    model.lora, model.base = lora, {}  # of `base` a trainer says which weights the adapters belong to
+    model.lora, model.base = lora, {}  # a trainer sets `base`, the weights that the adapters belong to
     _mark_cut(model)
     _set_experts_apart(model)
     _hide_padding(model, shape)
@@ -99,7 +98,7 @@ def build(
 
 
 def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[type[GPTModel], LayerParts]:
-    """The model's class and what its layers are made of."""
+    """The model's class and the parts of its layers."""
     if fuse is None:
         fuse = cpu.HAVE_GPU and kernels.missing() is None
     kind, parts = GPTModel, LayerParts()
@@ -117,7 +116,9 @@ def _kind(fuse: bool | None, *, lora: Lora | None, fp8_experts: bool) -> tuple[t
 def decoder_spec(
     config: TransformerConfig, *, parts: LayerParts, vp_stage: int | None, own: bool
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the norm after the last; `own` ones even beside Transformer Engine."""
+    """The layers of this pipeline stage, and the norm after the last; `own` uses our layers even if Transformer
+    Engine is installed.
+    """
     if compat.have_transformer_engine() and not own:
         return compat.transformer_engine_block(config, vp_stage=vp_stage)
     layer = ModuleSpec(
@@ -146,19 +147,23 @@ def decoder_spec(
 
 
 def ways(model: GPTModel) -> str:
-    """Which way its layers are computed here, and what stands against a faster one."""
+    """Describes how the layers are computed here, and why not faster."""
     if compat.have_transformer_engine() and not model.lora:
         return "layers by Transformer Engine"
     if not model.fused:
-        return f"layers in plain torch: {kernels.missing() or 'our kernels were not asked for'}"
+        return f"layers in plain torch: {kernels.missing() or 'our kernels are turned off'}"
     if model.lora and model.lora.experts:
-        one_by_one = "" if model.lora.rank % 8 == 0 else f", theirs one by one as rank {model.lora.rank} isn't 8 N"
+        one_by_one = (
+            ""
+            if model.lora.rank % 8 == 0
+            else f", those one by one, because rank {model.lora.rank} isn't a multiple of 8"
+        )
         return f"layers by our kernels; experts with adapters in plain torch{one_by_one}"
     said = ["layers by our kernels", grouped_gemm.describe()]
     if model.config.moe_expert_capacity_factor:
-        said.append("routing by megatron-core, as experts have a capacity")
+        said.append("routing by megatron-core, because experts have a capacity")
     if not layers.VARLEN:
-        said.append("packed conversations one by one, as torch is older than 2.11")
+        said.append("packed conversations one by one, because torch is older than 2.11")
     return "; ".join(said)
 
 
@@ -196,7 +201,8 @@ def transformer_config(
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
         "context_parallel_size": layout.context,
-        "sequence_parallel": layout.tensor > 1,  # megatron-core trains experts under tensor parallelism only so
+        "sequence_parallel": layout.tensor
+        > 1,  # megatron-core needs this to train experts under tensor parallelism
         "pipeline_model_parallel_layout": uneven_stages(shape, layout),
         "bf16": precision == "bf16",
         "params_dtype": dtype,
@@ -204,14 +210,14 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
     }
     config = TransformerConfig(**settings | overrides)
-    config.moe_router_pre_softmax = False  # Mixtral's weights are a softmax over the chosen experts alone
+    config.moe_router_pre_softmax = False  # Mixtral's routing weights are a softmax over only the chosen experts
     return config
 
 
 def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None:
-    """Which layers each stage holds where they don't divide evenly: the earlier stages take one more.
+    """The layers of each stage if they don't divide evenly: earlier stages have one more.
 
-    None where they do, which is megatron-core's own way.
+    None if they do, which megatron-core handles itself.
     """
     if shape.num_hidden_layers % layout.pipeline == 0:
         return None
@@ -220,14 +226,15 @@ def uneven_stages(shape: MixtralShape, layout: Layout) -> list[list[str]] | None
 
 
 def padded_vocabulary(shape: MixtralShape, layout: Layout) -> int:
-    """Rows of the embedding: the vocabulary, and as few more as make it divide over tensor-parallel ranks."""
+    """Rows of the embedding: the vocabulary, padded to a multiple of the tensor-parallel ranks."""
     return math.ceil(shape.vocab_size / layout.tensor) * layout.tensor
 
 
 def _mark_cut(model: GPTModel) -> None:
-    """Every rank's own part of a tensor counts in the gradient's norm.
+    """Mark divided tensors, so every rank's part counts in the gradient's norm.
 
-    megatron-core marks parts as it draws random values: without those it would count the first rank's alone.
+    megatron-core marks parts when it draws random values. Without random values it would count only the first
+    rank's part.
     """
     cuts = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
@@ -238,10 +245,10 @@ def _mark_cut(model: GPTModel) -> None:
 
 
 def _set_experts_apart(model: GPTModel) -> None:
-    """Gradients of experts are averaged over the ranks that hold them, and their optimizer is one of its own.
+    """Give experts their own optimizer, with gradients averaged over the ranks that hold them.
 
-    megatron-core does so only where experts are spread over ranks; then checkpoints of the one kind would have one
-    optimizer and those of the other kind two, and neither could be loaded as the other.
+    megatron-core does so only if experts are divided over ranks. Checkpoints would then have one optimizer or two,
+    and one kind couldn't be loaded as the other.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -249,7 +256,7 @@ def _set_experts_apart(model: GPTModel) -> None:
 
 
 def _hide_padding(model: GPTModel, shape: MixtralShape) -> None:
-    """Logits of rows that are no tokens become the smallest number, so that no loss or sample counts them."""
+    """Set the logits of padding rows to the smallest number, so they don't count in a loss or a sample."""
     if not model.post_process or model.vocab_size == shape.vocab_size:
         return
     rows, tokens = model.vocab_size, shape.vocab_size
@@ -257,7 +264,7 @@ def _hide_padding(model: GPTModel, shape: MixtralShape) -> None:
 
     def hide(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        width = logits.shape[-1]  # this rank's part of them, or all where the call gathered them
+        width = logits.shape[-1]  # this rank's part of the logits, or all if they were gathered
         columns = torch.arange(width, device=logits.device) + (0 if width == rows else rank * width)
         return logits.masked_fill(columns >= tokens, torch.finfo(logits.dtype).min), bias
 

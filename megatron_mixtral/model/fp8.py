@@ -1,6 +1,7 @@
-"""Experts whose weights are e4m3 with a scale for each row of a matrix, to be served: half the bytes of bf16.
+"""Experts for serving whose weights are e4m3 with a scale for each row: half the bytes of bf16.
 
-They are made as weights are loaded, row by row, so that the model never has to fit in bf16. Shapes as in `layers`.
+Weights are rounded row by row while they are loaded, so the model never has to fit in bf16. Shapes are those of
+`layers`.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ NEEDS = (8, 9)  # compute capability
 class Experts(layers.Experts):
     """The same parameters in FP8, for models built without random weights and never trained.
 
-    A row of a matrix makes one number of the result, so that sums are scaled and no weight has to be.
+    A scale belongs to one output channel, so it is applied to the accumulator and not to the weights.
     """
 
     weight_dtype = DTYPE
@@ -37,7 +38,7 @@ class Experts(layers.Experts):
         return grouped_gemm.best_forward(ends, weight).of(x, weight.transpose(1, 2), scale)
 
     def _sharded(self, key: str, tensor: Tensor, replica: Any, **place: Any) -> ShardedTensor:
-        """With the scales that go with it, which `loading` fills as well."""
+        """With its scales, which `loading` fills as well."""
         made = super()._sharded(key, tensor, replica, **place)
         scales = self.scales["linear_fc2" in key]
         made.scales = scales.chunk(place.get("of", 1), dim=1)[place.get("part", 0)]  # type: ignore[attr-defined, union-attr]
@@ -50,14 +51,14 @@ def _ones(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize(rows: Tensor, into: Tensor, scale: Tensor) -> None:
-    """rows [..., K] -> into [..., K] in e4m3 and its scale [...]; of a row of zeros that is 1."""
+    """rows [..., K] -> into [..., K] in e4m3 and its scale [...]; a row of zeros has scale 1."""
     found = rows.abs().amax(-1).float() / LARGEST
     scale.copy_(torch.where(found > 0, found, 1.0))
     into.copy_(rows.float() / scale.unsqueeze(-1))
 
 
 def missing() -> str | None:
-    """Why FP8 can't be had on this GPU; None where it can, and without a GPU, slowly."""
+    """Why this GPU can't do FP8; None if it can. Without a GPU it works, slowly."""
     if not cpu.HAVE_GPU or (found := torch.cuda.get_device_capability()) >= NEEDS:
         return None
     has, wants = (".".join(map(str, capability)) for capability in (found, NEEDS))
@@ -65,8 +66,8 @@ def missing() -> str | None:
 
 
 def describe(experts: Experts) -> str:
-    """What is done with the weights here, for a log."""
+    """How the weights are used here, for a log."""
     words = "experts' weights in FP8 (e4m3, a scale a row)"
     if grouped_gemm.tiles_serve(experts.linear_fc1, experts.linear_fc2):
-        return f"{words}; batches by our grouped products, whose rows become FP8 as well"
-    return f"{words}; prompts without our grouped products, slowly: they need a Hopper GPU and Triton 3.4"
+        return f"{words}; batches by our grouped matmuls, with inputs in FP8 as well"
+    return f"{words}; prompts are slow, because our grouped matmuls need a Hopper GPU and Triton 3.4"

@@ -1,7 +1,6 @@
-"""megatron-core's modules on top of the kernels: the same parameters, names and results as in `layers`, faster.
+"""megatron-core's modules with our kernels: the same parameters, names and results as in `layers`, but faster.
 
-Each falls back to what it extends where it is asked for something else than training or plain evaluation on whole
-sequences.
+Each falls back to its base class for anything but training or plain evaluation of whole sequences.
 """
 
 from functools import partial
@@ -18,7 +17,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-# The fastest first; each is passed over where it can't do what is asked.
+# The fastest first; a backend is skipped if it can't do the case.
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -35,7 +34,7 @@ class RMSNorm(layers.RMSNorm):
 
 
 class BlockNorm(RMSNorm, layers.BlockNorm):
-    """The same, where Transformer Engine has a module."""
+    """The same, for norms that are a module in Transformer Engine."""
 
 
 class Attention(layers.Attention):
@@ -74,7 +73,7 @@ class RotarySelfAttention(SelfAttention):
 
 
 class Experts(layers.Experts):
-    """The fused activation between grouped products; weight gradients added in place."""
+    """Grouped matmuls around the fused activation; weight gradients are added in place."""
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         weights = self.linear_fc1, self.linear_fc2
@@ -82,7 +81,7 @@ class Experts(layers.Experts):
 
 
 class MoE(MoELayer):
-    """Routes without asking the host for a count where all experts are here; else through the dispatcher."""
+    """Routes without copying counts to the host if all experts are on this rank; otherwise uses the dispatcher."""
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
@@ -106,7 +105,7 @@ def _look_up(table: VocabParallelEmbedding, ids: Tensor) -> Tensor:
 
 
 class Model(GPTModel):
-    """Its loss comes straight from the logits as they are."""
+    """Its loss is computed directly from bf16 logits."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

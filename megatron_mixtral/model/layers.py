@@ -35,11 +35,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-VARLEN = TORCH >= (2, 11)  # has one kernel for stretches, with a scale and a window
+VARLEN = TORCH >= (2, 11)  # the first version with one kernel for segments, a scale and a window
 
 
 def window_of(config: TransformerConfig) -> int | None:
-    """Tokens that a query sees, itself among them; None for all before it. megatron-core counts those before."""
+    """Tokens that a query sees, including itself; None means all earlier ones. megatron-core's window excludes the
+    query itself.
+    """
     return config.window_size[0] + 1 if config.window_size else None
 
 
@@ -48,12 +50,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, device=ranks.device(), dtype=config.params_dtype)
-        # Under sequence parallelism each rank sees its share of the tokens: gradients are then summed over ranks.
+        # Under sequence parallelism each rank sees its share of the tokens, so gradients are summed over ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class BlockNorm(RMSNorm):
-    """A norm that Transformer Engine, too, has as a module, with the empty object it leaves in checkpoints."""
+    """A norm that is also a module in Transformer Engine, with the empty object that it has in checkpoints."""
 
     def get_extra_state(self) -> None:
         return None
@@ -80,10 +82,10 @@ class Attention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:  # [S, B, N * D]
-        """Causal whatever the mask says: query i is the one at position S' - S + i.
+        """Causal, and the mask is ignored: query i is at position S' - S + i.
 
-        With `packed_seq_params` query [T, N, D], key and value are stretches laid end to end that see themselves
-        alone, and the result is [T, N * D].
+        With `packed_seq_params` query [T, N, D], key and value are segments laid end to end that don't see each
+        other, and the result is [T, N * D].
         """
         assert attention_bias is None, "Mixtral has no attention bias"
         if packed_seq_params is not None:
@@ -108,9 +110,9 @@ class Attention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """This rank's two stretches of the sequence against all that comes before them, gathered from all ranks.
+        """Attention of this rank's two segments of the sequence to all earlier tokens, gathered from all ranks.
 
-        Of 2 C stretches rank r has number r and number 2 C - 1 - r: together they see as much as any other's.
+        Of 2 C segments rank r has numbers r and 2 C - 1 - r, so every rank has the same work.
         """
         group = get_context_parallel_group()
         rank, last = group.rank(), 2 * group.size() - 1
@@ -124,12 +126,14 @@ class Attention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         ends = packed.cu_seqlens_q
         if varlen_serves(query):
-            from torch.nn.attention.varlen import varlen_attn  # here: it brings in dynamo, 0.7 s a rank
+            from torch.nn.attention.varlen import (
+                varlen_attn,
+            )  # imported here, because it imports dynamo, 0.7 s a rank
 
             back = self.window - 1 if self.window else -1
             longest = packed.max_seqlen_q
             settings: dict[str, Any] = {"scale": self.scale, "window_size": (back, 0)}
-            if TORCH >= (2, 12):  # before, grouped queries went without saying
+            if TORCH >= (2, 12):  # older versions always group queries
                 settings["enable_gqa"] = query.shape[1] != key.shape[1]
             out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, **settings)
             return out.flatten(1)
@@ -139,18 +143,18 @@ class Attention(MegatronModule):
 
 
 def _in_order(gathered: Tensor, last: int) -> list[Tensor]:
-    """Stretches in the sequence's order of what lies in the order of ranks."""
+    """Segments in the sequence's order, from the order of ranks."""
     parts = gathered.chunk(last + 1)
     return [parts[2 * n] if 2 * n < last else parts[2 * (last - n) + 1] for n in range(last + 1)]
 
 
 def varlen_serves(x: Tensor) -> bool:
-    """Whether one kernel can do all stretches: half precision on a GPU."""
+    """Whether one kernel can do all segments: half precision on a GPU."""
     return VARLEN and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query may look, [S, S']; None where the causal kernel (or no mask at all) says the same."""
+    """True where a query may look, [S, S']; None if the causal kernel (or no mask) does the same."""
     if (window is None or window >= keys) and queries in (1, keys):
         return None
     position = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -178,7 +182,7 @@ class Experts(MegatronModule):
         parts = self.tensor_group.size()
         assert config.moe_ffn_hidden_size % parts == 0, "Layout.check lets whole parts through only"
         width = config.moe_ffn_hidden_size // parts
-        # linear_fc1 [E, 2F, H] holds gate above up, as every Megatron checkpoint does; linear_fc2 [E, H, F].
+        # linear_fc1 [E, 2F, H] has gate above up, as in every Megatron checkpoint; linear_fc2 is [E, H, F].
         self.linear_fc1 = self._stacked(2 * width, config.hidden_size, dim=1)
         self.linear_fc2 = self._stacked(config.hidden_size, width, dim=2)
         if config.perform_initialization:
@@ -190,13 +194,14 @@ class Experts(MegatronModule):
     def _stacked(self, rows: int, columns: int, *, dim: int) -> torch.nn.Parameter:
         dtype = self.weight_dtype or self.config.params_dtype
         weight = torch.nn.Parameter(torch.empty(self.count, rows, columns, dtype=dtype, device=ranks.device()))
-        set_tensor_model_parallel_attributes(weight, True, dim, 1)  # every rank counts its own part of the norm
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)  # every rank's part counts in the norm
         return weight
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """hidden [T, H] sorted by expert, tokens_per_expert [E], probs [T] -> [T, H], partial over expert-tensor.
+        """hidden [T, H] sorted by expert, tokens_per_expert [E], probs [T] -> [T, H], a partial sum over
+        expert-tensor ranks.
 
-        Where one expert's tokens end the next one's begin; there may be none.
+        Experts' tokens follow each other; an expert may have none.
         """
         both = self._product(hidden, self.linear_fc1, tokens_per_expert)
         return self._product(swiglu(both, probs), self.linear_fc2, tokens_per_expert), None
@@ -205,7 +210,7 @@ class Experts(MegatronModule):
         return products(x, weight, tokens_per_expert, grouped=self.grouped)
 
     def backward_dw(self) -> None:
-        """Weight gradients are made in the backward pass itself."""
+        """The backward pass itself computes weight gradients."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Iterable[tuple[int, int, int]] = (), metadata: Any = None
@@ -240,7 +245,7 @@ class Experts(MegatronModule):
         )
 
     def _extra_states(self, prefix: str, offsets: Any) -> dict[str, Any]:
-        """Empty objects that a Transformer Engine model asks its checkpoint for, one an expert and product."""
+        """Empty objects that a Transformer Engine model needs in its checkpoint, one for each expert and matrix."""
         first, total = self.expert_group.rank() * self.count, self.expert_group.size() * self.count
         replica = (0, self.tensor_group.rank(), self.data_group.rank())
         return {
@@ -257,7 +262,9 @@ class Experts(MegatronModule):
 
 @torch.no_grad()
 def split_gate_up(shard: Any, key: str, tensor: Tensor, replica: Any, _: Any) -> list[ShardedTensor]:
-    """Each half has its own place in the global [E, 2F, H], or tensor-parallel shards of both would interleave."""
+    """Gate and up have separate places in the global [E, 2F, H]; otherwise tensor-parallel shards of both would
+    interleave.
+    """
     gate, up = tensor.chunk(2, dim=1)
     return [shard(key, half, replica, axis=1, part=i, of=2) for i, half in enumerate((gate, up))]
 
@@ -274,7 +281,7 @@ def swiglu(both: Tensor, probs: Tensor) -> Tensor:
 
 
 def products(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, grouped: bool) -> Tensor:
-    """x [T, K] sorted by expert, weight [E, N, K] -> [T, N]: each row with its own expert's matrix."""
+    """x [T, K] sorted by expert, weight [E, N, K] -> [T, N]: each row times its own expert's matrix."""
     if grouped:
         ends = tokens_per_expert.to(x.device, torch.int32).cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
@@ -284,7 +291,7 @@ def products(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, grouped: b
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParts:
-    """What the layers are made of; `fused.modules` has another set of these, with the same parameters."""
+    """The parts of the layers; `model.fused` has faster ones with the same parameters."""
 
     norm: type = RMSNorm
     block_norm: type = BlockNorm

@@ -1,6 +1,6 @@
-"""Low-rank adapters on a built model: everything else is frozen, and what they add is computed beside it.
+"""Low-rank adapters on a built model: everything else is frozen, and the adapters' output is computed separately.
 
-`adapters` has their names and shapes. Their first values follow from the seed alone, so that every layout trains
+`weights.lora` has their names and shapes. Their initial values depend only on the seed, so every layout trains
 alike. Shapes: S sequence, B batch, H hidden, T tokens routed to this rank, E experts of this rank, r rank.
 """
 
@@ -31,9 +31,9 @@ from megatron.core.tensor_parallel.mappings import (
 
 
 def attach(model: GPTModel, lora: Lora, *, seed: int) -> None:
-    """Freeze `model` and give each of its layers adapters that change nothing yet.
+    """Freeze `model` and give each layer adapters whose initial output is zero.
 
-    Experts are adapted where the model was built with `Experts` of this module.
+    Experts are adapted if the model was built with this module's `Experts`.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -55,12 +55,12 @@ def _add(what: Any, _: torch.nn.Module, inputs: tuple[Tensor], output: tuple[Ten
 
 
 def _differentiate(_: torch.nn.Module, __: Any, hidden: Tensor) -> Tensor | None:
-    """Recomputed layers pass a gradient on to their adapters only if their input has one, too."""
+    """Recomputed layers give their adapters a gradient only if their input has one, too."""
     return hidden.requires_grad_() if torch.is_grad_enabled() else None
 
 
 class First:
-    """First values of one layer's adapters."""
+    """Initial values of one layer's adapters."""
 
     def __init__(self, *, seed: int, layer: int) -> None:
         self.seed, self.layer = seed, layer
@@ -83,19 +83,21 @@ class Pair(torch.nn.Module):
         self.lora_B = torch.nn.Parameter(torch.zeros(*lora_a.shape[:-2], out, rank, **place))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Both, to be used: by this call megatron-core knows that the ranks' new values are wanted now."""
+        """Both matrices. This call tells megatron-core that the ranks' new values are needed now."""
         return self.lora_A, self.lora_B
 
 
 class AttentionAdapters(torch.nn.Module):
-    """Of the query, key, value and output projections of one layer, cut as those are by tensor parallelism."""
+    """Adapters of the query, key, value and output projections of one layer, divided like these by tensor
+    parallelism.
+    """
 
     def __init__(self, attention: Any, lora: Lora, first: First) -> None:
         super().__init__()
         config = attention.config
         group = parallel_state.get_tensor_model_parallel_group()
         self.parts, self.part = group.size(), group.rank()
-        assert self.parts == 1 or config.sequence_parallel, "tensor parallelism cuts the sequence as well"
+        assert self.parts == 1 or config.sequence_parallel, "tensor parallelism also divides the sequence"
         self.scale, self.dropout = lora.scale, lora.dropout
         self.groups = config.num_query_groups // self.parts
         queries = config.num_attention_heads * config.kv_channels // self.parts
@@ -108,7 +110,7 @@ class AttentionAdapters(torch.nn.Module):
         self.o_proj = self._marked(pair, cut="lora_A")
 
     def _marked(self, pair: Pair, *, cut: str) -> Pair:
-        """One side is cut over tensor-parallel ranks; the other sees a share of the tokens on each of them."""
+        """One side is divided over tensor-parallel ranks; the other sees a share of the tokens on each rank."""
         for name, parameter in pair.named_parameters():
             if name == cut:
                 set_tensor_model_parallel_attributes(parameter, True, 0 if cut == "lora_B" else 1, 1)
@@ -138,7 +140,7 @@ class AttentionAdapters(torch.nn.Module):
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.dropout or not self.training:
             return x
-        with get_cuda_rng_tracker().fork():  # tensor-parallel ranks hold different parts of what goes in
+        with get_cuda_rng_tracker().fork():  # tensor-parallel ranks have different parts of the input
             return F.dropout(x, self.dropout)
 
     def sharded_state_dict(
@@ -160,7 +162,7 @@ class AttentionAdapters(torch.nn.Module):
 
 
 class Experts(layers.Experts):
-    """Experts in plain torch whose two products have adapters."""
+    """Experts in plain torch whose two matmuls have adapters."""
 
     def adapt(self, lora: Lora, first: First) -> None:
         """Give every expert of this rank its own adapters."""
@@ -182,14 +184,15 @@ class Experts(layers.Experts):
         for name, parameter in self.adapters.named_parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            # What expert-tensor ranks hold alike counts once in the gradient's norm.
+            # Parameters that are the same on expert-tensor ranks count once in the gradient's norm.
             parameter.shared = name not in CUTS and group.rank() > 0  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """As without adapters, and what they add before and after the activation."""
+        """As without adapters, plus the adapters' output before and after the activation."""
         both = self._product(hidden, self.linear_fc1, tokens_per_expert)
         both = both + self._added("gate_up_proj", hidden, tokens_per_expert)
-        # Computed again in the backward pass: kept, its products would be more than everything else here.
+        # Recomputed in the backward pass, because keeping its outputs would need more memory than everything else
+        # here.
         inner = checkpoint(layers.swiglu, both, probs, use_reentrant=False, preserve_rng_state=False)
         out = self._product(inner, self.linear_fc2, tokens_per_expert)
         return out + self._added("down_proj", inner, tokens_per_expert), None
@@ -202,7 +205,7 @@ class Experts(layers.Experts):
         return layers.products(low, b, tokens_per_expert, grouped=grouped)
 
     def _whole(self, name: str, parameter: Tensor) -> Tensor:
-        """Of what expert-tensor ranks hold alike each sees a part of the gradient: their sum is everyone's."""
+        """Each expert-tensor rank sees a part of the gradient of a shared parameter, so the parts are summed."""
         if name in CUTS or self.tensor_group.size() == 1:
             return parameter
         return copy_to_tensor_model_parallel_region(parameter, group=self.tensor_group)

@@ -1,7 +1,7 @@
-"""Weights between the hub's layout and Megatron's `torch_dist`, streamed, by one process or by many.
+"""Converts weights between the hub's layout and Megatron's `torch_dist`, as a stream, with one process or many.
 
-No model is built and no GPU needed; memory stays at a few buffers whatever the model's size. The output has its
-name only when it is complete, and a run killed at any point goes on where it was.
+It builds no model and needs no GPU. Its memory is a few buffers for any size of model. The output gets its name
+when it is complete, and a killed conversion continues where it stopped.
 """
 
 import json
@@ -30,8 +30,8 @@ from megatron_mixtral.weights.tensors import ITEMSIZE
 def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str] | None = None) -> None:
     """Convert as process `RANK` of `WORLD_SIZE`.
 
-    `compare` computes the logits of both folders, where `config.check_logits` asks for it: a function of the layers
-    above, which need what this module doesn't.
+    `compare` computes the logits of both folders for `config.check_logits`. The caller passes it, because it needs
+    torch and this module doesn't.
     """
     workers, conversion = Workers.from_environment(), plan(config)
     checks = [name for name in ("verify", "check_finite") if getattr(config, name)]
@@ -59,22 +59,22 @@ def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str]
 
 
 class Leaving:
-    """Whether this attempt has been told to stop. A note tells those who missed the signal, still starting."""
+    """Whether this attempt was asked to stop. A file tells processes that were still starting at the signal."""
 
     def __init__(self, folder: Path, run: str) -> None:
         self._note = folder / f"left-{run}-{os.environ.get('MIXLAUNCH_ATTEMPT', 0)}"
 
     def if_asked(self) -> None:
-        """`Requeue` then; what is finished stays so."""
+        """Raise `Requeue` then; finished files stay finished."""
         if signals.requested() or self._note.exists():
             with suppress(FileNotFoundError):
                 self._note.touch()
-            raise Requeue("asked to stop; the next attempt goes on with the files that are missing")
+            raise Requeue("asked to stop; the next attempt continues with the missing files")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A conversion, as one of its processes has a part in it."""
+    """One process's part of a conversion."""
 
     config: ConvertConfig
     conversion: Conversion
@@ -85,7 +85,7 @@ class Task:
     compare: Callable[..., str] | None
 
     def check_again(self) -> None:
-        """Put an output that is there already to the checks that are asked for: it may be from before them."""
+        """Run the requested checks on an existing output, which may be older than these options."""
         config, conversion = self.config, self.conversion
         folder, units = self.work.output / conversion.subfolder, conversion.units
         recorded = weights_folder.read_marker(folder)["digests"]
@@ -102,7 +102,7 @@ class Task:
             self._compare_logits(folder)
 
     def write(self) -> None:
-        """This process's units; then, in the first one, the rest of the folder and its name."""
+        """Write this process's units; the first process then completes the folder and gives it its name."""
         work, workers, units = self.work, self.workers, self.conversion.units
         folder = work.partial / self.conversion.subfolder
         work.begin(sum(u.nbytes for u in units), workers, folder)
@@ -132,7 +132,7 @@ class Task:
         return None
 
     def _write_units(self, units: list[Unit], folder: Path, progress: CopyProgress) -> None:
-        """Write each unit that has no record yet; while one goes to the disk, the next is being copied."""
+        """Write each unit without a record; the next one is copied while the last one goes to the disk."""
         copier = Copier(self.conversion.source, check_finite=self.config.check_finite, progress=progress.add)
         with ThreadPoolExecutor(1, thread_name_prefix="keep") as keeper:
             kept = None
@@ -146,7 +146,7 @@ class Task:
                 try:
                     written = copier.write(unit, descriptor)
                 except BaseException:
-                    os.close(descriptor)  # and with it the lock
+                    os.close(descriptor)  # this also releases the lock
                     raise
                 if kept:
                     kept.result()
@@ -156,7 +156,7 @@ class Task:
         copier.close()
 
     def _keep(self, unit: Unit, path: Path, descriptor: int, written: dict[str, str]) -> None:
-        """Frame a copied unit, have it on the disk, compare it with all that is known of it, and record it."""
+        """Finish a copied unit: write its frame, sync it, compare it with known digests, and record it."""
         refuse_changed(self.conversion, unit, written)
         for place, data in self.conversion.framing(unit):
             write_all(descriptor, data, place)
@@ -164,12 +164,14 @@ class Task:
             os.fsync(descriptor)
             found = digests(unit, rough_name(path))
             if wrong := sorted(name for name in written if found[name] != written[name]):
-                raise JobError(f"{path}: tensor {wrong[0]} isn't on the disk as it was written; is the disk sound?")
+                raise JobError(
+                    f"{path}: tensor {wrong[0]} on the disk differs from what was written; the disk may be faulty"
+                )
         spans = [(place, target.nbytes) for place, target in zip(unit.places, unit.targets, strict=True)]
         self.work.keep(unit.file, path, descriptor, {"digests": written, "around": around(rough_name(path), spans)})
 
     def _complete(self, folder: Path) -> None:
-        """Everything that isn't weights, the marker last, and the folder's name."""
+        """Write everything except weights, the marker last, and give the folder its name."""
         conversion = self.conversion
         conversion.complete(folder)
         copy_assets(conversion.source_folder, folder, self.config.dtype, without=conversion.without)
@@ -181,7 +183,7 @@ class Task:
         self.work.publish()
 
     def _marker(self, folder: Path) -> dict[str, Any]:
-        """What `mixlaunch.json` says of a folder that is whole but for it."""
+        """The contents of `mixlaunch.json` for a folder that is otherwise complete."""
         conversion, units = self.conversion, self.conversion.units
         records = {unit.file: self.work.record(unit.file) or {} for unit in units}
         found = {name: digest for record in records.values() for name, digest in record["digests"].items()}
@@ -203,7 +205,7 @@ class Task:
         }
 
     def _compare_logits(self, folder: Path) -> str:
-        """Compute with what was read and with what was written, while the other processes are told to wait."""
+        """Compare the logits of source and output, while the other processes wait."""
         assert self.compare is not None, "whoever asks for the comparison hands it in"
         config, conversion = self.config, self.conversion
         hub_side, megatron_side = conversion.source_folder, folder
@@ -222,15 +224,15 @@ class Task:
 
 
 def refuse_changed(conversion: Conversion, unit: Unit, written: dict[str, str]) -> None:
-    """`CheckpointError` for a tensor that isn't what it was when a conversion wrote the source."""
+    """`CheckpointError` for a tensor that has changed since a conversion wrote the source."""
     for run in (run for target in unit.targets for run in target.runs):
         if conversion.recorded.get(run.digest, written[run.digest]) != written[run.digest]:
             file = conversion.source.file_of(run.rows)
-            raise CheckpointError(f"{file}: tensor {run.digest}: damaged: not what was once written here")
+            raise CheckpointError(f"{file}: tensor {run.digest}: damaged: it differs from what was written here")
 
 
 def is_other(path: Path, units: Collection[str]) -> bool:
-    """Whether it's a file of the finished folder that is neither weights nor the marker."""
+    """Whether `path` is a file of the finished folder other than weights and the marker."""
     return path.is_file() and path.name not in (*units, weights_folder.MARKER) and path.suffix != ".rough"
 
 
@@ -243,7 +245,7 @@ def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:
 
 
 def copy_assets(source: Path, out: Path, dtype: str | None, *, without: tuple[str, ...] = ()) -> None:
-    """`config.json` and the tokenizer's files as they are, but for the type that was asked for."""
+    """Copy `config.json` and the tokenizer's files, with the requested data type."""
     for path in weights_folder.hub_assets(source):
         if path.name in without:
             continue

@@ -1,6 +1,7 @@
-"""Copies runs of rows from a source of tensors into one new file, digesting them on the way, in little memory.
+"""Copies runs of rows from a source of tensors into one new file, and computes digests on the way, in little
+memory.
 
-It knows neither format: a source reads rows, a unit says which rows make up which file and where in it they go.
+A source reads rows. A unit says which rows make up a file, and their offsets in it.
 """
 
 import os
@@ -31,10 +32,10 @@ class Source(Protocol):
         """Length of one row."""
 
     def read(self, rows: Rows, out: memoryview) -> None:
-        """Fill `out` with the rows; `JobError` naming file and tensor when they can't be had."""
+        """Fill `out` with the rows; `JobError` naming file and tensor if they can't be read."""
 
     def file_of(self, rows: Rows) -> Path:
-        """Where they are read from, or the first of them."""
+        """The file that holds the rows, or the first of several."""
 
 
 class WeightsFolder(Source, Protocol):
@@ -44,7 +45,7 @@ class WeightsFolder(Source, Protocol):
         """Of every file read: the same as long as nobody changes one."""
 
     def apart(self) -> "WeightsFolder":
-        """For another thread: with files of its own."""
+        """A copy for another thread, with its own files."""
 
 
 def read_rows(source: Source, rows: Rows) -> memoryview:
@@ -56,7 +57,7 @@ def read_rows(source: Source, rows: Rows) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Rows to read, the tensor in whose digest they count, and which of their columns to write if not all."""
+    """Rows to read, the tensor whose digest they belong to, and the columns to write if not all."""
 
     rows: Rows
     digest: str
@@ -80,7 +81,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One file of the output: what a process writes, or writes again, as a whole."""
+    """One file of the output; a process writes it as a whole, and again after a kill."""
 
     file: str
     targets: tuple[Target, ...]
@@ -93,7 +94,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class CopyBlock:
-    """Rows that fit a buffer, their place in the file, and the type to write."""
+    """Rows that fit a buffer, their offset in the file, and the type to write."""
 
     run: RowRun
     rows: Rows
@@ -102,10 +103,10 @@ class CopyBlock:
 
 
 class Files:
-    """Positioned reads from many files with few of them open.
+    """Reads at offsets from many files, with few of them open.
 
-    Reads rather than memory maps: a mapped file that is cut short or lost with its network disk kills the process
-    (SIGBUS) where a read names the file, and mapped pages would count as this process's memory.
+    It doesn't map files into memory. If a mapped file is truncated or its network disk is lost, the process dies of
+    SIGBUS, but a read can name the file. Mapped pages would also count as this process's memory.
     """
 
     LIMIT = 64
@@ -140,9 +141,9 @@ class Files:
 
 
 class Copier:
-    """Writes units: one thread reads and digests what is then in its cache, another writes.
+    """Writes units: one thread reads and digests a block while it is in the cache, and another writes it.
 
-    A third that reads ahead made it slower where measured (two cores): the blocks then wander between caches.
+    A third thread that reads ahead made it slower on two cores, because blocks then move between caches.
     """
 
     def __init__(self, source: Source, *, check_finite: bool = False, progress: Callable[[int], Any] = int) -> None:
@@ -151,18 +152,18 @@ class Copier:
         self._buffers = [memoryview(bytearray(BLOCK)) for _ in range(BUFFERS)]
 
     def write(self, unit: Unit, descriptor: int) -> dict[str, str]:
-        """Write the unit's tensors to their places in an open file; digest's name -> BLAKE3 of what was written."""
+        """Write the unit's tensors to their offsets in an open file; returns digest's name -> BLAKE3."""
         digests: dict[str, Any] = {}
         writes: deque[Future[None]] = deque()
         try:
             for number, block in enumerate(self._blocks(unit)):
-                if len(writes) == BUFFERS:  # the buffer may still be on its way to the file
+                if len(writes) == BUFFERS:  # the buffer may still be being written
                     writes.popleft().result()
                 data = self._read(block, number % BUFFERS)
                 writes.append(self._writer.submit(write_all, descriptor, data, block.place))
                 digests.setdefault(block.run.digest, blake3()).update(data)
                 self.progress(len(data))
-        finally:  # whatever happened, nobody may use file or buffers any more once this returns
+        finally:  # after this returns, no thread may use file or buffers any more
             wait(writes)
         for write in writes:
             write.result()
@@ -185,7 +186,7 @@ class Copier:
                     place += len(rows) * (last - first) * written
 
     def _read(self, block: CopyBlock, number: int) -> memoryview:
-        """The block's rows in the type to write, in buffer `number` or, converted, in memory of their own."""
+        """The block's rows in the type to write: in buffer `number`, or in new memory if they were converted."""
         rows, dtype = block.rows, block.dtype
         length = len(rows) * self.source.row_bytes(rows.name)
         if length > len(self._buffers[number]):  # one row longer than a buffer
@@ -206,7 +207,7 @@ class Copier:
 
 
 def cut(data: memoryview, rows: int, item: int, columns: tuple[int, int]) -> memoryview:
-    """Some columns of `rows` rows of elements of `item` bytes, one row behind the other in memory of their own."""
+    """Some columns of `rows` rows with elements of `item` bytes, row after row in new memory."""
     import numpy as np
 
     first, last = columns
@@ -215,7 +216,7 @@ def cut(data: memoryview, rows: int, item: int, columns: tuple[int, int]) -> mem
 
 
 def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_finite: bool) -> memoryview:
-    """`data` in another type; `InputError` when a value isn't finite, or no longer is in the new type."""
+    """`data` in another type; `InputError` if a value isn't finite in the old or the new type."""
     import torch
 
     before = torch.frombuffer(data, dtype=getattr(torch, stored))
@@ -232,7 +233,7 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
 
 
 def digests(unit: Unit, path: Path) -> dict[str, str]:
-    """Digest's name -> BLAKE3 of the unit's file as it is now, read from the disk where that can be."""
+    """Digest's name -> BLAKE3 of the unit's present file, read from the disk if possible."""
     found: dict[str, Any] = {}
     files, buffer = Files(), memoryview(bytearray(BLOCK))
     with path.open("rb") as stream:
@@ -251,7 +252,9 @@ def digests(unit: Unit, path: Path) -> dict[str, str]:
 
 
 def around(path: Path, tensors: Iterable[tuple[int, int]] = ()) -> str:
-    """BLAKE3 of all of a file but its tensors' bytes, which have digests of their own; of each place and length."""
+    """BLAKE3 of a file's bytes outside its tensors, with the offset and length of each piece; tensors have their
+    own digests.
+    """
     found, end = blake3(), 0
     with path.open("rb") as stream:
         for place, length in (*sorted(tensors), (path.stat().st_size, 0)):

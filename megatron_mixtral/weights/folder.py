@@ -1,7 +1,8 @@
-"""Weights folders as files: find the newest complete one, mark one complete, throw old ones away. Imports no torch.
+"""Weights folders as files: finds the newest complete one, marks one complete, and removes old ones. It imports no
+torch.
 
-A folder is complete when `mixlaunch.json` is in it, which is written last and by rename; whatever lacks it does not
-exist for any reader.
+A folder is complete when it has `mixlaunch.json`, which is written last, by rename. Readers ignore a folder without
+it.
 """
 
 import json
@@ -43,7 +44,7 @@ def resolve(path: Path) -> Path:
     """The newest complete weights folder that `path` means.
 
     `path` is that folder itself, a converted model, a run, or its `checkpoints`. `CheckpointError` says what is
-    there instead, naming saves that were begun and not finished.
+    there instead, and names unfinished saves.
     """
     if (path / MARKER).is_file():
         return path
@@ -55,20 +56,20 @@ def resolve(path: Path) -> Path:
     begun = sorted(p.name for p in [*path.glob("iter_*"), *path.glob("checkpoints/iter_*"), *path.glob("release")])
     if (path / ".metadata").exists():
         raise CheckpointError(f"{path}: incomplete, it has no {MARKER}")
-    unfinished = f"; begun and not finished: {', '.join(begun)}" if begun else ""
+    unfinished = f"; unfinished: {', '.join(begun)}" if begun else ""
     raise CheckpointError(
         f"{path}: no complete checkpoint here; expected {MARKER}, or release/ or iter_*/ with one{unfinished}"
     )
 
 
 def find(path: Path) -> Path:
-    """As `resolve`, but a model in the hub's layout is found as well."""
+    """Like `resolve`, but it also finds a model in the hub's layout."""
     hub_like = (path / "config.json").is_file() and not (path / ".metadata").exists()
     return path if hub_like and is_hub(path) else resolve(path)
 
 
 def is_hub(folder: Path) -> bool:
-    """Whether a folder says of itself that it's in the hub's layout, or could be; its weights aren't looked at."""
+    """Whether a folder is in the hub's layout by its marker, or could be; weights aren't checked."""
     if (folder / MARKER).is_file():
         return bool(read_marker(folder).get("kind") == "hub")
     return not complete(folder) and not complete(folder / "checkpoints")
@@ -94,13 +95,13 @@ def refuse_foreign(folder: Path) -> None:
         if owner not in (os.getuid(), 0):
             name = next((p.pw_name for p in pwd.getpwall() if p.pw_uid == owner), f"uid {owner}")
             raise CheckpointError(
-                f"{path} belongs to {name}: reading a checkpoint can run code hidden in it. "
+                f"{path} belongs to {name}: reading a checkpoint can run code in it. "
                 f"If you trust {name}, make a copy of your own (cp -r) and use that"
             )
 
 
 def hub_assets(folder: Path) -> list[Path]:
-    """The files that describe a model and its tokenizer: all that go with its weights."""
+    """The files that go with weights: they describe the model and its tokenizer."""
     patterns = ["config.json", "generation_config.json", "tokenizer*", "chat_template*"]
     patterns += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
     return sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
@@ -115,7 +116,7 @@ def write_marker(folder: Path, marker: dict[str, Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `path` so that a reader finds the old text or the new one, never a part."""
+    """Write `path` so a reader finds the old text or the new one, and never a part."""
     rough = path.with_name(f".{path.name}.{os.getpid()}.rough")
     rough.write_text(text)
     _sync(rough)
@@ -131,9 +132,9 @@ def _sync(path: Path) -> None:
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` (two at least) complete training checkpoints; what was removed.
+    """Remove all but the newest `keep` (at least two) complete training checkpoints; returns the removed ones.
 
-    With them goes what killed saves left: folders without a marker that are older than the newest with one.
+    Remains of killed saves go too: folders without a marker that are older than the newest complete one.
     """
     whole = [p for p in complete(root) if p.name != "release"]
     old = whole[: -max(keep, 2)]

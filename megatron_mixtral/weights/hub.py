@@ -96,7 +96,7 @@ class HubFolder:
         del self.tensors[name]
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Name -> size and time of change of every file read: what makes it the same source later."""
+        """Name -> size and modification time of every file read: identifies the source."""
         paths = sorted({stored.path for stored in self.tensors.values()})
         return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
 
@@ -329,7 +329,7 @@ class HubRows:
         return self.hub.fingerprint()
 
     def apart(self) -> "HubRows":
-        """For another thread: with files of its own."""
+        """A copy for another thread, with its own files."""
         mine = copy.copy(self)
         mine.hub = copy.copy(self.hub)
         mine.hub.files = Files()

@@ -1,7 +1,7 @@
-"""Megatron's older checkpoints: for each model-parallel rank a `mp_rank_TT(_PPP)(_EEE)/model_optim_rng.pt`.
+"""Megatron's older checkpoints: a `mp_rank_TT(_PPP)(_EEE)/model_optim_rng.pt` for each model-parallel rank.
 
-Which rows of which tensor lie in which file is arithmetic on the layout; writing and reading both go by it, without
-megatron-core or torch. As upstream's converter does, the vocabulary is padded by repeating its last row.
+The layout decides which rows of which tensor are in which file, for writing and for reading, without megatron-core
+or torch. The vocabulary is padded by copies of its last row, as upstream's converter does.
 """
 
 import re
@@ -24,7 +24,7 @@ from megatron_mixtral.weights.torch_dist import TorchDistFolder
 FILE = "model_optim_rng.pt"
 KIND = "legacy"  # in the folder's mixlaunch.json
 
-# Whose parameters a file names: the norm before attention, and an expert's two products.
+# Parameter names of each kind of layers: the norm before attention, and an expert's two matrices.
 NAMES = {
     "te-grouped": ("self_attention.linear_qkv.layer_norm_weight", "mlp.experts.{product}.weight{expert}"),
     "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.experts.local_experts.{expert}.{product}.weight"),
@@ -34,7 +34,7 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """All that decides which files there are and what is in them."""
+    """Everything that decides the files and their contents."""
 
     shape: MixtralShape
     layout: Layout
@@ -51,7 +51,7 @@ class Cut:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding, padding and all."""
+        """Rows of the embedding, with padding."""
         multiple = self.make_vocab_size_divisible_by * self.layout.tensor
         return ceil(self.shape.vocab_size / multiple) * multiple
 
@@ -72,14 +72,14 @@ class ModelRank:
 
 
 def model_ranks(layout: Layout) -> list[ModelRank]:
-    """Every rank whose file differs from all others'; `LayoutError` when two of them would have one name."""
+    """Every rank with a file of its own; `LayoutError` if two different files would have the same name."""
     experts: dict[tuple[int, int], int] = {}
     for rank in range(lcm(layout.tensor, layout.expert * layout.expert_tensor)):
         pair = rank % layout.tensor, rank // layout.expert_tensor % layout.expert
         if experts.setdefault(pair, rank % layout.expert_tensor) != rank % layout.expert_tensor:
             raise LayoutError(
                 f"expert-tensor {layout.expert_tensor}, tensor {layout.tensor}: legacy files are named by tensor "
-                f"and expert rank, and two that differ would have one name; use expert-tensor {layout.tensor}"
+                f"and expert rank, so two different files would have one name; use expert-tensor {layout.tensor}"
             )
     return [
         ModelRank(tensor=tensor, pipeline=stage, expert=expert, expert_tensor=part)
@@ -90,7 +90,7 @@ def model_ranks(layout: Layout) -> list[ModelRank]:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A parameter of one rank: runs of rows of Megatron's whole tensor, one behind the other, or some columns."""
+    """A parameter of one rank: runs of rows of Megatron's whole tensor, one after another, or some columns."""
 
     key: str
     rows: tuple[Rows, ...]
@@ -120,12 +120,12 @@ def parts(cut: Cut, place: ModelRank) -> Iterator[Part]:
         yield Part(key=norm, rows=(Rows(norm, (), 0, cut.shape.hidden_size),))
         if not cut.shape.tie_word_embeddings:
             yield Part(key="output_layer.weight", rows=(Rows("output_layer.weight", (), *mine),))
-        elif last > 0:  # the first stage's embedding isn't here: a copy of it is
+        elif last > 0:  # this stage has a copy of the first stage's embedding
             yield Part(key="output_layer.weight", rows=(Rows(embedding, (), *mine),))
 
 
 def _layer(cut: Cut, place: ModelRank, prefix: str, layer: int) -> Iterator[Part]:
-    """Attention, norms and router; the projection back is cut by columns."""
+    """Attention, norms and router; the output projection is divided by columns."""
     hidden, parallel = cut.shape.hidden_size, cut.layout.tensor
     whole = tensors.shapes(cut.shape)
     norm = f"{LAYER}.self_attention.linear_qkv.layer_norm_weight"
@@ -175,7 +175,7 @@ def _share(columns: int, rank: int, of: int) -> tuple[int, int] | None:
 
 
 def files(cut: Cut, names: Names, types: dict[str, str]) -> list[Unit]:
-    """A unit for each rank, to be read from a hub folder that has these names; `types` by Megatron's names."""
+    """A unit for each rank, read from a hub folder with these names; `types` has Megatron's names as keys."""
     planes: dict[tuple[str, tuple[int, ...]], list[RowLink]] = {}
     for link in links(cut.shape, names):
         planes.setdefault((link.megatron.name, link.megatron.index), []).append(link)
@@ -197,7 +197,7 @@ def _unit(cut: Cut, place: ModelRank, planes: dict[Any, list[RowLink]], types: d
 
 
 def _runs(rows: Rows, plane: list[RowLink], digest: str, columns: tuple[int, int] | None) -> Iterator[RowRun]:
-    """The hub's rows that are Megatron's `rows`, and for those beyond the vocabulary its last one again."""
+    """The hub's rows for Megatron's `rows`; padding rows repeat the vocabulary's last row."""
     for link in plane:
         start, stop = max(rows.start, link.megatron.start), min(rows.stop, link.megatron.stop)
         if start < stop:
@@ -209,14 +209,14 @@ def _runs(rows: Rows, plane: list[RowLink], digest: str, columns: tuple[int, int
 
 
 def frames(unit: Unit) -> list[tuple[int, bytes]]:
-    """Place and bytes of all that makes an archive of the unit's targets."""
+    """Offset and bytes of everything around the unit's targets in the archive."""
     return _framed(unit.targets)[0]
 
 
 def _framed(targets: Iterable[Target]) -> tuple[list[tuple[int, bytes]], list[int]]:
-    """The archive of what upstream's loader looks up, but for the targets' bytes; and their places.
+    """The archive that upstream's loader reads, without the targets' bytes, and the targets' offsets.
 
-    There are no `args`: upstream goes on without, and the file holds nothing that runs code when read.
+    It has no `args`: upstream doesn't need them, and without them no code in the file runs when it is read.
     """
     targets = list(targets)
     model: dict[str, Call | None] = {
@@ -229,7 +229,7 @@ def _framed(targets: Iterable[Target]) -> tuple[list[tuple[int, bytes]], list[in
 
 
 def _extra_states(names: Iterable[str]) -> list[str]:
-    """The empty objects that Transformer Engine's modules ask for, where the names are theirs."""
+    """The empty objects that Transformer Engine's modules need, if the names are theirs."""
     names = list(names)
     if not any("layer_norm_weight" in name for name in names):
         return []
@@ -241,7 +241,7 @@ def _extra_states(names: Iterable[str]) -> list[str]:
 
 
 class LegacyFolder(TorchDistFolder):
-    """The model's tensors of a folder of such files, as a source of rows."""
+    """The model's tensors in a folder of such files, as a source of rows."""
 
     def __init__(self, folder: Path, cut: Cut) -> None:
         self.folder, self.cut = folder, cut
@@ -252,7 +252,7 @@ class LegacyFolder(TorchDistFolder):
         for name in whole.keys() & set(tensors.PADDED):
             whole[name] = (cut.vocabulary, *whole[name][1:])
         self.tensors: dict[str, Tensor] = {}
-        seen: set[tuple[Any, ...]] = set()  # several ranks hold the same
+        seen: set[tuple[Any, ...]] = set()  # several ranks hold the same tensor
         for place in model_ranks(cut.layout):
             for name, dtype, chunk in self._chunks(place, whole):
                 if (box := (name, chunk.offsets, chunk.sizes)) not in seen:
@@ -288,7 +288,7 @@ class LegacyFolder(TorchDistFolder):
 
 
 def read_parameters(path: Path) -> dict[str, Stored]:
-    """Key -> place of every tensor of a rank's model."""
+    """Key -> offset of every tensor of a rank's model."""
     try:
         value, where = torch_archive.read_archive(path)
         found = {key: where(tensor) for key, tensor in value["model"].items() if "_extra_state" not in key}
@@ -310,8 +310,8 @@ def open_weights(folder: Path, shape: MixtralShape, marker: dict[str, Any]) -> T
 
 
 def _described(folder: Path, shape: MixtralShape, marker: dict[str, Any]) -> Cut:
-    """How the files of a folder are cut, by its mixlaunch.json."""
+    """How the files of a folder are divided, by its mixlaunch.json."""
     try:
         return Cut(shape=shape, layout=Layout(**marker["layout"]), **marker["legacy"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MARKER}: doesn't tell how its files are cut: {error!r}") from error
+        raise CheckpointError(f"{folder / MARKER}: doesn't say how its files are divided: {error!r}") from error

@@ -1,7 +1,7 @@
-"""A base's weights with adapters merged in, read by rows like any weights: W + alpha/rank * B A in fp32, then cast.
+"""Weights with merged adapters, read by rows like any weights: W + alpha/rank * B A in fp32, then cast.
 
-So whatever reads rows (export, the server, a comparison of logits) takes a run of adapters as it takes a model, and
-nothing is merged ahead of time or held as a whole.
+So every reader of rows (export, the server, a comparison of logits) can read a run of adapters like a model.
+Nothing is merged in advance or held as a whole.
 """
 
 import copy
@@ -23,7 +23,7 @@ from megatron_mixtral.weights.torch_dist import TorchDistFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEPT = 8  # lora_A's planes in fp32 that are kept for the next rows
+KEPT = 8  # planes of lora_A in fp32 that are cached for the next rows
 
 
 class Adapters:
@@ -57,14 +57,14 @@ class Adapters:
         return stored.view(len(rows), -1).float()
 
     def apart(self) -> "Adapters":
-        """For another thread: with files and memory of its own."""
+        """A copy for another thread, with its own files and memory."""
         mine = copy.copy(self)
         mine.source, mine._kept = self.source.apart(), OrderedDict()
         return mine
 
 
 class Merged:
-    """The base's rows with what their adapters add: in fp32, to be cast once, where there are any."""
+    """The base's rows with their adapters added; adapted rows are fp32, and are cast once."""
 
     def __init__(self, base: WeightsFolder, added: Adapters, shape: MixtralShape, lora: Lora) -> None:
         self.base, self.added, self.scale = base, added, lora.scale
@@ -105,7 +105,7 @@ class Merged:
         return {"base": self.base.fingerprint(), "adapters": self.added.source.fingerprint()}
 
     def apart(self) -> "Merged":
-        """For another thread: with files of its own."""
+        """A copy for another thread, with its own files."""
         mine = copy.copy(self)
         mine.base, mine.added = self.base.apart(), self.added.apart()
         return mine
@@ -124,12 +124,12 @@ def open_weights(folder: Path, shape: MixtralShape, *, base: str | None = None) 
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a complete folder holds adapters alone."""
+    """Whether a complete folder holds only adapters."""
     return not weights_folder.is_hub(folder) and weights_folder.read_marker(folder).get("kind") == adapters.KIND
 
 
 def describe_base(folder: Path, shape: MixtralShape) -> dict[str, Any]:
-    """What an adapter checkpoint says of the weights it belongs to."""
+    """An adapter checkpoint's description of its base weights."""
     marker = weights_folder.read_marker(folder)
     if marker.get("kind") == adapters.KIND:
         raise CheckpointError(
@@ -146,7 +146,7 @@ def describe_base(folder: Path, shape: MixtralShape) -> dict[str, Any]:
 
 
 def _together(marker: dict[str, Any]) -> str | None:
-    """One digest of all that a converted folder records; alike for every layout."""
+    """One digest of all digests in a converted folder; the same for every layout."""
     if not (digests := marker.get("digests")):
         return None
     from blake3 import blake3
@@ -155,7 +155,7 @@ def _together(marker: dict[str, Any]) -> str | None:
 
 
 def find_base(folder: Path, marker: dict[str, Any], *, base: str | None = None) -> Path:
-    """Where the base of the adapters in `folder` is: `base`, else where it was when they were trained."""
+    """The base of the adapters in `folder`: `base`, else its path when they were trained."""
     recorded = (marker.get("base") or {}).get("path")
     if not (path := base or recorded):
         raise CheckpointError(f"{folder}: its mixlaunch.json doesn't say which weights its adapters belong to")
@@ -169,7 +169,7 @@ def find_base(folder: Path, marker: dict[str, Any], *, base: str | None = None) 
 def open_base(
     folder: Path, marker: dict[str, Any], shape: MixtralShape, *, base: str | None = None
 ) -> WeightsFolder:
-    """The rows of what the adapters in `folder` belong to; `CheckpointError` when that has become another model."""
+    """The rows of the base of the adapters in `folder`; `CheckpointError` if the base has changed."""
     found = find_base(folder, marker, base=base)
     own = MixtralShape.from_folder(found)
     if own != shape:
@@ -179,7 +179,7 @@ def open_base(
 
 
 def base_of_run(folder: Path, lora: Lora, model: Path, shape: MixtralShape) -> dict[str, Any]:
-    """The base of a run's own checkpoint, at the place where it is now: where it was, or else at `model`."""
+    """The present place of the base of a run's own checkpoint: its old path, or else `model`."""
     marker = weights_folder.read_marker(folder)
     adapters.check_same(folder, marker, lora)
     try:
@@ -197,6 +197,6 @@ def check_base(folder: Path, marker: dict[str, Any], found: Path, shape: Mixtral
     same = adapters.identity(open_weights(found, shape), shape) == recorded.get("identity")
     if not same or (digests and recorded.get("digests") and digests != recorded["digests"]):
         raise CheckpointError(
-            f"{found}: isn't the base of the adapters in {folder}: other weights, or another type of them, than "
+            f"{found}: isn't the base of the adapters in {folder}: its weights or their type differ from what "
             f"{recorded.get('path')} held when the adapters were trained"
         )

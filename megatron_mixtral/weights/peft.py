@@ -1,7 +1,7 @@
-"""Adapters in the layout of the PEFT library: adapter_model.safetensors with its names, and adapter_config.json.
+"""Adapters in PEFT's layout: adapter_model.safetensors with PEFT's names, and adapter_config.json.
 
-Numbers go over as they are. Experts are named as transformers 5 has them, whose parameters PEFT adapts by
-`target_parameters`: two on one module, of which the first is wrapped by the second.
+Numbers are copied unchanged. Experts have transformers 5's names, and PEFT adapts their parameters by
+`target_parameters`: two on one module, of which the second wraps the first.
 """
 
 import json
@@ -22,7 +22,7 @@ EXPERTS = {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
 
 
 class PeftRows:
-    """An adapter checkpoint whose experts' lora_B come side by side, each number of all experts in turn."""
+    """An adapter checkpoint whose experts' lora_B are side by side, with the expert as the innermost axis."""
 
     def __init__(self, source: TorchDistFolder, experts: int) -> None:
         self.source, self.experts = source, experts
@@ -55,7 +55,7 @@ def _is_side_by_side(name: str) -> bool:
 
 
 def targets(shape: MixtralShape, lora: Lora, source: PeftRows, dtype: str | None) -> Iterator[Target]:
-    """Every tensor that PEFT looks for."""
+    """Every tensor that PEFT reads."""
     known = adapters.pairs(shape, lora)
     for layer in range(shape.num_hidden_layers):
         prefix = f"base_model.model.model.layers.{layer}"

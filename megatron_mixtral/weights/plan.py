@@ -1,6 +1,6 @@
-"""A conversion planned: what to read, which files to write with which rows, how to complete the folder.
+"""Plans a conversion: what to read, which files to write with which rows, and how to complete the folder.
 
-Planning reads headers alone; whatever is wrong with the source shows here, before a byte is written.
+Planning reads only headers. An error in the source is found here, before a byte is written.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ from megatron_mixtral.weights.copying import RowRun, Source, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.tensors import ITEMSIZE, Names, RowLink, hub_shapes, links
 
-UNIT_BYTES = 1 << 30  # what a process writes before it says that it's done, and writes again after a kill
+UNIT_BYTES = 1 << 30  # size of a unit, which a process writes as a whole, and again after a kill
 SMALLEST_UNIT_BYTES = 1 << 20
 RELEASE = "release"  # with the file that names it, what upstream Megatron loads
 
@@ -31,14 +31,14 @@ class Conversion:
     source_folder: Path
     source: Source
     units: list[Unit]
-    subfolder: str  # of the output, where the units go
-    framing: Callable[[Unit], Iterable[tuple[int, bytes]]]  # what to write around a unit's own bytes
-    complete: Callable[[Path], None]  # write what is left to write in that folder, but for marker and assets
+    subfolder: str  # folder within the output that holds the units
+    framing: Callable[[Unit], Iterable[tuple[int, bytes]]]  # bytes to write around a unit's tensors
+    complete: Callable[[Path], None]  # write the other files of the folder, except marker and assets
     kind: str
-    identity: dict[str, Any]  # what makes it the same source later
-    about: dict[str, Any] = field(default_factory=dict)  # what mixlaunch.json says of this kind alone
-    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest when the source was written
-    without: tuple[str, ...] = ()  # files beside the source's weights that don't go along
+    identity: dict[str, Any]  # identifies the source
+    about: dict[str, Any] = field(default_factory=dict)  # entries of mixlaunch.json for this kind
+    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest from when the source was written
+    without: tuple[str, ...] = ()  # files beside the source's weights that aren't copied
 
     @property
     def marker(self) -> Path:
@@ -46,7 +46,7 @@ class Conversion:
 
 
 def plan(config: ConvertConfig) -> Conversion:
-    """Read the source's headers and lay out the output; `InputError` for whatever is wrong with the source."""
+    """Read the source's headers and lay out the output; `InputError` for an error in the source."""
     if config.dtype is not None and config.dtype not in ITEMSIZE:
         raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
     if config.format not in FORMATS:
@@ -98,7 +98,7 @@ def plan_torch_dist(config: ConvertConfig, shape: MixtralShape, names: Names, so
 
 
 def recorded(source: Any, dtype: str | None) -> dict[str, str]:
-    """The digests that a folder of our own making has of its tensors, where the copy should have the same."""
+    """The tensors' digests in a folder that we made, if the copy should have the same."""
     plain = type(source) in (hub.HubFolder, torch_dist.TorchDistFolder)
     if dtype or not plain or not (source.folder / MARKER).is_file():
         return {}
@@ -131,9 +131,10 @@ FORMATS: dict[str, Callable[..., Conversion]] = {"torch_dist": plan_torch_dist, 
 
 
 def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: str | None) -> Iterator[Target]:
-    """The chunks to write: a layer's or an expert's part of each tensor, gate and up apart as megatron-core does.
+    """The chunks to write: a layer's or an expert's part of each tensor, with gate and up apart as in
+    megatron-core.
 
-    Digests go by the hub's own names, whatever names the source has.
+    Digests have the hub's own names, even if the source has others.
     """
     named = zip(links(shape, names), links(shape), strict=True)
     shapes, types = tensors.shapes(shape), {} if dtype else common_types(links(shape, names), source)
@@ -155,14 +156,14 @@ def megatron_targets(shape: MixtralShape, names: Names, source: Source, dtype: s
 
 
 def common_types(table: Iterable[RowLink], source: Source) -> dict[str, str]:
-    """Megatron tensor -> the one type of all that goes into it."""
+    """Megatron tensor -> the common type of all its rows."""
     types: dict[str, str] = {}
     first: dict[str, str] = {}
     for link in table:
         name, found = link.megatron.name, source.dtype(link.hub.name)
         if types.setdefault(name, found) != found:
             other = f"{first[name]} is {types[name]}, {link.hub.name} is {found}"
-            raise InputError(f"{other}: both go into one tensor of Megatron's; give --dtype")
+            raise InputError(f"{other}: both belong to one Megatron tensor; give --dtype")
         first.setdefault(name, link.hub.name)
     return types
 
@@ -202,11 +203,13 @@ def plan_to_hub(config: ConvertConfig, folder: Path) -> Conversion:
 
 def plan_to_peft(config: ConvertConfig, folder: Path) -> Conversion:
     if config.check_logits:
-        raise InputError("check_logits: adapters alone have none; use --to hf, which merges them")
+        raise InputError("check_logits: adapters have no logits by themselves; use --to hf, which merges them")
     newest = weights_folder.resolve(folder)
     marker, shape = weights_folder.read_marker(newest), MixtralShape.from_folder(newest)
     if marker.get("kind") != adapters.KIND:
-        raise InputError(f"{newest}: holds no adapters but {marker.get('kind')}; --to peft is for finetune --lora")
+        raise InputError(
+            f"{newest}: holds {marker.get('kind')}, not adapters; --to peft needs a run of finetune --lora"
+        )
     lora = adapters.described(marker, newest)
     stored = merged.Adapters(newest, shape, lora).source
     source = peft.PeftRows(stored, shape.num_local_experts)
@@ -221,7 +224,7 @@ def plan_to_peft(config: ConvertConfig, folder: Path) -> Conversion:
         complete=lambda out: peft.write_config(out, lora, base),
         kind="peft",
         identity={**stored.fingerprint(), "base": base},
-        without=("config.json", "generation_config.json"),  # those of a whole model
+        without=("config.json", "generation_config.json"),  # files of a whole model
     )
 
 
@@ -234,7 +237,7 @@ def hub_runs(shape: MixtralShape) -> dict[str, list[RowRun]]:
 
 
 def hub_targets(shape: MixtralShape, source: Source, dtype: str | None) -> Iterator[Target]:
-    """Every tensor of the hub's layout, put together from its rows in Megatron's."""
+    """Every tensor of the hub's layout, assembled from its rows in Megatron's."""
     runs = hub_runs(shape)
     for name, sizes in hub_shapes(shape).items():
         stored = (source.base if isinstance(source, merged.Merged) else source).dtype(runs[name][0].rows.name)

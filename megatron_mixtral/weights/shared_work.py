@@ -1,7 +1,7 @@
-"""Files that several processes write together into a folder that has its name only when all are complete.
+"""Lets several processes write files into one folder, which gets its name when all are complete.
 
-Until then they lie in NAME.partial, each finished file with a record of it, so that a run killed at any point goes
-on where it was. No process talks to another: who writes what is arithmetic, and the records say what is done.
+Until then the files are in NAME.partial, with a record for each finished file. So a killed conversion continues
+where it stopped. Processes don't communicate: arithmetic assigns the files, and the records show which are done.
 """
 
 import errno
@@ -20,14 +20,14 @@ from typing import Any
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.weights.folder import read_marker, replace_text
 
-STALL = 900.0  # seconds without another byte written after which the other processes are taken for dead
+STALL = 900.0  # seconds without a new byte after which the other processes count as dead
 POLL = 0.2
 RECORDS = ".work"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Which of how many processes this is."""
+    """This process's number, and the number of processes."""
 
     rank: int
     size: int
@@ -37,7 +37,7 @@ class Workers:
         return cls(rank=int(os.environ.get("RANK", 0)), size=int(os.environ.get("WORLD_SIZE", 1)))
 
     def mine(self, sizes: Sequence[int]) -> list[int]:
-        """The places in `sizes` that fall to this process, in order: about as many bytes for each."""
+        """The indices in `sizes` for this process, in order; every process gets about the same number of bytes."""
         loads = [0] * self.size
         mine = []
         for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -49,13 +49,13 @@ class Workers:
 
 
 class Published(Exception):
-    """The partial folder is gone: another process of this conversion found all done and gave it its name."""
+    """The partial folder is gone, because another process completed it and gave it its name."""
 
 
 class Work:
-    """The output folder `output` in the making; `plan` is all that decides its contents.
+    """The output folder while it is being written; `plan` decides its contents.
 
-    A file counts as finished when it was put to all of `checks`, whichever run wrote it.
+    A file is finished when it has passed all of `checks`, in any run.
     """
 
     def __init__(self, output: Path, plan: dict[str, Any], checks: Iterable[str] = ()) -> None:
@@ -64,7 +64,7 @@ class Work:
         self.records = self.partial / RECORDS
 
     def is_published(self, marker: Path) -> bool:
-        """Whether the output is there already, made by this plan; `InputError` when something else is."""
+        """Whether the output exists, made by this plan; `InputError` if it is something else."""
         if not self.output.exists():
             return False
         if not self.output.is_dir():
@@ -72,19 +72,22 @@ class Work:
         if (self.output / marker).is_file():
             made_by = read_marker((self.output / marker).parent).get("conversion")
             if made_by == self.plan:
-                shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # left when killed just after publishing
+                shutil.rmtree(
+                    self.output / RECORDS, ignore_errors=True
+                )  # left behind by a kill just after publishing
                 return True
             raise InputError(f"{self.output}: holds another conversion ({difference(self.plan, made_by)})")
         if held := next(self.output.iterdir(), None):
             raise InputError(f"{self.output}: holds something else ({held.name}); give a new folder")
         if self.output.is_mount():  # can't be replaced by the finished one
-            raise InputError(f"{self.output}: is where a file system is mounted; give a new folder within it")
+            raise InputError(f"{self.output}: is a mount point; give a new folder inside it")
         return False
 
     def begin(self, total: int, workers: Workers, folder: Path) -> None:
-        """Make `folder` in the partial one, or go on with it; `InputError` when it's another's or the disk full.
+        """Make `folder` in the partial folder, or continue with it; `InputError` if it belongs to another plan, or
+        the disk is full.
 
-        The first process makes it; the others wait for that.
+        The first process makes it, and the others wait.
         """
         if workers.rank > 0:
             self._wait_begun()
@@ -100,7 +103,7 @@ class Work:
         return None
 
     def _holds_other(self, folder: Path) -> bool:
-        """Whether the partial folder is more than one that was killed before its plan was written."""
+        """Whether the partial folder holds more than the remains of a kill before its plan was written."""
         if not self.partial.is_dir():
             return os.path.lexists(self.partial)
         return any(p.name != RECORDS and not (p == folder and not any(p.iterdir())) for p in self.partial.iterdir())
@@ -138,7 +141,7 @@ class Work:
             )
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What `keep` was given for the file; None when it isn't finished."""
+        """The record that `keep` got for the file; None if it isn't finished."""
         try:
             found: dict[str, Any] = json.loads(self._record(name).read_text())
         except FileNotFoundError:
@@ -170,20 +173,22 @@ class Work:
                     return descriptor
             except BlockingIOError as error:
                 os.close(descriptor)
-                raise InputError(f"{rough}: another process is writing it: this conversion runs already") from error
+                raise InputError(
+                    f"{rough}: another process is writing it: this conversion is already running"
+                ) from error
             except FileNotFoundError:
                 pass
-            os.close(descriptor)  # it was finished and renamed between the two lines
+            os.close(descriptor)  # it was finished and renamed between these two lines
 
     def keep(self, name: str, path: Path, descriptor: int, record: dict[str, Any]) -> None:
-        """The rough version of file `name` is whole: on to the disk and to its name with it, then its record."""
+        """The rough version of file `name` is complete: sync it, rename it, then write its record."""
         os.fsync(descriptor)
         rough_name(path).rename(path)
         os.close(descriptor)
         replace_text(self._record(name), json.dumps({**record, "checks": sorted(self.checks)}))
 
     def wait(self, names: Sequence[str], between: Callable[[], Any]) -> None:
-        """Until every file is finished, by whichever process; `JobError` when nothing more comes."""
+        """Wait until every file is finished; `JobError` if nothing more is written."""
         missing, patience = set(names), Patience(self.partial)
         while missing:
             between()
@@ -199,7 +204,7 @@ class Work:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Tell the processes that wait for the first one's end, again and again, that it's still at work."""
+        """Keep telling the waiting processes that the first process is still working."""
         ended = threading.Event()
 
         def tell() -> None:
@@ -220,10 +225,10 @@ class Work:
         for rough in self.partial.rglob("*.rough"):
             rough.unlink()
         self.partial.rename(self.output)
-        shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # others may be clearing it already
+        shutil.rmtree(self.output / RECORDS, ignore_errors=True)  # other processes may be removing it already
 
     def wait_published(self, marker: Path, between: Callable[[], Any]) -> None:
-        """Until the first process has published; `JobError` when it doesn't and gives no sign of life."""
+        """Wait until the first process has published; `JobError` if it shows no sign of life."""
         patience = Patience(self.partial)
         while not (self.output / marker).exists():
             between()
@@ -233,7 +238,7 @@ class Work:
 
 
 def real(output: Path) -> Path:
-    """The folder that `output` means: where it points, if it's a link, as a link can't be replaced by a folder."""
+    """The folder of `output`; a link is resolved, because a folder can't replace a link."""
     if "\0" in str(output):
         raise InputError(f"{str(output)!r}: not a path")
     if not output.name:
@@ -245,9 +250,10 @@ def real(output: Path) -> Path:
 
 
 def _lock(descriptor: int) -> None:
-    """Hold the file until it's closed; `BlockingIOError` when another process does.
+    """Lock the file until it is closed; `BlockingIOError` if another process holds the lock.
 
-    Some mounts of a parallel file system have no locks: there two conversions into one folder at once go unnoticed.
+    Some mounts of parallel file systems have no locks. There, two conversions into one folder at once aren't
+    noticed.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,14 +263,14 @@ def _lock(descriptor: int) -> None:
 
 
 class Patience:
-    """Whether a folder in which others write hasn't grown for too long."""
+    """Notices that a folder in which others write hasn't grown for too long."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._size, self._since = self._measured(), time.monotonic()
 
     def is_out(self) -> bool:
-        """Looked at only now and then: asking for sizes is a burden on a network's file system."""
+        """It looks only now and then, because asking for sizes loads a network file system."""
         if time.monotonic() - self._since < STALL:
             return False
         before, self._size, self._since = self._size, self._measured(), time.monotonic()
@@ -273,7 +279,7 @@ class Patience:
     def _measured(self) -> int:
         with suppress(FileNotFoundError):
             return sum(p.lstat().st_size for p in self._folder.rglob("*") if not p.is_dir())
-        return -1  # something got its name meanwhile
+        return -1  # a file was renamed meanwhile
 
 
 def _blocks(path: Path) -> int:
@@ -285,7 +291,7 @@ def _blocks(path: Path) -> int:
 
 
 def rough_name(path: Path) -> Path:
-    """What a file is called while it is being written."""
+    """A file's name while it is being written."""
     return path.with_name(f".{path.name}.rough")
 
 

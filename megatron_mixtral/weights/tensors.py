@@ -105,7 +105,7 @@ class Names:
 
     @classmethod
     def found_in(cls, names: Iterable[str]) -> "Names":
-        """The names that a folder with these tensors uses; the hub's own when it says nothing."""
+        """The names of a folder with these tensors; the hub's own if the tensors don't show them."""
         for name in names:
             if match := re.fullmatch(r"model\.layers\.\d+\.(\w+)\.experts\.(.+)", name):
                 return cls(block=match[1], fused=match[2] in ("gate_up_proj", "down_proj"))
@@ -141,7 +141,7 @@ def hub_shapes(shape: MixtralShape, names: Names = Names()) -> dict[str, tuple[i
 
 
 def links(shape: MixtralShape, names: Names = Names()) -> Iterator[RowLink]:
-    """Every row of the model once, in the order of Megatron's planes, and of each hub tensor's own rows as well."""
+    """Every row of the model once, in the order of Megatron's planes and of each hub tensor's rows."""
     hidden, vocabulary = shape.hidden_size, shape.vocab_size
     yield whole("model.embed_tokens.weight", "embedding.word_embeddings.weight", (), vocabulary)
     for layer in range(shape.num_hidden_layers):
@@ -161,7 +161,7 @@ def links(shape: MixtralShape, names: Names = Names()) -> Iterator[RowLink]:
 
 
 def whole(hub: str, megatron: str, index: tuple[int, ...], rows: int) -> RowLink:
-    """A hub tensor that is one plane of a Megatron tensor as it stands."""
+    """A hub tensor that is exactly one plane of a Megatron tensor."""
     return RowLink(Rows(hub, (), 0, rows), Rows(megatron, index, 0, rows))
 
 

@@ -1,7 +1,8 @@
-"""torch's own file formats without torch: `torch.save` archives and the `.metadata` of distributed checkpoints.
+"""Reads and writes torch's file formats without torch: `torch.save` archives and the `.metadata` of distributed
+checkpoints.
 
-Importing torch takes as long as copying some GB, and unpickling by it runs what the file says. Here files are put
-together from their parts, and read by an unpickler that builds inert stand-ins and calls nothing.
+Importing torch takes as long as copying some GB, and its unpickling can run code. Here files are assembled from
+their parts, and read by an unpickler that builds inert stand-ins and calls nothing.
 """
 
 import io
@@ -122,7 +123,7 @@ def archive(value: Any) -> bytes:
 
 
 def around(description: bytes, sizes: Sequence[int]) -> tuple[list[tuple[int, bytes]], list[int]]:
-    """An archive of a pickle and of one record of each size, but for the records' own bytes.
+    """An archive of a pickle and of one record of each size, without the records' own bytes.
 
     Place and bytes of the pieces between which those go, and the place of each record. As it lies in the file:
 
@@ -147,7 +148,9 @@ def around(description: bytes, sizes: Sequence[int]) -> tuple[list[tuple[int, by
         # No checksum, as torch may leave it out: its reader doesn't look.
         name, at = f"data/{number}", begin + len(body)
         directory.append(_header(b"PK\x01\x02", name, 0, size, place=at))
-        padding = -(at + len(_header(b"PK\x03\x04", name, 0, size)) + 4) % 64  # as torch does: mappable
+        padding = (
+            -(at + len(_header(b"PK\x03\x04", name, 0, size)) + 4) % 64
+        )  # aligned as torch does, so it can be mapped
         extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         pieces.append((begin, body + _header(b"PK\x03\x04", name, 0, size, extra=extra)))
         places.append(begin + len(pieces[-1][1]))
@@ -155,11 +158,11 @@ def around(description: bytes, sizes: Sequence[int]) -> tuple[list[tuple[int, by
     return [*pieces, (begin, body + _end(directory, begin + len(body)))], places
 
 
-FULL = (1 << 32) - 1  # in a field of 32 bits: look into the extended one
+FULL = (1 << 32) - 1  # in a 32-bit field: see the extended field
 
 
 def _end(directory: list[bytes], place: int) -> bytes:
-    """A zip's directory and what closes it; beyond 4 GiB with the extended records that tell so."""
+    """A zip's directory and end record; beyond 4 GiB with the extended records."""
     listing, count, extended = b"".join(directory), len(directory), b""
     if place >= FULL or count >= 0xFFFF:
         at = place + len(listing)
@@ -173,7 +176,7 @@ def _end(directory: list[bytes], place: int) -> bytes:
 def _header(
     kind: bytes, name: str, checksum: int, size: int, *, place: int | None = None, extra: bytes = b""
 ) -> bytes:
-    """What stands before a record's data; with `place`, its entry in the directory at the end."""
+    """A record's header; with `place`, its entry in the directory."""
     full = f"archive/{name}".encode()
     if place is not None and place >= FULL:
         extra, place = struct.pack("<2HQ", 1, 8, place), FULL
@@ -185,7 +188,7 @@ def _header(
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor and the archive that holds it."""
+    """A rectangular part of a tensor, and the archive that holds it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -245,7 +248,7 @@ def _placed(
 
 
 class Inert:
-    """What an unpickled object becomes when it is none of the builtin containers: its parts, and no behaviour."""
+    """An unpickled object that isn't a builtin container: its parts, without behaviour."""
 
     arguments: tuple[Any, ...]
 
@@ -316,7 +319,9 @@ def _whole(numbers: Any) -> tuple[int, ...]:
 
 
 def find_bytes(folder: Path, chunk: Chunk, dtype: str) -> int:
-    """Where in the chunk's file its raw bytes begin. Raises whatever damaged bytes raise, `ValueError` by name."""
+    """The offset of the chunk's raw bytes in its file. Damaged bytes can raise any error, or a `ValueError` with a
+    message.
+    """
     with (folder / chunk.file).open("rb") as stream:
         part = io.BufferedReader(_Part(stream, chunk.place, chunk.length))
         value, record = _opened(part)
@@ -329,18 +334,20 @@ def find_bytes(folder: Path, chunk: Chunk, dtype: str) -> int:
 
 
 def read_archive(path: Path) -> tuple[Any, Callable[[Any], tuple[Tensor, int]]]:
-    """What `torch.save` wrote, tensors as stand-ins, and what tells a stand-in's type, shape and place."""
+    """The value in a `torch.save` file with tensors as stand-ins, and a function for a stand-in's type, shape and
+    offset.
+    """
     with path.open("rb") as stream:
         value, record = _opened(stream)
     return value, lambda stand_in: _tensor(stand_in, record)
 
 
 def _opened(stream: Any) -> tuple[Any, Callable[[str], tuple[int, int]]]:
-    """The pickled value of an archive, and what tells place and size of its record `data/KEY`."""
+    """The pickled value of an archive, and a function for offset and size of its record `data/KEY`."""
     with zipfile.ZipFile(stream) as records:
         root = records.namelist()[0].split("/", 1)[0]
         about = records.getinfo(f"{root}/data.pkl")
-        stream.seek(_begin(stream, about))  # unchecked: torch may leave its checksum out
+        stream.seek(_begin(stream, about))  # not checked, because torch may leave out the checksum
         value = _Unpickler(io.BytesIO(stream.read(about.file_size))).load()
         places = {info.filename: (_begin(stream, info), info.file_size) for info in records.infolist()}
         if max(begin + size for begin, size in places.values()) > stream.seek(0, os.SEEK_END):
@@ -370,7 +377,7 @@ def _begin(part: Any, info: zipfile.ZipInfo) -> int:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file: what `zipfile` needs."""
+    """A part of a file as a file object, for `zipfile`."""
 
     def __init__(self, stream: io.BufferedReader, place: int, length: int) -> None:
         self._stream, self._first, self._length, self._at = stream, place, length, 0

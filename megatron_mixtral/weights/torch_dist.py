@@ -1,7 +1,8 @@
-"""Megatron's `torch_dist` folders without megatron-core or torch: read by rows, however they were cut; and written.
+"""Reads and writes Megatron's `torch_dist` folders without megatron-core or torch, by rows, for any division into
+chunks.
 
 On disk each chunk of a tensor is one `torch.save` archive inside a `.distcp` file, and `.metadata` is a pickle that
-says where. Reading finds the raw bytes in the archive; writing puts an archive's frame around bytes already copied.
+says where. Reading finds the raw bytes in the archive. Writing puts an archive's frame around the copied bytes.
 """
 
 import copy
@@ -19,7 +20,8 @@ from megatron_mixtral.weights.tensors import ITEMSIZE, Rows, megatron_axes, row_
 from megatron_mixtral.weights.torch_archive import Chunk, Tensor, frame
 
 METADATA = ".metadata"
-# Room before each chunk's bytes for the end of one archive and the start of the next; it keeps bytes page-aligned.
+# Room before each chunk's bytes for the end of one archive and the start of the next; it also keeps the bytes
+# page-aligned.
 GAP = 4096
 
 
@@ -34,7 +36,7 @@ class TorchDistFolder:
         self._planes: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
 
     def apart(self) -> Self:
-        """For another thread: with files of its own."""
+        """A copy for another thread, with its own files."""
         mine = copy.copy(self)
         mine.files = Files()
         return mine
@@ -56,7 +58,7 @@ class TorchDistFolder:
                 self._read_chunk(rows, chunk, tensor.dtype, width, slice(start, stop), out)
 
     def _chunks_of(self, rows: Rows) -> list[Chunk]:
-        """Those with a part of the plane that `rows` are in: looked up, as there may be thousands."""
+        """The chunks with a part of the plane of `rows`; looked up in a table, because there may be thousands."""
         key = rows.name, len(rows.index)
         if key not in self._planes:
             planes: dict[tuple[int, ...], list[Chunk]] = {}
@@ -64,7 +66,7 @@ class TorchDistFolder:
                 axes = zip(chunk.offsets[: len(rows.index)], chunk.sizes, strict=False)
                 for index in product(*(range(first, first + size) for first, size in axes)):
                     planes.setdefault(index, []).append(chunk)
-            self._planes[key] = planes  # whole at once: other threads look it up as well
+            self._planes[key] = planes  # built as a whole, because other threads use it as well
         return self._planes[key].get(rows.index, [])
 
     def file_of(self, rows: Rows) -> Path:
@@ -75,7 +77,7 @@ class TorchDistFolder:
         raise AssertionError(f"no chunk holds row {rows.start} of {rows.name}")
 
     def _read_chunk(self, rows: Rows, chunk: Chunk, dtype: str, width: int, part: slice, out: memoryview) -> None:
-        """Rows `part` of a chunk to their place in `out`, which holds whole rows from `rows.start` on."""
+        """Read rows `part` of a chunk into `out`, which holds whole rows from `rows.start` on."""
         axes, item = len(rows.index), ITEMSIZE[dtype]
         plane = 0
         for i, first, size in zip(rows.index, chunk.offsets, chunk.sizes, strict=False):
@@ -89,7 +91,7 @@ class TorchDistFolder:
             return
         import numpy as np
 
-        # Tensor parallelism cut the columns: read this chunk's and set them between the others'.
+        # Tensor parallelism divided the columns: read this chunk's columns and put them between the others'.
         mine = memoryview(bytearray((part.stop - part.start) * columns * item))
         self.files.read(self.folder / chunk.file, place, mine)
         left = chunk.offsets[axes + 1] * item
@@ -97,7 +99,7 @@ class TorchDistFolder:
         whole[:, left : left + columns * item] = np.frombuffer(mine, np.uint8).reshape(-1, columns * item)
 
     def _place(self, chunk: Chunk, name: str, dtype: str) -> int:
-        """Where the chunk's raw bytes begin in its file."""
+        """The offset of the chunk's raw bytes in its file."""
         if chunk not in self._places:
             try:
                 self._places[chunk] = torch_archive.find_bytes(self.folder, chunk, dtype)
@@ -133,7 +135,7 @@ class TorchDistFolder:
             raise CheckpointError(f"{where}: tensor {extra[0]} isn't part of the model that config.json describes")
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Name -> size and time of change of every file read: what makes it the same source later."""
+        """Name -> size and modification time of every file read: identifies the source."""
         paths = {self.folder / chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks}
         return {str(p.relative_to(self.folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)}
 
@@ -155,7 +157,7 @@ class TorchDistFolder:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The model's tensors by `.metadata`: not an optimizer's, nor objects that aren't tensors."""
+    """The model's tensors in `.metadata`, without the optimizer's and without other objects."""
     path = folder / METADATA
     try:
         found = torch_archive.read_metadata(path)
@@ -189,7 +191,7 @@ def _laid_out(name: str, targets: list[Target]) -> Unit:
 
 
 def frames(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Place and bytes of all that makes archives of the unit's targets once their own bytes are in place."""
+    """Offset and bytes of everything around the unit's targets in the archives."""
     for target, place in zip(unit.targets, unit.places, strict=True):
         before, after = frame(target.sizes, target.dtype)
         assert len(before) + len(after) <= GAP, "archives must not touch each other's bytes"
@@ -200,7 +202,7 @@ def frames(unit: Unit) -> Iterator[tuple[int, bytes]]:
 def write_metadata(
     folder: Path, units: Iterable[Unit], shapes: dict[str, tuple[int, ...]], objects: Iterable[str], file: str
 ) -> None:
-    """Write `.metadata`, and for the named objects a file with all that they share: one archived None."""
+    """Write `.metadata`, and one file with an archived None that all named objects share."""
     tensors: dict[str, Tensor] = {}
     for unit in units:
         for target, place in zip(unit.targets, unit.places, strict=True):
@@ -215,7 +217,7 @@ def write_metadata(
 
 
 def write_common(folder: Path) -> None:
-    """`common.pt` and `metadata.json`: what megatron-core asks of every checkpoint, and upstream's loader of it."""
+    """Write `common.pt` and `metadata.json`, which megatron-core and upstream's loader need in every checkpoint."""
     content = {"singleton_local_shards": False, "non_homogeneous_layers": False}
     common = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
     (folder / "common.pt").write_bytes(torch_archive.archive(common))

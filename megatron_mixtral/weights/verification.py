@@ -1,6 +1,6 @@
-"""Whether every tensor of a converted folder still has the digest it had as it was written.
+"""Compares every tensor of a converted folder with its recorded digest.
 
-Digests go by the hub's tensor names whatever the layout, so the same numbers prove both directions of a conversion.
+Digests have the hub's tensor names in every layout, so the same digests prove both directions of a conversion.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from megatron_mixtral.weights.tensors import Rows, hub_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The tensors that one of several processes looks at, the rows of each, and the digests they had."""
+    """One process's share of the tensors, with the rows of each and its recorded digest."""
 
     source: Source
     runs: dict[str, list[RowRun]]
@@ -29,7 +29,7 @@ class Share:
     bytes: int
 
     def check(self, progress: Callable[[int], Any] = int) -> None:
-        """Read them through; `CheckpointError` names a file and a tensor that isn't what was written."""
+        """Read and compare them; `CheckpointError` names a file and a tensor that has changed."""
         wrong = [
             name for name in self.runs if digest(self.source, self.runs[name], progress) != self.recorded[name]
         ]
@@ -42,9 +42,9 @@ class Share:
 
 
 def share(folder: Path, marker: dict[str, Any], workers: Workers) -> Share:
-    """This process's, as many bytes as any other's; `CheckpointError` for a tensor or shape that isn't there."""
+    """This process's share, with as many bytes as any other's; `CheckpointError` for a missing tensor or shape."""
     recorded = marker["digests"]
-    if marker.get("kind") != "peft":  # which has no config.json
+    if marker.get("kind") != "peft":  # this kind has no config.json
         _check_shape(folder, marker.get("shape", {}))
     source, runs = tensors_of(folder, marker)
     if missing := sorted(recorded.keys() - runs.keys()):
@@ -57,13 +57,13 @@ def share(folder: Path, marker: dict[str, Any], workers: Workers) -> Share:
 
 
 def check_others(folder: Path, marker: dict[str, Any]) -> None:
-    """`CheckpointError` names a file without tensors that is gone or isn't what it was."""
+    """`CheckpointError` names a file without tensors that is missing or has changed."""
     for name, before in marker.get("others", {}).items():
         _check_around(folder / name, before, (), "not what was written at the conversion")
 
 
 def check_around(folder: Path, marker: dict[str, Any], source: Any) -> None:
-    """`CheckpointError` names a file that is another around its tensors: they'd be read, but not by all readers."""
+    """`CheckpointError` names a file that has changed around its tensors; some readers couldn't read it."""
     spans = source.spans()
     for name, before in marker.get("around", {}).items():
         _check_around(folder / name, before, spans.get(folder / name, ()), "damaged around its tensors")
@@ -79,20 +79,20 @@ def _check_around(path: Path, before: str, spans: Iterable[tuple[int, int]], wro
 
 
 def check_latest(path: Path, name: str) -> None:
-    """`CheckpointError` unless upstream's Megatron finds the folder by it."""
+    """`CheckpointError` unless upstream's Megatron finds the folder by this file."""
     if not path.is_file() or path.read_bytes() != name.encode():
-        raise CheckpointError(f"{path}: should hold the word {name}, by which Megatron finds it")
+        raise CheckpointError(f"{path}: should contain {name}, by which Megatron finds the folder")
 
 
 def _check_shape(folder: Path, recorded: dict[str, Any]) -> None:
-    """`config.json` has no digest; what it says of the model must be what the conversion read."""
+    """`config.json` has no digest, so compare its sizes with those that the conversion read."""
     for name, now in asdict(MixtralShape.from_folder(folder)).items():
         if (before := recorded.get(name, now)) != now:
             raise CheckpointError(f"{folder / 'config.json'}: {name} is {now}, and was {before} at the conversion")
 
 
 def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, list[RowRun]]]:
-    """What the folder holds, and for each hub tensor, or rank's own in legacy files, the rows that make it up."""
+    """The folder's source, and for each hub tensor (in legacy files, each rank's tensor) its rows."""
     if (kind := marker.get("kind")) == "peft":
         stored = hub.HubFolder(folder)
     else:
@@ -110,7 +110,7 @@ def tensors_of(folder: Path, marker: dict[str, Any]) -> tuple[Source, dict[str, 
 
 
 def digest(source: Source, runs: list[RowRun], progress: Callable[[int], Any]) -> str:
-    """BLAKE3 of a hub tensor put together from its rows."""
+    """BLAKE3 of a hub tensor, assembled from its rows."""
     found = blake3()
     for run in runs:
         for part in run.rows.cut(BLOCK // source.row_bytes(run.rows.name)):

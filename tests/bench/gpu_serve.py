@@ -415,7 +415,7 @@ def main() -> None:
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "ways": "experts by our grouped products" if grouped_gemm._have_tiles() else grouped_gemm.describe(),
+        "ways": "experts by our grouped matmuls" if grouped_gemm._have_tiles() else grouped_gemm.describe(),
         "layers": options.layers,
         "layout": " x ".join(f"{k} {n}" for k, n in dataclasses.asdict(options.layout).items() if n > 1)
         or "one GPU",

@@ -24,7 +24,7 @@ def tiles(device):
     from megatron_mixtral.kernels import grouped_gemm
 
     if not (kernels.INTERPRETED or grouped_gemm._have_tiles()):
-        pytest.skip("our grouped products need a Hopper GPU and Triton 3.4")
+        pytest.skip("our grouped matmuls need a Hopper GPU and Triton 3.4")
     from megatron_mixtral.kernels import grouped_gemm_hopper
 
     return grouped_gemm_hopper

@@ -78,7 +78,7 @@ def test_widths_that_no_grouped_product_takes_are_compared_too(tmp_path, capsys)
 def test_a_model_that_transformers_has_no_logits_of_is_told_so(tmp_path):
     """Its weights convert; rotation wants an even head size."""
     hub_folders.write(tmp_path / "hub", head_dim=5)
-    with pytest.raises(InputError, match=r"hub: transformers can't compute with it.*even"):
+    with pytest.raises(InputError, match=r"hub: transformers can't load it.*even"):
         run(tmp_path / "hub", tmp_path / "out", tmp_path, check_logits=True)
     run(tmp_path / "hub", tmp_path / "out", tmp_path)
 
@@ -100,7 +100,7 @@ def test_other_weights_are_refused_and_get_no_name(tmp_path, how, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(plan, "links", mixed_up)
         with pytest.raises(
-            CheckpointError, match=r"largest difference .*: more than 0.001 of it; these aren't the same"
+            CheckpointError, match=r"largest difference .*: more than 0.001 of it; the weights differ"
         ):
             run(tmp_path / "hub", tmp_path / "out", tmp_path, check_logits=True)
     assert not (tmp_path / "out").exists()

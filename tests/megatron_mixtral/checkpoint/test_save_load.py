@@ -378,6 +378,6 @@ def test_a_file_in_the_way_of_a_save_is_named_and_stays(tmp_path):
     from megatron_mixtral.errors import CheckpointError
 
     (tmp_path / "iter_0000007").write_text("mine")
-    with pytest.raises(CheckpointError, match="iter_0000007: a file, where a checkpoint is to be saved"):
+    with pytest.raises(CheckpointError, match="iter_0000007: a file, but a checkpoint must be saved here"):
         save_load._claim(tmp_path / "iter_0000007")
     assert (tmp_path / "iter_0000007").read_text() == "mine"

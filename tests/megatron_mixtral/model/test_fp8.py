@@ -29,8 +29,8 @@ def config(**more):
 @pytest.mark.parametrize(
     ("there", "asked", "words"),
     [
-        ({"engine": False}, {}, "Transformer Engine computes in FP8, and it isn't installed where the job runs"),
-        ({"name": ""}, {}, "no GPU"),
+        ({"engine": False}, {}, "needs Transformer Engine, which isn't installed where the job runs"),
+        ({"name": ""}, {}, "needs a GPU"),
         ({"name": "A100", "capability": (8, 0)}, {}, "A100 has compute capability 8.0; recipe delayed needs 8.9"),
         ({"name": "L40", "capability": (8, 9)}, {"fp8_recipe": "blockwise"}, "recipe blockwise needs 9.0 or newer"),
         ({}, {"fp8_recipe": "mxfp8"}, "H100 has compute capability 9.0; recipe mxfp8 needs 10.0 or newer"),

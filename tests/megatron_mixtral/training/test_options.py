@@ -192,7 +192,7 @@ def test_stages_of_uneven_length_change_nothing(world, tmp_path):
     told = ranks(2, finetuned_together, raw, variants, str(tmp_path))[0]
     assert losses(told["uneven"]) == losses(told["even"])
     assert "with pad_to_capacity at most 4 experts / 2 a token = 2" in told["full"]
-    assert told["fp8"] == "fp8: Transformer Engine computes in FP8, and it isn't installed where the job runs"
+    assert told["fp8"] == "fp8: needs Transformer Engine, which isn't installed where the job runs"
     assert (
         told["wrong"]
         == "2 layers - first 2 - last 0 = 0 for 1 stages of 2: not the same whole number, at least 1, for each"

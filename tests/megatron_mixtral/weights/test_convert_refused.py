@@ -459,7 +459,7 @@ def test_what_no_folder_can_replace_is_refused_before_anything_is_written(hub, t
             run_to(hub, path, tmp_path)
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr("pathlib.Path.is_mount", lambda self: self.name == "disk")
-    with pytest.raises(InputError, match=r"disk: is where a file system is mounted"):
+    with pytest.raises(InputError, match=r"disk: is a mount point"):
         run(hub, tmp_path / "disk")
     assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["taken.partial"]
 

@@ -46,7 +46,7 @@ def test_what_is_there_instead_is_said(tmp_path):
     with pytest.raises(CheckpointError, match=r"no complete checkpoint here; expected mixlaunch\.json"):
         resolve(tmp_path)
     make(tmp_path / "run" / "checkpoints" / "iter_0000003", complete=False)
-    with pytest.raises(CheckpointError, match="begun and not finished: iter_0000003"):
+    with pytest.raises(CheckpointError, match="unfinished: iter_0000003"):
         resolve(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"incomplete, it has no mixlaunch\.json"):
         resolve(tmp_path / "run" / "checkpoints" / "iter_0000003")
