@@ -1,7 +1,7 @@
-"""Talk to a server from the terminal: one question, a pipe, or a conversation that streams as it is said.
+"""`chat`: one question, piped input, or a conversation with a server, streamed to the terminal.
 
-In a conversation a line that ends in a backslash goes on in the next one, and so does everything between two
-lines of three quotes; lines with a slash are commands.
+In a conversation a backslash at the end of a line continues it, and lines between two lines of three quotes are one
+question. Lines that begin with a slash are commands.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from launcher.runs.servers import Server
 HISTORY = 1000  # lines that the arrow keys bring back, also from earlier conversations
 QUOTES = '"""'
 HELP = """\
-/system TEXT   what the model is told before all else; without TEXT, nothing
+/system TEXT   set the system prompt; without TEXT, remove it
 /retry         ask the last question again
 /save FILE     write the conversation as JSON
 /new           begin again
@@ -76,7 +76,7 @@ class Conversation:
             if answer := "".join(said):
                 self.turns.append({"role": "assistant", "content": answer})
             else:
-                self.turns.pop()  # an unanswered question would have no place before the next one
+                self.turns.pop()  # two questions in a row aren't a valid conversation
 
     def retry(self) -> Iterator[str]:
         """Ask the last question again."""
@@ -109,7 +109,7 @@ def _model(server: Server) -> dict[str, str]:
 
 
 def run(server: Server, *, prompt: str | None, system: str | None, settings: Settings, raw: bool = False) -> None:
-    """One answer to `prompt` or to what is piped in; a conversation on a terminal.
+    """One answer to `prompt` or to piped input; a conversation on a terminal.
 
     `raw` continues the text instead of answering it.
     """
@@ -117,13 +117,13 @@ def run(server: Server, *, prompt: str | None, system: str | None, settings: Set
     if prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip() if sys.stdin else ""
     if prompt is not None and not prompt:
-        raise UsageError("there is nothing to answer: the prompt is empty")
+        raise UsageError("the prompt is empty")
     server = servers.named(server)
     conversation = Conversation(server=server, settings=settings, system=system)
     if prompt is not None:
         _print(complete(server, prompt, settings) if raw else conversation.ask(prompt))
     elif raw:
-        raise UsageError("--raw continues a text: give it with -p or through a pipe")
+        raise UsageError("--raw continues a text: give the text with -p or through a pipe")
     else:
         _converse(conversation)
 
@@ -141,7 +141,7 @@ def _converse(conversation: Conversation) -> None:
     while True:
         try:
             line = _read()
-        except KeyboardInterrupt:  # drops the line, as a shell does
+        except KeyboardInterrupt:  # Ctrl-C drops the line, as in a shell
             print()
             continue
         except EOFError:
@@ -176,7 +176,7 @@ def _line_editing() -> None:
 
 
 def _read() -> str:
-    """One question: a line, or several joined by backslashes or quotes; empty ones are passed over."""
+    """One question: a line, or several joined by backslashes or quotes; empty lines are skipped."""
     while True:
         lines = [input("> ")]
         if lines[0].strip() == QUOTES:
@@ -251,16 +251,20 @@ def _refusal(server: Server, response: Any) -> UsageError | Fault:
 
 @click.command()
 @click.argument("server", required=False)
-@click.option("-p", "--prompt", help="Ask this and leave.  [default: a conversation, or what is piped in]")
-@click.option("--system", help="What the model is told before all else.")
+@click.option(
+    "-p", "--prompt", help="Ask this, print the answer, and end.  [default: a conversation, or piped input]"
+)
+@click.option("--system", help="The system prompt.")
 @click.option("--raw", is_flag=True, help="Continue the text instead of answering it.")
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 always says the likeliest.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), metavar="X", help="0 always takes the most probable token."
+)
 @click.option("--seed", type=int, metavar="N", help="Makes a sampled answer repeatable.")
 def chat(server: str | None, prompt: str | None, system: str | None, raw: bool, **how: Any) -> None:
     """Talk to a server.
 
-    SERVER is HOST:PORT, a URL or the server's run; by default the one that was started last.
+    SERVER is HOST:PORT, a URL or the name of the server's run. The default is the newest server.
     """
     with tunnel.if_needed(servers.choose(server, find.roots_of(None))) as found:
         run(found, prompt=prompt, system=system, raw=raw, settings=Settings(**how))

@@ -49,7 +49,7 @@ def clusters_list(as_json: bool) -> None:
 @clusters.command("show", params=[override(), JSON])
 @PROFILE
 def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
-    """A profile as it is understood: parents merged, variables expanded, defaults filled in."""
+    """Show a profile with parents merged, variables expanded and defaults filled in."""
     path, cluster = _read(name, override)
     if as_json:
         terminal.as_json(_dumped(cluster))
@@ -61,10 +61,11 @@ def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) ->
 @clusters.command("check", params=[override(), JSON])
 @PROFILE
 def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -> None:
-    """Hold a profile against the live cluster.
+    """Compare a profile with the live cluster.
 
-    Partition, account, QoS, reservation, features, node shape, time limit, version, image and paths; then sbatch
-    --test-only for a whole node. Exits with 2 if something in the profile is wrong, 1 if Slurm can't be asked.
+    It checks partition, account, QoS, reservation, features, node shape, time limit, version, image and paths. Then
+    it runs sbatch --test-only for a whole node. Exits with 2 if something in the profile is wrong, and with 1 if
+    Slurm can't be asked.
     """
     path, cluster = _read(name, override)
     findings = []
@@ -81,9 +82,10 @@ def clusters_check(name: str | None, override: tuple[str, ...], as_json: bool) -
 
 @clusters.command("schema")
 def clusters_schema() -> None:
-    """JSON schema of a profile, for editors.
+    """Print the JSON schema of a profile, for editors.
 
-    Begin a profile with `# yaml-language-server: $schema=FILE` to have keys completed and checked as you type.
+    Begin a profile with `# yaml-language-server: $schema=FILE`. The editor then completes and checks keys as you
+    type.
     """
     terminal.as_json(json_schema.schema())
 
@@ -91,9 +93,9 @@ def clusters_schema() -> None:
 @clusters.command("template")
 @click.argument("part", required=False)
 def clusters_template(part: str | None) -> None:
-    """Print a part of the script's template, to be changed and named under `templates:`.
+    """Print a part of the script's template. To change it, name your copy under `templates:` in a profile.
 
-    Without PART, the names of all.
+    Without PART, print the names of all parts.
     """
     click.echo(templates.source(part) if part else "\n".join(templates.names()), nl=not part)
 
@@ -102,19 +104,17 @@ def clusters_template(part: str | None) -> None:
 @click.argument("name", required=False)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE.yaml", help="Where to.")
 def clusters_new(name: str | None, output: Path | None) -> None:
-    """Write a profile for the cluster that one stands on.
+    """Write a profile for the cluster of this login node.
 
-    Slurm is asked what it has; what it can't tell is left as a comment to fill in. NAME is by default what the
-    cluster calls itself; the file goes into your own profiles, and one that is there already is never touched.
+    It asks Slurm. What Slurm can't tell becomes a comment to fill in. The default NAME is the cluster's own name.
+    The file goes into the folder of your own profiles. An existing file is never changed.
     """
     written = discover.write(name, output)
-    terminal.done(
-        f"{written} is written; read it through, then: mixlaunch clusters check {discover.called(written)}"
-    )
+    terminal.done(f"{written} is written; read it, then run: mixlaunch clusters check {discover.called(written)}")
 
 
 def _every() -> Iterator[tuple[str, Path, ClusterProfile | MixlaunchError]]:
-    """Name, file and profile of each that --cluster can name; a broken one's mistake in its place."""
+    """Name, file and profile of each that --cluster can name; for a broken profile, its error instead."""
     for name, path in sorted(catalog.available().items()):
         try:
             yield name, path, profile.read(path)
@@ -150,12 +150,12 @@ def _listed() -> list[dict[str, Any]]:
 
 
 def _text(cluster: ClusterProfile) -> str:
-    """A profile as YAML that reads back as the same."""
+    """A profile as YAML that reads back as the same profile."""
     return yaml.safe_dump(_dumped(cluster), sort_keys=False, allow_unicode=True)
 
 
 def _dumped(cluster: ClusterProfile) -> dict[str, Any]:
-    """What a profile holds, defaults filled in; what has no value is left out."""
+    """A profile's values with defaults filled in; empty values are left out."""
     return cluster.model_dump(mode="json", exclude_none=True)
 
 
@@ -166,7 +166,7 @@ def _show_finding(found: ProfileFinding) -> None:
 
 
 def _read(name: str | None, overrides: Sequence[str] = ()) -> tuple[Path, ClusterProfile]:
-    """The file and the profile that a command about one cluster means."""
+    """The file and the profile of a command's cluster."""
     path = catalog.find(name or catalog.default())
     return path, profile.read(path, overrides)
 

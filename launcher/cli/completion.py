@@ -1,6 +1,6 @@
-"""What the shell offers on TAB: clusters, runs, keys of a profile, and all that click knows by itself.
+"""Shell completion: clusters, runs, keys of a profile, and everything that click completes itself.
 
-It answers while somebody waits at a prompt: profiles are read, not validated, and no network is used.
+It must be fast: profiles are read but not validated, and no network is used.
 """
 
 import functools
@@ -82,7 +82,7 @@ def _profile() -> ModuleType:
 
 
 def glob(text: str) -> str:
-    """`text` as a pattern that means itself."""
+    """`text` as a pattern that matches only itself."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
@@ -102,7 +102,7 @@ def _runs_folders() -> list[Path]:
 
 
 def script(shell: str, command: click.Command) -> str:
-    """What the shell is to evaluate."""
+    """The script that the shell evaluates."""
     return SHELLS[shell](command, {}, PROGRAM, ANSWER).source()
 
 
@@ -110,7 +110,7 @@ def script(shell: str, command: click.Command) -> str:
 @click.argument("shell", type=click.Choice(list(SHELLS)))
 @click.pass_context
 def shell_completion(ctx: click.Context, shell: str) -> None:
-    """Print what makes a shell complete words.
+    """Print a script that completes commands in a shell.
 
     For bash: eval "$(mixlaunch completion bash)" in ~/.bashrc. For zsh the same with zsh in ~/.zshrc. For fish:
     mixlaunch completion fish > ~/.config/fish/completions/mixlaunch.fish

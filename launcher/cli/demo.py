@@ -1,6 +1,6 @@
-"""`mixlaunch demo`: from nothing to a fine-tuned, served Mixtral on this machine, by the commands a user types.
+"""`mixlaunch demo`: the whole chain on this machine, with the commands that a user types.
 
-Every command is printed before it runs and does its real work on the cluster `local`; nothing here is staged.
+Every command is printed before it runs, and really runs on the cluster `local`.
 """
 
 import os
@@ -15,10 +15,10 @@ import click
 from launcher.common import sample_text, terminal
 from launcher.errors import Fault, UsageError
 
-TEXT_BYTES = 2 << 20  # enough English for the loss to fall, little enough for seconds of tokenizing
-LEAST_TEXT = 8000  # bytes: a batch and what is kept aside to test on
+TEXT_BYTES = 2 << 20  # characters: enough text for the loss to fall, and tokenized within seconds
+LEAST_TEXT = 8000  # bytes: a batch, and the documents kept for validation
 QUESTION = shlex.split("--raw --prompt 'Return a list of the' --temperature 0.8 --seed 7 --max-tokens 40")
-# Small enough for two cores, and with all that makes a Mixtral one: grouped queries, 8 experts, 2 of them a token.
+# Small enough for two cores, and still a Mixtral: grouped queries, 8 experts, 2 experts a token.
 MODEL = shlex.split("--hidden 128 --intermediate 256")
 TRAINING = shlex.split(
     "--pp 2 --ep 2 --steps 80 --sequence-length 64 --micro-batch 2 --global-batch 16 --precision fp32 "
@@ -41,23 +41,23 @@ def run(text: Path | None, folder: Path) -> None:
         sample_text.write(corpus, TEXT_BYTES)
     hub, converted = models / "tiny-mixtral", models / "tiny-mixtral-megatron"
     chain = Demo(folder)
-    chain.step("A small Mixtral in the hub's layout, random weights", "tiny", "--output", hub, *MODEL)
+    chain.step("A small Mixtral in the hub's layout, with random weights", "tiny", "--output", hub, *MODEL)
     chain.step("Text into token files", "prepare", corpus, "--model", hub)
     chain.step("The hub's layout into Megatron's", "convert", "--model", hub)
     chain.step("Finetuning: 2 pipeline stages x 2 expert ranks", "finetune", "--model", converted, *TRAINING)
     trained = newest(runs, "finetune")
-    chain.step("What the first rank said, and the loss", "logs", trained.name)
+    chain.step("The log of the first rank, and the loss", "logs", trained.name)
     chain.step(
         "Back into the hub's layout", "convert", "--to", "hf", "--model", trained, "--output", models / "tuned"
     )
-    chain.step("A server on what was trained", "serve", "--model", trained, "--precision", "fp32", "--no-wait")
+    chain.step("A server with the trained model", "serve", "--model", trained, "--precision", "fp32", "--no-wait")
     server = newest(runs, "serve")
     try:
         wait_for(server / "server.json", seconds=120)
         chain.step("A question", "chat", server, *QUESTION)
     finally:
         chain.step("The server ends", "cancel", server.name)
-    terminal.heading(f"Done in {time.monotonic() - began:.0f} s. Where everything lies:")
+    terminal.heading(f"Done in {time.monotonic() - began:.0f} s. The files:")
     terminal.facts(
         [
             ("text", str(corpus)),
@@ -72,7 +72,7 @@ def run(text: Path | None, folder: Path) -> None:
 
 
 class Demo:
-    """Runs `mixlaunch` commands on the cluster `local` with everything below one folder."""
+    """Runs `mixlaunch` commands on the cluster `local`; all files are in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._environment = os.environ | {"MIXLAUNCH_STATE": str(folder), "MIXLAUNCH_CLUSTER": "local"}
@@ -102,13 +102,19 @@ def wait_for(path: Path, *, seconds: float) -> None:
 
 
 @click.command()
-@click.option("--text", type=click.Path(path_type=Path), help="Text of your own.  [default: Python's docstrings]")
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("demo"), help="Where to.  [default: demo]")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Text to train on.  [default: the docstrings of Python's standard library]",
+)
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path("demo"), help="Folder to write.  [default: demo]"
+)
 def demo(text: Path | None, folder: Path) -> None:
-    """Run the whole chain on this machine, small.
+    """Run the whole chain on this machine with a small model.
 
-    It needs no Slurm and no GPU: it makes a small Mixtral, prepares text, converts, trains on 4 processes, converts
-    back, serves and asks.
+    It needs no Slurm and no GPU. It makes a small Mixtral, prepares text, converts, trains on 4 processes, converts
+    back, serves and asks a question.
     """
     run(text, folder)
 

@@ -1,4 +1,4 @@
-"""`explain`: why a run ended or how it does, printed for people and for programs."""
+"""`explain`: why a run ended or what it is doing, printed for people and for programs."""
 
 import sys
 from collections.abc import Sequence
@@ -18,18 +18,24 @@ from launcher.slurm import hostlist
 
 @click.command()
 @NEWEST
-@click.option("--attempt", type=int, metavar="N", help="Which attempt.  [default: what the run came to]")
-@click.option("--mark-bad", is_flag=True, help="Put the nodes that failed on the cluster's list of bad ones.")
-@click.option("--for", "lasting", default="7d", metavar="12h|7d|2w|forever", help="How long.  [default: 7d]")
+@click.option("--attempt", type=int, metavar="N", help="Attempt to explain.  [default: the last one]")
+@click.option("--mark-bad", is_flag=True, help="Put the nodes that failed on the cluster's list of bad nodes.")
+@click.option(
+    "--for",
+    "lasting",
+    default="7d",
+    metavar="12h|7d|2w|forever",
+    help="How long they stay on the list.  [default: 7d]",
+)
 @AS_JSON
 @IN_CLUSTER
 def explain(
     name: str, attempt: int | None, mark_bad: bool, lasting: str, as_json: bool, cluster: str | None
 ) -> None:
-    """Say why a run ended, or how it does.
+    """Say why a run ended, or what it is doing.
 
-    The first rank and node that failed, what its end means, the lines that show it, and what to do. RUN is a
-    name, a prefix or a job id; by default the newest run.
+    It shows the first rank and node that failed, the cause, the lines that show it, and what to do. RUN is a name,
+    a prefix or a job id. The default is the newest run.
     """
     explanation = diagnosis.explain(find.run(name, find.roots_of(cluster)), attempt=attempt)
     if mark_bad:
@@ -61,7 +67,7 @@ def _show(explanation: Explanation) -> None:
 def _show_finding(found: Finding) -> None:
     code = words.code_in_words(found.code) if found.code else ""
     others = f"{_ranks(found.secondary)} only lost the connection" if found.secondary and not found.silent else ""
-    silent = f"{_ranks(found.silent)} said nothing" if found.silent else ""
+    silent = f"{_ranks(found.silent)} printed nothing" if found.silent else ""
     notes = [("note", note) for note in found.notes]
     terminal.facts(
         [("meaning", found.cause.meaning), ("code", code), ("others", others), ("silent", silent), *notes]
@@ -77,7 +83,7 @@ def _show_finding(found: Finding) -> None:
 
 
 def _harmless(text: str) -> str:
-    """A log's line as a terminal may see it."""
+    """A log's line without control characters."""
     return "".join(character if character.isprintable() else " " for character in text.expandtabs(4))
 
 

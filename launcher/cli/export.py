@@ -1,4 +1,4 @@
-"""`export JOB`: a job's script, printed or as a folder with all that belongs to it; plain `sbatch` runs it."""
+"""`export JOB`: prints a job's script, or writes a folder with everything that it needs. Plain `sbatch` runs it."""
 
 import sys
 from pathlib import Path
@@ -16,15 +16,15 @@ BUNDLE = SectionedOption(
     section="Job",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Make a folder of it: script, config.yaml, README.",
+    help="Write a folder: script, config.yaml, README.",
 )
 
 
 @click.group()
 def export() -> None:
-    """Print a job's script, self-contained, or make a folder of it.
+    """Print a job's self-contained script, or write a folder with it.
 
-    Plain `sbatch` runs it; all it needs is a Python with megatron_mixtral where the ranks run.
+    Plain `sbatch` runs it. It needs only a Python with megatron_mixtral where the ranks run.
     """
 
 

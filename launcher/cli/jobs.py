@@ -23,21 +23,25 @@ def _flag(name: str, help: str) -> click.Option:
 
 
 START = (
-    _flag("--dry-run", "Show script, files and layout; touch nothing."),
+    _flag("--dry-run", "Show script, configuration and layout; change nothing."),
     SectionedOption(
         ["--wait/--no-wait"],
         section="Job",
         default=None,
-        help="Wait for the end.  [default: on this machine; elsewhere `serve` waits until it is ready]",
+        help="Wait until the job ends.  [default: on this machine; on a cluster `serve` waits until it answers]",
     ),
     _flag("--follow", "Wait, and print rank 0's log."),
     SectionedOption(
-        ["--exclude"], section="Job", multiple=True, metavar="NODES", help="Leave them out; repeat it."
+        ["--exclude"],
+        section="Job",
+        multiple=True,
+        metavar="NODES",
+        help="Nodes that the job must not get; can be repeated.",
     ),
-    _flag("--health-check", "Look at every node before the ranks start."),
+    _flag("--health-check", "Test every node before the ranks start."),
 )
-AS_JOB = _flag("--as-job", "As a job, not here in the foreground.")
-TUNNEL = _flag("--tunnel", "Wait, then let a port of this machine lead to it until Ctrl-C.")
+AS_JOB = _flag("--as-job", "Run as a job, not here in the foreground.")
+TUNNEL = _flag("--tunnel", "Wait until the server answers, then forward a port of this machine to it until Ctrl-C.")
 MORE = {"serve": (TUNNEL,)}
 UNDER = {"convert": (job_command("verify", _later("run"), more=START),)}
 

@@ -1,4 +1,4 @@
-"""What a run said and how it learns: `logs` prints, `plot` draws."""
+"""`logs` prints a run's log, and `plot` draws its loss."""
 
 import os
 import re
@@ -39,11 +39,11 @@ class Regex(click.ParamType):  # type: ignore[type-arg]
 
 @click.command()
 @NEWEST
-@click.option("-f", "--follow", is_flag=True, help="Go on as lines come, also into the next attempt.")
-@click.option("--rank", type=RankType(), metavar="N|all", default=0, help="Which rank's log.  [default: 0]")
-@click.option("--batch", is_flag=True, help="The batch script's own log.")
-@click.option("--attempt", type=int, metavar="N", help="Which attempt's.  [default: the newest]")
-@click.option("--grep", "pattern", type=Regex(), metavar="REGEX", help="Only lines that match.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines as they come, also those of the next attempt.")
+@click.option("--rank", type=RankType(), metavar="N|all", default=0, help="Rank whose log to print.  [default: 0]")
+@click.option("--batch", is_flag=True, help="Print the batch script's own log.")
+@click.option("--attempt", type=int, metavar="N", help="Attempt whose log to print.  [default: the newest]")
+@click.option("--grep", "pattern", type=Regex(), metavar="REGEX", help="Print only lines that match.")
 @IN_CLUSTER
 def logs(
     name: str,
@@ -56,7 +56,8 @@ def logs(
 ) -> None:
     """Print a run's log.
 
-    RUN is a name, a prefix or a job id; by default the newest run. With --rank all each line is headed by its rank.
+    RUN is a name, a prefix or a job id. The default is the newest run. With --rank all, each line begins with its
+    rank.
     """
     run = find.run(name, find.roots_of(cluster))
     source = "batch" if batch else rank
@@ -67,17 +68,20 @@ def logs(
 @click.command()
 @run_argument()
 @click.option(
-    "-o", "--output", metavar="FILE", help="Where to: .png, .svg or .pdf.  [default: plot.png in the run]"
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="File to write: .png, .svg or .pdf.  [default: plot.png in the run directory]",
 )
 @IN_CLUSTER
 def plot(name: str, output: str | None, cluster: str | None) -> None:
     """Draw a run's loss and expert load.
 
-    RUN is a name, a job's id, a prefix, or a path; it may still be running. Needs matplotlib here.
+    RUN is a name, a job id, a prefix, or a path. It may still be running. This needs matplotlib on this machine.
     """
     run = find.run(name, find.roots_of(cluster))
     target = os.path.abspath(os.path.expanduser(output)) if output else str(run.path / "plot.png")
-    # The job's own package draws it, in a process of its own, from the events in the run directory.
+    # The job's package draws it in its own process, from the events in the run directory.
     argv = [sys.executable, "-m", "megatron_mixtral.observability.plot", str(run.path), target]
     drawn = subprocess.run(argv, capture_output=True, text=True, check=False)
     if drawn.returncode:

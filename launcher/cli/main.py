@@ -1,7 +1,7 @@
-"""The top of the command line: which commands there are, what each is for, and how our errors leave.
+"""The top of the command line: the commands, their purpose, and how errors are printed.
 
-A command's module is imported when that command is asked for. So help comes at once, and modules import at the top.
-Exit codes: 0 done, 2 the user's mistake, 1 anything that failed around them, 130 interrupted.
+A command's module is imported when the command is used. So help is fast, and modules import at their top. Exit
+codes: 0 done, 2 the user's mistake, 1 anything that failed around them, 130 interrupted.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from launcher.errors import MixlaunchError, of_system
 
-# Of each command the module in launcher.cli, and the first line of its help.
+# Each command's module in launcher.cli, and the first line of its help.
 SECTIONS = {
     "The chain": {
         "download": ("jobs", "Fetch a model from the hub."),
@@ -28,24 +28,24 @@ SECTIONS = {
     },
     "Before you submit": {
         "plan": ("plan", "Say whether a job fits, before the queue does."),
-        "export": ("export", "Print a job's script, self-contained, or make a folder of it."),
+        "export": ("export", "Print a job's self-contained script, or write a folder with it."),
         "rehearse": ("rehearse", "Run a job's script on a private Slurm first."),
         "clusters": ("clusters", "List cluster profiles, show, check or make one."),
-        "sandbox": ("sandbox", "A private, real Slurm on this machine."),
+        "sandbox": ("sandbox", "Run a private, real Slurm on this machine."),
     },
     "Your runs": {
         "status": ("status", "Show what runs are doing."),
         "logs": ("logs", "Print a run's log."),
         "plot": ("logs", "Draw a run's loss and expert load."),
-        "explain": ("explain", "Say why a run ended, or how it does."),
-        "resume": ("runs", "Go on with a run that ended too early."),
+        "explain": ("explain", "Say why a run ended, or what it is doing."),
+        "resume": ("runs", "Continue a run that ended before it was done."),
         "retry": ("runs", "Run a failed run again."),
         "cancel": ("runs", "End runs: names, prefixes or job ids."),
-        "nodes": ("nodes", "Keep jobs off bad nodes."),
+        "nodes": ("nodes", "Keep jobs away from bad nodes."),
     },
     "To see it all": {
-        "demo": ("demo", "Run the whole chain on this machine, small."),
-        "completion": ("completion", "Print what makes a shell complete words."),
+        "demo": ("demo", "Run the whole chain on this machine with a small model."),
+        "completion": ("completion", "Print a script that completes commands in a shell."),
     },
 }
 SHOWN = {name: row for section in SECTIONS.values() for name, row in section.items()}
@@ -53,7 +53,7 @@ MODULES = {name: module for name, (module, _) in SHOWN.items()} | {"tiny": "jobs
 
 
 class Failure(click.ClickException):
-    """One of our errors on its way out: its message, its exit code, no traceback."""
+    """Prints one of our errors: message and exit code, without a traceback."""
 
     def __init__(self, error: MixlaunchError) -> None:
         super().__init__(str(error))
@@ -66,7 +66,7 @@ class Failure(click.ClickException):
 
 
 class Commands(Mapping[str, click.Command]):
-    """The commands by name; to ask for one imports its module, whose COMMANDS hold it."""
+    """The commands by name; looking one up imports its module, which has it in COMMANDS."""
 
     def __getitem__(self, name: str) -> click.Command:
         found: tuple[click.Command, ...] = importlib.import_module(f"launcher.cli.{MODULES[name]}").COMMANDS
@@ -115,7 +115,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """From a Hugging Face Mixtral to a fine-tuned, served one on any Slurm cluster.
 
-    Every command of the chain takes --cluster NAME and --dry-run. `mixlaunch demo` shows it all on this machine.
+    Every command of the chain takes --cluster NAME and --dry-run. `mixlaunch demo` runs the whole chain on this
+    machine.
     """
 
 
@@ -124,6 +125,6 @@ def main() -> None:
     try:
         cli(prog_name="mixlaunch")
     except OSError as error:  # stdout itself: a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter would write it again
         Failure(of_system(error)).show()
         sys.exit(1)

@@ -1,6 +1,6 @@
-"""The commands about bad nodes: which ones a cluster's jobs keep off, why, and until when.
+"""The commands about bad nodes: which nodes a cluster's jobs avoid, why, and until when.
 
-Submissions leave them out by --exclude, which a dry run shows.
+Submissions exclude them with --exclude, which a dry run shows.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from launcher.slurm import hostlist
 CLUSTER = click.option(
     "--cluster",
     metavar="NAME|FILE.yaml",
-    help="Whose nodes.  [default: $MIXLAUNCH_CLUSTER, else local]",
+    help="Cluster of the nodes.  [default: $MIXLAUNCH_CLUSTER, else local]",
     shell_complete=completion.clusters,
 )
 
@@ -28,9 +28,10 @@ CLUSTER = click.option(
 @AS_JSON
 @click.pass_context
 def nodes(ctx: click.Context, as_json: bool, cluster: str | None) -> None:
-    """Keep jobs off bad nodes.
+    """Keep jobs away from bad nodes.
 
-    Shows the cluster's list: nodes with a reason and an end, left out of every submission.
+    Without a command it shows the cluster's list: each node with its reason and expiry. Every submission excludes
+    these nodes.
     """
     if ctx.invoked_subcommand is None:
         _show(cluster, as_json)
@@ -63,7 +64,7 @@ def _show(cluster: str | None, as_json: bool) -> None:
 @nodes.command("add")
 @CLUSTER
 @click.argument("names", metavar="NODE...", nargs=-1, required=True)
-@click.option("--reason", required=True, help="What is wrong with them, for people.")
+@click.option("--reason", required=True, help="What is wrong with the nodes.")
 @click.option("--for", "lasting", default="7d", show_default=True, metavar="12h|7d|2w|forever", help="How long.")
 def add(names: tuple[str, ...], reason: str, lasting: str, cluster: str | None) -> None:
     """Put nodes on the list: gpu07, gpu[01-04]."""
@@ -73,7 +74,7 @@ def add(names: tuple[str, ...], reason: str, lasting: str, cluster: str | None) 
     bad_nodes.require_file_system(loaded)
     _known(loaded, wanted)
     bad_nodes.add(loaded, dict.fromkeys(wanted, reason), until)
-    terminal.done(f"jobs on {loaded.name} keep off {', '.join(wanted)}{f' for {lasting}' if until else ''}")
+    terminal.done(f"jobs on {loaded.name} avoid {', '.join(wanted)}{f' for {lasting}' if until else ''}")
 
 
 @nodes.command("remove")
@@ -99,7 +100,7 @@ def _expanded(names: tuple[str, ...]) -> list[str]:
 def _known(cluster: ClusterProfile, wanted: list[str]) -> None:
     """Refuse a name that Slurm doesn't know: with it on the list, every later submission would fail."""
     if cluster.is_local:
-        raise UsageError(f"{cluster.name}: its jobs run on this machine alone; there are no nodes to leave out")
+        raise UsageError(f"{cluster.name}: its jobs run only on this machine; there are no nodes to exclude")
     arguments = ("--noheader", "--Node", "--format=%N")
     try:
         there = cluster.host.call("sinfo", *arguments).split()

@@ -1,6 +1,6 @@
 """The options of every job command, built once and shared by submission, `plan`, `export` and `rehearse`.
 
-They are read without what plans and submits: help, TAB and mistakes come at once.
+They don't import the code that plans and submits, so help, completion and usage errors are fast.
 """
 
 import re
@@ -17,19 +17,19 @@ AXES = (
     ("tensor", "tp", "Tensor parallel size."),
     ("pipeline", "pp", "Pipeline parallel size."),
     ("expert", "ep", "Expert parallel size."),
-    ("expert_tensor", "etp", "Tensor parallel size inside an expert."),
+    ("expert_tensor", "etp", "Expert tensor parallel size."),
     ("context", "cp", "Context parallel size."),
 )
 PARALLEL = ("convert", "finetune", "serve")
-SHARED = ("convert", "verify")  # their processes share the bytes, so that any number of nodes will do
-HELP = {  # a line for the list of commands, and what more there is to say
-    "tiny": "Make a small Mixtral with random weights.\n\nIt lies in the hub's layout, real tokenizer and all.",
+SHARED = ("convert", "verify")  # their processes share the bytes, so any number of nodes works
+HELP = {  # a line for the list of commands, and the rest of the help
+    "tiny": "Make a small Mixtral with random weights.\n\nIt has the hub's layout and Mixtral's own tokenizer.",
     "download": "Fetch a model from the hub.\n\nIt goes into the cluster's models folder; run it again to resume.",
     "prepare": "Tokenize text for training.\n\nFILES of text or conversations become Megatron's .bin and .idx.",
     "convert": "Convert weights, to Megatron's layout or back.\n\nOne conversion serves every parallel layout.",
-    "verify": "Prove a converted folder.\n\nEvery tensor in DIR must still have the digest it was written with.",
-    "finetune": "Train on prepared data.\n\nFrom converted weights, or from another run's newest checkpoint.",
-    "serve": "Serve a model over HTTP.\n\nThe OpenAI and the Megatron way, and a page to try it in a browser.",
+    "verify": "Check a converted folder against its digests.\n\nEvery tensor in DIR must have its recorded digest.",
+    "finetune": "Train on prepared data.\n\nIt starts from converted weights, or from a run's newest checkpoint.",
+    "serve": "Serve a model over HTTP.\n\nIt answers OpenAI's and Megatron's requests, and has a chat page.",
 }
 
 
@@ -42,7 +42,7 @@ class SectionedOption(click.Option):
 
 
 class SectionedCommand(click.Command):
-    """A command whose help keeps together what belongs together."""
+    """A command whose help has sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -55,7 +55,7 @@ class SectionedCommand(click.Command):
 
 
 class CommandWithOthers(SectionedCommand):
-    """A command with others under it: its first word is the name of one of them, or else its model."""
+    """A command with subcommands: its first word is the name of a subcommand, or else its model."""
 
     def __init__(
         self, name: str, *, under: Sequence[click.Command], params: list[click.Parameter], **parts: Any
@@ -79,7 +79,7 @@ class CommandWithOthers(SectionedCommand):
         return super().invoke(ctx)
 
     def _model(self, ctx: click.Context, word: str, *more: str) -> str:
-        if word in self.commands:  # what was typed before it would be lost
+        if word in self.commands:  # an option before it would have no effect
             typed = [p for p in ctx.params if ctx.get_parameter_source(p) == click.core.ParameterSource.COMMANDLINE]
             first = next((p.opts[0] for p in self.params if p.name in typed), "--")
             raise click.UsageError(f"{first} goes behind `{self.name} {word}`", ctx=ctx)
@@ -99,12 +99,15 @@ class CommandWithOthers(SectionedCommand):
 
 
 FORCE = SectionedOption(
-    ["--force"], section="Job", is_flag=True, help="Submit though the memory estimate says that it doesn't fit."
+    ["--force"],
+    section="Job",
+    is_flag=True,
+    help="Submit even if the memory estimate says that the job doesn't fit.",
 )
 
 
 class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
-    """A setting's own check, so that the command line and a program hear the same words."""
+    """A setting's own check, so the command line and programs get the same message."""
 
     name = "value"
 
@@ -125,7 +128,7 @@ def job_command(
     more: tuple[click.Parameter, ...] = (),
     under: tuple[click.Command, ...] = (),
 ) -> click.Command:
-    """The command of `job`, with others `under` it. `action` gets the job, what was typed, and `more` by name."""
+    """The command of `job`, with others `under` it. `action` gets the job, the options, and `more` by name."""
     names = [str(parameter.name) for parameter in more]
 
     def callback(**typed: Any) -> None:
@@ -142,23 +145,23 @@ def job_command(
 
 
 def _option(section: str, name: str, help: str, default: str = "", **rest: Any) -> click.Option:
-    """An option that has no value unless given: `default` only says what the plan then does."""
+    """An option without a value of its own; `default` only says what the plan does without it."""
     return SectionedOption(
         [name], section=section, help=f"{help}  [default: {default}]" if default else help, **rest
     )
 
 
 def override(section: str = "Options") -> click.Option:
-    """`-o KEY=VALUE`, which every command about one cluster takes."""
+    """`-o KEY=VALUE` of every command about one cluster."""
     names = ["-o", "override"]
-    help = "In place of the profile's own, such as -o node.gpus=4; repeat it."
+    help = "Replaces a key of the profile, such as -o node.gpus=4; can be repeated."
     return SectionedOption(
         names, section=section, multiple=True, metavar="KEY=VALUE", help=help, shell_complete=completion.keys
     )
 
 
 def _env() -> click.Option:
-    names, help = ["--env"], "Variable of your environment that the job gets as a secret; repeat it."
+    names, help = ["--env"], "Variable of your environment that the job gets as a secret; can be repeated."
     return SectionedOption(
         names, section="Job", multiple=True, metavar="NAME", help=help, shell_complete=completion.variables
     )
@@ -173,7 +176,7 @@ def _model(help: str = "Repository, path, or name of a run.") -> click.Option:
 
 
 def _tiny() -> list[click.Parameter]:
-    return [_what("--output", "Folder to make.", metavar="DIR", required=True)]
+    return [_what("--output", "Folder to write.", metavar="DIR", required=True)]
 
 
 def _download() -> list[click.Parameter]:
@@ -187,7 +190,7 @@ def _download() -> list[click.Parameter]:
 def _prepare() -> list[click.Parameter]:
     return [
         click.Argument(["files"], nargs=-1, required=True, metavar="FILES..."),
-        _model("Whose tokenizer: repository or path."),
+        _model("Model whose tokenizer is used: repository or path."),
         _what("--output", "Prefix of the two files.", "finetune, in the data folder", metavar="PREFIX"),
     ]
 
@@ -204,18 +207,18 @@ def _convert() -> list[click.Parameter]:
 def _verify() -> list[click.Parameter]:
     return [
         click.Argument(["folder"], metavar="[DIR]", required=False),
-        _what("--model", "In place of DIR: the conversion of a repository, or a run.", MODEL),
+        _what("--model", "Instead of DIR: the conversion of a repository, or a run.", MODEL),
         _processes(),
     ]
 
 
 def _processes() -> click.Option:
-    help = "Processes a node that share it.  [default: 1 here, 8 on a cluster]"
+    help = "Processes on each node that share the work.  [default: 1 here, 8 on a cluster]"
     return SectionedOption(["-j", "--processes"], section="What", help=help, **_whole("--processes"))
 
 
 def _finetune() -> list[click.Parameter]:
-    help = "What `prepare` wrote; repeat it to blend, by weight if given."
+    help = "Prefix that `prepare` wrote; repeat it to blend data sets, with weights if given."
     return [
         _model(),
         _what(
@@ -260,7 +263,7 @@ def _layout(job: str) -> list[click.Parameter]:
 
 
 def _job(job: str) -> list[click.Parameter]:
-    """What every job can be asked for."""
+    """The options of every job."""
     cluster = "$MIXLAUNCH_CLUSTER, else local"
     fewest = "1" if job in SHARED else "the fewest that the layout needs"
     nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))

@@ -1,6 +1,7 @@
-"""`pipeline`: the whole chain in one command, its jobs queued one after another.
+"""`pipeline`: submits the whole chain with one command.
 
-On a cluster Slurm keeps the order, and ends what can't start any more; on this machine one step runs after another.
+On a cluster Slurm keeps the order, and cancels jobs that can no longer start. On this machine the steps run one
+after another.
 """
 
 import sys
@@ -21,17 +22,20 @@ from launcher.submit import pipeline as chain
 from launcher.submit.pipeline import Pipeline
 
 OWN = (
-    SectionedOption(["--output"], section="What", metavar="DIR", help="Where the export goes.  [default: models]"),
-    SectionedOption(["--dry-run"], section="Job", is_flag=True, help="Show every step; touch nothing."),
+    SectionedOption(["--output"], section="What", metavar="DIR", help="Folder of the export.  [default: models]"),
+    SectionedOption(["--dry-run"], section="Job", is_flag=True, help="Show every step; change nothing."),
     SectionedOption(
-        ["--wait/--no-wait"], section="Job", default=None, help="Wait for the end.  [default: on this machine]"
+        ["--wait/--no-wait"],
+        section="Job",
+        default=None,
+        help="Wait until the job ends.  [default: on this machine]",
     ),
     FORCE,
 )
 HELP = """Download, convert, train and export in one go.
 
-FILES are prepared on the way; without any, --data or what `prepare` wrote is trained on. What is there already is
-left out. Layout, --nodes, --time and the settings are finetune's; --name heads the name of every step.
+FILES are prepared first. Without FILES, training uses --data or what `prepare` wrote before. Steps whose output
+exists are left out. Layout, --nodes, --time and the settings are finetune's. Every step's name begins with --name.
 """
 
 
@@ -93,7 +97,7 @@ def to_the_end(started: Sequence[Run]) -> int:
         if code:
             for later in started[place + 1 :]:
                 if states.cancel(later):
-                    terminal.say(f"{later.name} is cancelled: it can't start any more")
+                    terminal.say(f"{later.name} is cancelled: it can no longer start")
             return code
     return 0
 
@@ -107,7 +111,7 @@ def _run_here(planned: Pipeline, asked: Sequence[str]) -> int:
 
 
 def _command() -> click.Command:
-    """finetune's options, FILES, and what is a pipeline's own."""
+    """finetune's options, FILES, and the pipeline's own options."""
     finetune = job_command("finetune", lambda *_: None)
     files = click.Argument(["files"], nargs=-1, metavar="[FILES]...")
     return SectionedCommand(

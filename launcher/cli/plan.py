@@ -1,4 +1,4 @@
-"""`plan JOB`: what a job's options come to, and whether it fits, without a submission.
+"""`plan JOB`: a job's layout and memory, and whether it fits, without a submission.
 
 Exit codes are those of the submission: 2 for a job that would be refused, with the nearest layouts that fit.
 """
@@ -14,15 +14,17 @@ from launcher.common import terminal
 from launcher.errors import LayoutError
 from launcher.planning import describe
 
-JSON = SectionedOption(["--json", "as_json"], section="Job", is_flag=True, help="Everything, for programs.")
+JSON = SectionedOption(
+    ["--json", "as_json"], section="Job", is_flag=True, help="Print everything as JSON, for programs."
+)
 
 
 @click.group()
 def plan() -> None:
     """Say whether a job fits, before the queue does.
 
-    The layout equation, tokens a step, pipeline bubble, traffic over the fabric, memory per GPU; and when it
-    doesn't fit, the nearest layouts that do.
+    It prints the layout equation, tokens a step, pipeline bubble, traffic over the fabric and memory per GPU. If
+    the job doesn't fit, it prints the nearest layouts that fit.
     """
 
 

@@ -1,4 +1,4 @@
-"""From what was typed to a plan, with nothing written. A model behind a login node is looked at there."""
+"""Turns typed options into a plan. It writes nothing. A model behind a login node is read there."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`rehearse`: a job's script on a private Slurm of the cluster's shape, a line for each thing that was tried."""
+"""`rehearse`: runs a job's script on a private Slurm of the cluster's shape, and prints a line for each step."""
 
 import shutil
 import sys
@@ -24,8 +24,8 @@ KEEP = SectionedOption(["--keep"], section="Job", is_flag=True, help="Keep the r
 def rehearse() -> None:
     """Run a job's script on a private Slurm first.
 
-    The very script the cluster would get, with its topology: rendezvous, layout, data, three steps, an early
-    warning, a save and a resume, with a tiny model on this machine's processors.
+    It runs the script that the cluster would get, with the cluster's topology and a tiny model, on this machine's
+    CPU: rendezvous, layout, data, three steps, an early warning, a save and a resume.
     """
 
 
@@ -61,7 +61,7 @@ def _try_all(plan: JobPlan, folder: Path) -> None:
         path = start.new_path(mirrored)
         terminal.heading(f"what {cluster} would get, and what runs here")
         terminal.code(rehearsal_plan.script_diff(plan, mirrored, path), "diff")
-        terminal.heading("what differs from the real thing")
+        terminal.heading("differences from the real job")
         for line in rehearsal_plan.what_differs(plan, mirrored):
             terminal.say(f"  {line}")
         terminal.heading("the rehearsal")

@@ -1,4 +1,4 @@
-"""What commands about runs have in common: RUN, --cluster, --json."""
+"""Arguments that commands about runs share: RUN, --cluster, --json."""
 
 from collections.abc import Callable
 from typing import Any

@@ -43,13 +43,13 @@ def run(
 
 
 def submit(plan: JobPlan, *, asked: tuple[str, ...], wait: bool | None, follow: bool, tunnel: bool = False) -> int:
-    """Submit, say so, and watch as long as `wait` says; returns the exit code for the shell.
+    """Submit, print it, and watch as long as `wait` says; returns the exit code.
 
     True is to the end. None is to the end on this machine; elsewhere a server is watched until it is ready, and any
     other job not at all. A tunnel to a server is held until Ctrl-C.
     """
     if tunnel and plan.profile.is_local:
-        raise UsageError("--tunnel: this server will be on this machine already")
+        raise UsageError("--tunnel: this server runs on this machine")
     made = start.run(plan, asked=asked)
     where = "this machine" if made.is_local else f"{made.cluster} as job {made.job_id}"
     terminal.done(f"{plan.job} {'started on' if made.is_local else 'submitted to'} {where}")
@@ -64,7 +64,7 @@ def submit(plan: JobPlan, *, asked: tuple[str, ...], wait: bool | None, follow: 
 
 
 def _show(plan: JobPlan, *, script: bool = True) -> None:
-    """What a submission would do, without doing any of it."""
+    """Show what a submission would do."""
     run_dir = start.new_path(plan)
     text = render.render(plan, str(run_dir))
     lint.check(text, plan.profile.slurm_version)
@@ -79,7 +79,7 @@ def _show(plan: JobPlan, *, script: bool = True) -> None:
 
 
 def download(job: str, typed: dict[str, Any], *, as_job: bool, dry_run: bool, **how: Any) -> None:
-    """Downloads need the network, which compute nodes often lack: they run here unless told otherwise."""
+    """Downloads need the internet, which compute nodes often lack, so they run here by default."""
     if as_job:
         run(job, typed, dry_run=dry_run, **how)
     elif dry_run:

@@ -1,4 +1,4 @@
-"""The commands that change what a run does: `cancel` ends it, `resume` and `retry` make it go on."""
+"""The commands that change a run: `cancel` ends it, and `resume` and `retry` continue it."""
 
 import sys
 from collections.abc import Callable
@@ -16,10 +16,12 @@ from launcher.slurm import hostlist
 from launcher.submit import resume as again
 
 AGAIN = (
-    click.Option(["--time"], metavar="LIMIT", help="Another time limit.  [default: the one it had]"),
-    click.Option(["--exclude"], multiple=True, metavar="NODES", help="Nodes to leave out; repeat it."),
-    click.Option(["--exclude-failed"], is_flag=True, help="Leave out the nodes that failed, as `explain` says."),
-    click.Option(["--wait"], is_flag=True, help="Wait for the end."),
+    click.Option(["--time"], metavar="LIMIT", help="New time limit.  [default: the same as before]"),
+    click.Option(
+        ["--exclude"], multiple=True, metavar="NODES", help="Nodes that the job must not get; can be repeated."
+    ),
+    click.Option(["--exclude-failed"], is_flag=True, help="Exclude the nodes that failed according to `explain`."),
+    click.Option(["--wait"], is_flag=True, help="Wait until the job ends."),
     click.Option(["--follow"], is_flag=True, help="Wait, and print rank 0's log."),
 )
 
@@ -28,9 +30,9 @@ AGAIN = (
 @run_argument()
 @IN_CLUSTER
 def resume(**how: Any) -> None:
-    """Go on with a run that ended too early.
+    """Continue a run that ended before it was done.
 
-    Same run directory, script and configuration, from what it saved: a new job is its next attempt.
+    A new job continues from what the run saved, in the same run directory, with the same script and configuration.
     """
     _go_on(again.resume, **how)
 
@@ -41,7 +43,8 @@ def resume(**how: Any) -> None:
 def retry(**how: Any) -> None:
     """Run a failed run again.
 
-    In its own run directory, from its newest checkpoint where it has one; with --exclude-failed on other nodes.
+    The new job runs in the same run directory, and starts from the newest checkpoint if there is one.
+    --exclude-failed runs it on other nodes.
     """
     _go_on(again.retry, **how)
 
@@ -71,7 +74,9 @@ def _go_on(
 
 @click.command()
 @MANY
-@click.option("--stuck", is_flag=True, help="Every run that waits for a job that failed, and so can't start.")
+@click.option(
+    "--stuck", is_flag=True, help="End every run that can't start, because it waits for a job that failed."
+)
 @IN_CLUSTER
 def cancel(names: tuple[str, ...], stuck: bool, cluster: str | None) -> None:
     """End runs: names, prefixes or job ids."""
@@ -80,12 +85,12 @@ def cancel(names: tuple[str, ...], stuck: bool, cluster: str | None) -> None:
     roots = find.roots_of(cluster)
     found = [find.run(name, roots) for name in names]
     if stuck and not (hopeless := states.stuck(find.every(roots))):
-        terminal.say("every run that waits can still start")
+        terminal.say("every waiting run can still start")
     elif stuck:
         found += hopeless
     for run in found:
         if states.cancel(run):
-            terminal.done(f"{run.name} is told to end")
+            terminal.done(f"{run.name} is being cancelled")
         else:
             terminal.say(f"{run.name} has ended already")
 

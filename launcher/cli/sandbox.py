@@ -14,16 +14,21 @@ from launcher.sandbox.config import ClusterShape
 
 @click.group()
 def sandbox() -> None:
-    """A private, real Slurm on this machine.
+    """Run a private, real Slurm on this machine.
 
-    Its profile is the cluster `sandbox`. It runs as you, in a folder and on ports of its own, and touches no other.
+    Its profile is the cluster `sandbox`. It runs as you, in its own folder and on its own ports, and touches no
+    other Slurm.
     """
 
 
 @sandbox.command("up")
-@click.option("--nodes", type=click.IntRange(1, 64), default=4, show_default=True, help="Nodes to pretend.")
-@click.option("--gpus", type=click.IntRange(0, 16), default=8, show_default=True, help="GPUs a node to pretend.")
-@click.option("--accounting/--no-accounting", default=None, help="sacct and accounts.  [default: if installed]")
+@click.option(
+    "--nodes", type=click.IntRange(1, 64), default=4, show_default=True, help="Number of nodes to simulate."
+)
+@click.option(
+    "--gpus", type=click.IntRange(0, 16), default=8, show_default=True, help="GPUs of each node to simulate."
+)
+@click.option("--accounting/--no-accounting", default=None, help="Run sacct and accounts.  [default: if installed]")
 def sandbox_up(nodes: int, gpus: int, accounting: bool | None) -> None:
     """Start it and wait until its nodes are idle."""
     started = lifecycle.up(shape=ClusterShape(nodes=nodes, gpus=gpus), accounting=accounting)
@@ -50,7 +55,7 @@ def sandbox_down() -> None:
 @sandbox.command("status")
 @click.option("--json", "as_json", is_flag=True, help="For programs: folder, state, dead daemons, nodes, jobs.")
 def sandbox_status(as_json: bool) -> None:
-    """Say whether it is up and what its nodes do; exits with 1 when it isn't."""
+    """Say whether it is up, and what its nodes do. Exits with 1 if it isn't up."""
     found = lifecycle.status()
     if as_json:
         told = {"folder": str(found.folder), "state": found.state, "dead": list(found.dead)}

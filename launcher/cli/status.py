@@ -1,4 +1,4 @@
-"""`status`: what runs are doing, as a table, as the details of a few, or as a table that moves.
+"""`status`: what runs are doing, as a table, as the details of some, or as a live table.
 
 The facts of runs come from `runs.report`; here they become words, columns and colours.
 """
@@ -29,7 +29,7 @@ COLUMNS = (
     *("LEFT", "AGE", "NOTE"),
 )
 WORDS = {"step": "progress", "eval": "validation", "ready": "server"}  # what people call those events
-SPARE = ("CLUSTER", "NODES", "JOB", "ID", "AGE")  # the first to go where the terminal is narrow
+SPARE = ("CLUSTER", "NODES", "JOB", "ID", "AGE")  # columns to drop first on a narrow terminal
 RIGHT = ("NODES", "PROGRESS", "LOSS", "TOK/S", "REQ/S", "QUEUE", "LEFT", "AGE")
 NEWEST = 20  # runs that are shown
 EVERY = 3.0  # seconds between two looks
@@ -38,14 +38,19 @@ Find = Callable[[], Sequence[Run]]
 
 @click.command()
 @MANY
-@click.option("--all", "everything", is_flag=True, help="Not only the newest 20.")
-@click.option("-w", "--watch", is_flag=True, help="Go on: a table that moves, off a terminal a line for all news.")
+@click.option("--all", "everything", is_flag=True, help="Show all runs, not only the newest 20.")
+@click.option(
+    "-w",
+    "--watch",
+    is_flag=True,
+    help="Keep watching. A terminal gets a live table; other output gets a line for each change.",
+)
 @AS_JSON
 @IN_CLUSTER
 def status(names: tuple[str, ...], everything: bool, watch: bool, as_json: bool, cluster: str | None) -> None:
     """Show what runs are doing.
 
-    All of them, newest first, or the details of RUNs: names, prefixes or job ids.
+    Without RUN it lists all runs, newest first. RUN is a name, a prefix or a job id, and shows the details.
     """
     roots = find.roots_of(cluster)
 
@@ -102,7 +107,7 @@ def row(run: dict[str, Any]) -> tuple[str, ...]:
 
 
 def note(run: dict[str, Any]) -> str:
-    """What else one wants to know at a glance: why it waits and until when, how it ended."""
+    """The note in the table: why a run waits and until when, or how it ended."""
     if run["state"] == "PENDING":
         starts = f"starts about {words.moment(run['starts'])}" if run["starts"] else ""
         waits = place_in_pipeline(run) if run["reason"] == "Dependency" else ""
@@ -185,7 +190,7 @@ def _watch(find: Find, *, until_ended: bool, as_json: bool) -> None:
 
 def _redraw(find: Find, until_ended: bool) -> None:
     reporter = report.Reporter()
-    # `crop`: what doesn't fit the terminal's height is left out, as redrawing in place needs.
+    # `crop`: rows beyond the terminal's height are cut, because redrawing needs that.
     with Live(console=terminal.console(), auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             facts = reporter(find())
@@ -215,7 +220,7 @@ def _summary(facts: Sequence[dict[str, Any]]) -> str:
     for run in facts:
         counts[run["state"].lower()] = counts.get(run["state"].lower(), 0) + 1
     told = ", ".join(f"{number} {state}" for state, number in counts.items())
-    return f"{datetime.datetime.now():%H:%M:%S}  {told}  (Ctrl-C ends the watching, not the runs)"
+    return f"{datetime.datetime.now():%H:%M:%S}  {told}  (Ctrl-C ends only the watching)"
 
 
 def _json_line(run: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A run from its submission to its end: how far it is, and then the job's own verdict.
 
-On a terminal one line moves; elsewhere a line comes now and then, for people and programs that read logs. A server
-is watched until it answers; leaving early leaves it alone.
+A terminal gets one live line, and other output a line now and then. A server is watched until it answers; ending
+the watching doesn't end the server.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ POLL = 0.5
 def to_the_end(run: Run, *, follow: bool) -> int:
     """Watch `run` until it has ended.
 
-    Ctrl-C and SIGTERM cancel a run on this machine, though it would outlive its terminal. Elsewhere they end the
-    watching alone.
+    Ctrl-C and SIGTERM cancel a run on this machine, though it would outlive its terminal. For a run on a cluster
+    they end only the watching.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -40,7 +40,7 @@ def to_the_end(run: Run, *, follow: bool) -> int:
             states.cancel(run)
             terminal.say(f"cancelled {run.name}")
         else:
-            terminal.say(f"{run.name} goes on; mixlaunch logs -f {run.name}")
+            terminal.say(f"{run.name} continues; mixlaunch logs -f {run.name}")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -48,7 +48,7 @@ def to_the_end(run: Run, *, follow: bool) -> int:
 
 
 def verdict(run: Run) -> int:
-    """Say how `run` ended; 0, 2 for a mistake in what was asked, 1 for anything else."""
+    """Print how `run` ended; returns 0, 2 for a user's mistake, or 1 for anything else."""
     copies.refresh(run.path)
     state = states.of_run(run)
     if state.state == "COMPLETED":
@@ -65,7 +65,7 @@ def verdict(run: Run) -> int:
 
 
 def _blamed(run: Run) -> Path | None:
-    """The log of the rank that failed first, or the batch script's own when no rank came so far."""
+    """The log of the rank that failed first, or the batch script's log if no rank started."""
     there = logs.attempts(run.path)
     if not there:
         return None
@@ -93,7 +93,7 @@ def _print_progress(run: Run) -> None:
 
 
 def _how_to_ask(run: Run) -> None:
-    with contextlib.suppress(UsageError):  # it has gone again
+    with contextlib.suppress(UsageError):  # the server has gone again
         terminal.facts(servers.how_to_ask(run))
 
 
@@ -105,7 +105,7 @@ def _fraction(event: dict[str, Any]) -> tuple[float, float]:
 
 
 def to_ready(run: Run, *, through_tunnel: bool = False) -> int:
-    """Watch until `run` is a server that answers; the exit code for the shell. Ctrl-C ends the waiting alone.
+    """Watch until `run` is a server that answers; the exit code for the shell. Ctrl-C ends only the waiting.
 
     With a tunnel, a port of this machine then leads to the server until Ctrl-C or the server's end.
     """
@@ -114,13 +114,13 @@ def to_ready(run: Run, *, through_tunnel: bool = False) -> int:
             _show_server(run, through_tunnel)
             return 0
     except KeyboardInterrupt:
-        terminal.say(f"{run.name} goes on; `mixlaunch status` says when it's ready")
+        terminal.say(f"{run.name} continues; `mixlaunch status` says when it is ready")
         return 130
     return verdict(run)
 
 
 def _show_server(run: Run, through_tunnel: bool) -> None:
-    """Where the server of `run` is and what to type."""
+    """Print the address of `run`'s server, and commands to try."""
     if through_tunnel:
         _hold(run)
         return
@@ -129,20 +129,20 @@ def _show_server(run: Run, through_tunnel: bool) -> None:
 
 
 def _hold(run: Run) -> None:
-    """A tunnel that lasts until Ctrl-C or the server's end."""
+    """Hold a tunnel until Ctrl-C or the server's end."""
     with tunnel.opened(run) as near:
-        terminal.done(f"{run.job} is ready, and here it is {near.url}")
-        terminal.facts([*servers.how_to_ask(run, near.url), ("until", "Ctrl-C, which leaves the server alone")])
+        terminal.done(f"{run.job} is ready; on this machine it is {near.url}")
+        terminal.facts([*servers.how_to_ask(run, near.url), ("until", "Ctrl-C (the server continues)")])
         active = going_on.active(run)
         try:
             while active():
                 time.sleep(POLL)
         except KeyboardInterrupt:
-            terminal.say(f"{run.name} goes on; the tunnel is closed")
+            terminal.say(f"{run.name} continues; the tunnel is closed")
 
 
 def _is_ready(run: Run) -> bool:
-    """Watch until the server says so; False when the run ended first."""
+    """Watch until the server is ready; False if the run ends first."""
     begun = False
     queue = _Queue(run)
     with terminal.progress(run.job) as line:
@@ -163,7 +163,9 @@ def _is_ready(run: Run) -> bool:
 
 
 class _Queue:
-    """Where a run stands before it says anything itself: in the queue, or starting. Each is said once."""
+    """Reports a run's state until the run reports something itself: in the queue, or starting. Each is printed
+    once.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run, self._asked, self._told = run, time.monotonic(), ""

@@ -1,4 +1,4 @@
-"""What an attempt left behind for those who ask why it ended: the host's log, the ranks' logs, who left first.
+"""Collects what an attempt left behind: the host's log, the ranks' logs, and which rank left first.
 
 It is only read here, and of long logs only the end. `judge` says what it means.
 """
@@ -15,7 +15,7 @@ from launcher.runs.record import Run
 from launcher.runs.states import State
 from launcher.slurm import hostlist
 
-TAIL = 100_000  # bytes of a log that are looked at
+TAIL = 100_000  # bytes at the end of a log that are read
 COUNTED = 50_000_000
 PLACED = re.compile(r"^mixlaunch: \d+ ranks on (?P<nodes>[^,]\S*), rendezvous", re.M)
 ATTEMPT = re.compile(r"^mixlaunch: attempt (\d+) logs to ")
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """One attempt. `state` is Slurm's word for the job if this is its last attempt, else empty."""
+    """One attempt. `state` is Slurm's state of the job if this is the last attempt, else empty."""
 
     attempt: int | None
     state: str = ""
@@ -45,7 +45,7 @@ class Evidence:
     last_word: str = ""
 
     def node_of(self, rank: int | None) -> str:
-        """The node of a rank: ranks fill nodes in their order."""
+        """The node of a rank: ranks fill the nodes in order."""
         if self.first and rank == self.first.rank:
             return self.first.node
         place = None if rank is None else rank // self.tasks_per_node
@@ -53,7 +53,7 @@ class Evidence:
 
 
 def of_attempt(run: Run, attempt: int | None, state: State | None = None) -> Evidence:
-    """What `attempt` of `run` left; `state` is the job's own, to be given for the last attempt alone."""
+    """The evidence of `attempt`; give `state`, the job's state, only for the last attempt."""
     word, code = (state.state, state.exit_code) if state else ("", None)
     if attempt is None:
         return Evidence(attempt=None, state=word, exit_code=code, host=_output(run, None))
@@ -81,7 +81,7 @@ def _nodes(text: str, state: State | None) -> tuple[str, ...]:
 
 
 def _output(run: Run, attempt: int | None) -> tuple[Line, ...]:
-    """What Slurm itself wrote into the jobs' own output during `attempt`."""
+    """Slurm's messages in the job's output during `attempt`."""
     found: list[Line] = []
     for job in run.job_ids:
         current: int | None = None

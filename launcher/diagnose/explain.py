@@ -23,7 +23,7 @@ from launcher.runs.record import Run
 from launcher.runs.states import State
 from launcher.slurm import reasons
 
-QUIET = 600  # seconds without a word, after which a running job may hang
+QUIET = 600  # seconds without output, after which a running job may hang
 DOWN = re.compile(r"down|drain|fail|error|unk|boot|powering|maint|[*]", re.I)
 
 
@@ -55,7 +55,7 @@ class Explanation:
 
 
 def explain(run: Run, *, attempt: int | None = None) -> Explanation:
-    """Look at a run, or at one attempt of it; `UsageError` names the attempts if there is none of that number."""
+    """Explain a run or one attempt; `UsageError` names the attempts if that number doesn't exist."""
     state = states.of_run(run)
     run = record.reread(run)
     there = logs.attempts(run.path)
@@ -99,7 +99,7 @@ def _of_attempt(blank: Explanation, left: Evidence, *, newest: bool) -> Explanat
 
 def _of_ended(blank: Explanation, found: Finding | None) -> Explanation:
     run, state = blank.run, blank.state
-    if found is None:  # the logs say done where Slurm says otherwise: it was ended in its last moments
+    if found is None:  # the logs report success and Slurm doesn't: the job was ended in its last moments
         return replace(blank, summary=f"Slurm says {state.state}, and its own log says that it was done")
     verdict = "cancelled" if found.cause is table.CANCELLED else "failed"
     advice = tuple(_addressed(run, found.cause.advice, again=state.resumable))
@@ -122,16 +122,16 @@ def _of_active(blank: Explanation) -> Explanation:
 
 
 def _progress(run: Run) -> tuple[str, bool]:
-    """How a running job does, and whether it has been quiet for suspiciously long."""
+    """The progress of a running job, and whether it has printed nothing for suspiciously long."""
     newest = logs.newest(run.path)
     said = [
         text for kind in ("step", "progress", "ready") if (text := follow.describe(newest.get(kind, {"event": ""})))
     ]
     spoke = max((path.stat().st_mtime for path in _written(run)), default=None)
     silence = time.time() - spoke if spoke else 0
-    what = f"it runs: {said[0]}" if said else "it runs, and hasn't reported any progress yet"
+    what = f"it runs: {said[0]}" if said else "it runs, and hasn't reported progress yet"
     if silence > QUIET and "ready" not in newest:
-        return f"{what}; nothing was written for {words.duration(silence)}, so it may hang", True
+        return f"{what}; nothing was written for {words.duration(silence)}; it may hang", True
     return f"{what}; no sign of trouble", False
 
 
@@ -171,7 +171,7 @@ def _down(nodes: Sequence[str], host: Host) -> dict[str, str]:
 
 
 def failed_nodes(run: Run) -> tuple[str, ...]:
-    """The nodes on which a run failed; `UsageError` when nothing names one."""
+    """The nodes on which a run failed; `UsageError` if no log names one."""
     explanation = explain(run)
     if not explanation.failed_nodes:
         raise UsageError(
@@ -181,12 +181,12 @@ def failed_nodes(run: Run) -> tuple[str, ...]:
 
 
 def mark_bad(explanation: Explanation, lasting: str) -> None:
-    """Put the nodes to blame on their cluster's list; `UsageError` when none is."""
+    """Put the bad nodes on their cluster's list; `UsageError` if there are none."""
     until = bad_nodes.duration(lasting)
     if not explanation.bad_nodes:
         raise UsageError(
             f"{explanation.run.name}: nothing in it speaks against a node ({explanation.summary}); "
-            "`mixlaunch nodes add NODE --reason TEXT` marks one all the same"
+            "`mixlaunch nodes add NODE --reason TEXT` marks a node anyway"
         )
     bad_nodes.add(explanation.run.profile, explanation.bad_nodes, until)
 

@@ -17,7 +17,7 @@ from launcher.errors import UsageError
 from launcher.planning import requeue
 from launcher.slurm import hostlist
 
-RECENT = 200  # lines at the end of a rank's log: what stands before was survived
+RECENT = 200  # lines at the end of a rank's log; the rank survived anything before them
 SHOWN = 8
 UNDERLINE = re.compile(r"^[\s~^]+$")
 PREFIX = re.compile(r"^\[rank\d+\]:\s?")
@@ -25,9 +25,15 @@ FRAME = re.compile(r'^\s+File "')
 COMMAND = re.compile(r"\s+\(\s*trap .*")
 KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # what the shell says of a rank that a signal ended
 SIGNALS = range(129, 160)
-ENDED_BY_OTHERS = (0, 15, 137, 143, 85)  # codes of ranks that were ended, and so say nothing
+ENDED_BY_OTHERS = (
+    0,
+    15,
+    137,
+    143,
+    85,
+)  # exit codes of ranks that were ended from outside; they say nothing about the cause
 TOLD_TO_LEAVE = (15, 85, 130, 143)  # all ranks were told to leave, so the first one to do it means nothing
-NOT_FIRST = ("time_limit", "preempted")  # they come to a job that a rank may have failed before
+NOT_FIRST = ("time_limit", "preempted")  # a rank may have failed before one of these ended the job
 
 Symptom = tuple[int, Cause]  # the place of a line in a rank's log, and the cause it speaks of
 Symptoms = Mapping[int, Symptom]  # by rank
@@ -63,7 +69,7 @@ class Finding:
 
 
 def judge(evidence: Evidence) -> Finding | None:
-    """What ended the attempt; None if it did its work."""
+    """What ended the attempt; None if it succeeded."""
     if re.search(r"exit 0$", evidence.last_word):
         return None
     found = _found(evidence)
@@ -120,7 +126,7 @@ def _host_finding(cause: Cause, matches: "list[tuple[Line, re.Match[str]]]") -> 
 
 
 def _of_lost_node(evidence: Evidence) -> Finding | None:
-    """A node whose ranks were all killed, while those of others were told to end."""
+    """A node whose ranks were all killed, while the ranks of other nodes were told to end."""
     first = evidence.first
     if first and first.code == 137:
         return None
@@ -146,7 +152,7 @@ def _of_ranks(evidence: Evidence, symptoms: Mapping[int, Symptom | None], second
     if first and first.rank in own:
         return _rank_finding(evidence, first.rank, own[first.rank], secondary)
     if first and first.code in SIGNALS and first.code not in ENDED_BY_OTHERS:
-        return None  # the code says more than what others complain about
+        return None  # the exit code says more than the messages of other ranks
     if own:
         rank = min(own, key=lambda rank: (_precedence(own[rank][1]), rank))
         return _rank_finding(evidence, rank, own[rank], secondary)
@@ -251,9 +257,9 @@ def _notes(evidence: Evidence, found: Finding) -> Iterable[str]:
     if match := requeue.GAVE_UP.search(evidence.last_word):
         yield f"not tried again: {match[1]}"
     elif "scontrol requeue failed" in evidence.last_word:
-        yield "it asked for its place in the queue back, and Slurm refused"
+        yield "it asked to be requeued, and Slurm refused"
     elif "ended from outside" in evidence.last_word and found.cause.name == "terminated":
-        yield "Slurm was ending the job by then"
+        yield "Slurm was already ending the job"
     first = evidence.first
     if first and found.rank is not None and first.rank != found.rank:
-        yield f"rank {first.rank} on {first.node} left first, with {first.code}, but not by a fault of its own"
+        yield f"rank {first.rank} on {first.node} left first, with exit code {first.code}, but it isn't the cause"

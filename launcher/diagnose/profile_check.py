@@ -20,7 +20,7 @@ from launcher.slurm.inventory import Inventory, Kind, Partition
 
 Verdict = Literal["ok", "failed", "unknown"]
 PROBE = 'for p; do [ -e "$p" ] && [ -r "$p" ] && echo r || echo -; done'
-# The nearest folder above that exists, and whether it lets one make the rest.
+# The nearest existing parent folder, and whether the missing folders can be made in it.
 WRITABLE = """
 for p; do
   while [ ! -e "$p" ]; do p=$(dirname "$p"); done
@@ -41,7 +41,7 @@ class ProfileFinding:
 
 
 def check(profile: ClusterProfile) -> Iterator[ProfileFinding]:
-    """Every finding about `profile`, in the order in which one would ask; `Fault` if Slurm can't be asked."""
+    """Every finding about `profile`, in order; `Fault` if Slurm can't be asked."""
     there = not profile.is_local
     if there and profile.slurm_conf:
         seen = _readable(profile, {"slurm_conf": profile.slurm_conf})
@@ -95,7 +95,7 @@ def _version(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     gone = sorted(set(profile.extra) - sbatch_options.known_options(".".join(cluster.version.split(".")[:2])))
     if gone:
         return _failed(what, f"sbatch {cluster.version} has no --{gone[0]}, which `extra` asks for")
-    older = "" if ours == theirs else f"; slurm_version {profile.slurm_version} uses less than it can"
+    older = "" if ours == theirs else f"; slurm_version {profile.slurm_version} is older than the cluster"
     return _ok(what, f"{cluster.version}{older}")
 
 
@@ -163,7 +163,7 @@ def _time(profile: ClusterProfile, partition: Partition) -> ProfileFinding:
 def _account(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     found = cluster.associations
     if found is None:
-        return _unknown("account", "the cluster keeps no accounts that one can ask for")
+        return _unknown("account", "the cluster's accounting can't be asked")
     name = profile.account or cluster.default_account
     mine = [a for a in found if a.account == name]
     if not mine:
@@ -183,7 +183,7 @@ def _account(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
 def _qos(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     assert profile.qos is not None
     if cluster.associations is None:
-        return _unknown("QoS", "the cluster keeps no accounts that one can ask for")
+        return _unknown("QoS", "the cluster's accounting can't be asked")
     account = profile.account or cluster.default_account
     allowed = {qos for a in cluster.associations if a.account == account for qos in a.qos}
     if profile.qos not in allowed:
@@ -222,18 +222,18 @@ def _constraint(text: str, cluster: Inventory, names: list[str | None]) -> Profi
 
 
 def _paths(profile: ClusterProfile) -> Iterator[ProfileFinding]:
-    """Folders that can be written, files that can be read; seen from here or from the login node."""
+    """Whether folders can be written and files read, from here or from the login node."""
     paths = profile.paths
     folders = {"paths.models": paths.models, "paths.data": paths.data, "paths.runs": paths.runs}
     said = profile.host.call("sh", "-c", WRITABLE, "sh", *folders.values())
     for (what, path), answer in zip(folders.items(), said.splitlines(), strict=True):
         base = answer[1:]
         if base == "/":
-            yield _failed(what, f"nothing of {path} is there; is that file system mounted?")
+            yield _failed(what, f"no folder of {path} exists; is the file system mounted?")
         elif answer[0] != "w":
             yield _failed(what, f"{base} isn't a folder that you can write in")
         else:
-            yield _ok(what, path if base == path else f"{path} (will be made below {base})")
+            yield _ok(what, path if base == path else f"{path} (will be made in {base})")
     yield from _readable(profile, dict(_files(profile)))
     if profile.in_container:
         yield _runtime(profile)
@@ -271,7 +271,7 @@ def _files(profile: ClusterProfile) -> Iterator[tuple[str, str]]:
 
 
 def _elsewhere(profile: ClusterProfile) -> Iterator[ProfileFinding]:
-    """What only the compute nodes can tell."""
+    """Questions that only the compute nodes can answer."""
     if profile.container.image and not profile.container.image.startswith("/"):
         yield _unknown("image", f"{profile.container.image} is fetched when the job starts")
     if profile.in_container:

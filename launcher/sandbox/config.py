@@ -1,6 +1,6 @@
-"""What the sandbox's Slurm is told: the texts of slurm.conf, gres.conf and slurmdbd.conf for a shape (pure).
+"""The sandbox's configuration: slurm.conf, gres.conf and slurmdbd.conf for a shape (pure).
 
-Every path is inside the sandbox's folder and every port is given, so two sandboxes never meet.
+Every path is inside the sandbox's folder and every port is explicit, so two sandboxes never conflict.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ NODE = "sandbox"  # nodes are called sandbox0, sandbox1, ...
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterShape:
-    """What the sandbox pretends to be. CPUs, memory and GPUs may be more than this machine has."""
+    """The cluster that the sandbox simulates. It may have more CPUs, memory and GPUs than this machine."""
 
     nodes: int = 4
     gpus: int = 8
@@ -36,7 +36,7 @@ class SlurmFiles:
     """Where the sandbox lives on this machine."""
 
     folder: Path
-    sockets: Path  # where sockets lie: `folder` itself, unless its path is too long for one
+    sockets: Path  # folder of the sockets: `folder` itself, unless its path is too long for a socket
     user: str
     host: str
     version: tuple[int, int]
@@ -47,14 +47,14 @@ class SlurmFiles:
 
 
 def slurm_conf(shape: ClusterShape, files: SlurmFiles) -> str:
-    """The one configuration that daemons and clients share."""
+    """The configuration that daemons and clients share."""
     return "\n".join(
         [*_controller(files), *_scheduling(), *_accounting(files), *_nodes(shape, files), *_partitions(shape), ""]
     )
 
 
 def gres_conf(shape: ClusterShape, files: SlurmFiles) -> str:
-    """GPUs are plain files: Slurm counts and hands them out as it does real ones."""
+    """GPUs are plain files; Slurm counts and allocates them like real ones."""
     if not shape.gpus:
         return "AutoDetect=off\n"
     kind = f" Type={shape.gpu_type}" if shape.gpu_type else ""
@@ -80,7 +80,7 @@ StorageLoc={DATABASE}
 
 
 def cgroup_conf(files: SlurmFiles) -> str:
-    """From 24.05 slurmd wants a cgroup of its own unless told otherwise; older versions don't know the word."""
+    """From 24.05 slurmd needs its own cgroup unless this turns it off; older versions don't know the option."""
     return "CgroupPlugin=disabled\n" if files.version >= (24, 5) else ""
 
 
@@ -94,7 +94,7 @@ def _controller(files: SlurmFiles) -> list[str]:
         f"SlurmdUser={files.user}",
         "AuthType=auth/munge",
         "CredType=cred/munge",
-        # A requeued job waits for its credential's life before it starts again; the default is two minutes.
+        # A requeued job waits until its credential expires before it starts again; the default is two minutes.
         f"AuthInfo=socket={files.sockets}/munge.socket,cred_expire=10",
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={files.sockets}/spool/%n",

@@ -1,4 +1,4 @@
-"""The daemons of a sandbox: started with its mark, recorded at once, and waited for until they answer.
+"""Starts the sandbox's daemons with its mark, records them at once, and waits until they answer.
 
 munge, and MariaDB for slurmdbd, are private to the sandbox's folder.
 """
@@ -27,13 +27,13 @@ def start_munge(sandbox: Sandbox, deadline: float) -> None:
         "log-file": "logs/munged.log",
     }
     paths = [f"--{option}={folder / name}" for option, name in options.items()]
-    # --force, because munged wants a socket that all users can reach, and this one is for its owner alone.
+    # --force, because munged expects a socket for all users, and this socket is only for its owner.
     launch(sandbox, "munged", "munged", "--foreground", "--force", f"--socket={socket}", *paths)
     wait(sandbox, socket.exists, deadline)
 
 
 def start_accounting(sandbox: Sandbox, deadline: float) -> None:
-    """MariaDB, slurmdbd, and what Slurm must find there: cluster, accounts, QoS and this user."""
+    """MariaDB and slurmdbd, with the entries that Slurm needs: cluster, accounts, QoS and this user."""
     _start_mariadb(sandbox, deadline)
     launch(sandbox, "slurmdbd", "slurmdbd", "-D")
     wait(sandbox, lambda: _answers(sandbox, "sacctmgr", "--noheader", "list", "cluster"), deadline)
@@ -60,7 +60,7 @@ def launch(sandbox: Sandbox, name: str, program: str, *arguments: str) -> None:
 
 
 def wait(sandbox: Sandbox, condition: Callable[[], bool], deadline: float) -> None:
-    """Until `condition`; `Fault` when a daemon that was started here ends, or it takes too long."""
+    """Wait for `condition`; `Fault` if a started daemon ends, or it takes too long."""
     while not condition():
         for name, pid in sandbox.processes.items():
             if processes.ended(pid):
@@ -71,7 +71,7 @@ def wait(sandbox: Sandbox, condition: Callable[[], bool], deadline: float) -> No
 
 
 def call(sandbox: Sandbox, program: str, *arguments: str) -> str:
-    """What one of Slurm's commands says about the sandbox."""
+    """Run one of Slurm's commands on the sandbox and return its output."""
     return sandbox.host.call(program, *arguments, timeout=15)
 
 
@@ -82,9 +82,10 @@ def _start_mariadb(sandbox: Sandbox, deadline: float) -> None:
     if os.getuid() == 0:
         options.append(f"--user={getpass.getuser()}")
     _install_mariadb(sandbox, options)
-    # slurmdbd would make its database, but Debian 13's MariaDB client doesn't survive the reconnection after that.
+    # slurmdbd could make its database itself, but Debian 13's MariaDB client crashes on the reconnection after
+    # that.
     (database / "init.sql").write_text(f"create database {DATABASE};\n")
-    # No grant tables: the socket's folder is the user's alone, and nothing listens on the network.
+    # No grant tables are needed: only the user can reach the socket's folder, and nothing listens on the network.
     options += ["--skip-networking", "--skip-grant-tables", "--innodb-flush-log-at-trx-commit=0"]
     options += [f"--socket={_socket(sandbox)}", f"--init-file={database / 'init.sql'}"]
     launch(sandbox, "mariadbd", "mariadbd", *options, f"--pid-file={sandbox.folder}/run/mariadb.pid")

@@ -1,6 +1,7 @@
-"""A private, real Slurm on this machine: slurmctld, a slurmd per node, munge; accounts where MariaDB is installed.
+"""A private, real Slurm on this machine: slurmctld, one slurmd for each node, munge, and accounting where MariaDB
+is installed.
 
-All of it is the current user's and lives in one folder with its own ports; `down` ends it and removes the folder.
+It belongs to the current user, and has one folder and its own ports. `down` ends it and removes the folder.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from launcher.sandbox.record import MARK, STATE, Sandbox, read, write
 
 PORTS = range(30_000, 32_768)  # above those of jobs, below Linux's range for outgoing connections
 LONGEST = (
-    60  # characters of a folder for sockets: slurmstepd's lie deep in it, and a socket's path ends at 107 bytes
+    60  # characters of a folder for sockets; slurmstepd adds a long path, and a socket's has at most 107 bytes
 )
 PACKAGES = {
     "munged": "munge",
@@ -69,9 +70,9 @@ def accounting_available() -> bool:
 
 
 def why_no_accounting(asked: bool | None) -> str:
-    """For people: what a sandbox without accounting lacks, and how one gets it."""
+    """For people: what a sandbox without accounting lacks, and how to get accounting."""
     if asked is False:
-        return "none, as asked: no sacct, and any account and QoS will do"
+        return "none, as asked: no sacct, and every account and QoS is accepted"
     packages = sorted({package for program, package in ACCOUNTING_PACKAGES.items() if not processes.which(program)})
     return f"none: no sacct; on Debian: apt-get install {' '.join(packages)}"
 
@@ -95,7 +96,7 @@ def up(
         if found.state == "up" and found.sandbox:
             if found.sandbox.shape != shape:
                 raise UsageError(
-                    f"{folder}: a sandbox of another shape is up ({found.sandbox.shape}); take it down first"
+                    f"{folder}: a sandbox of another shape is up ({found.sandbox.shape}); run `sandbox down` first"
                 )
             return found.sandbox
         _clear(folder)
@@ -114,7 +115,7 @@ def down(folder: Path | None = None) -> bool:
 
 
 def status(folder: Path | None = None) -> Status:
-    """What is in `folder`, and whether its daemons live and answer."""
+    """What is in `folder`, and whether its daemons run and answer."""
     folder = (folder or default_folder()).absolute()
     sandbox = read(folder)
     if sandbox is None:
@@ -138,11 +139,13 @@ def _checked(folder: Path, shape: ClusterShape) -> Path:
     if packages := missing_packages():
         raise UsageError(f"Slurm's daemons aren't installed; on Debian: apt-get install {' '.join(packages)}")
     if odd := re.search(r"[^\w./+@:-]", str(folder)):
-        raise UsageError(f"{folder}: Slurm takes no {odd[0]!r} in a path; set MIXLAUNCH_SANDBOX to another folder")
+        raise UsageError(
+            f"{folder}: Slurm doesn't accept {odd[0]!r} in a path; set MIXLAUNCH_SANDBOX to another folder"
+        )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).exists():
-        raise UsageError(f"{folder}: not empty and no sandbox; give another folder")
+        raise UsageError(f"{folder}: not empty, and not a sandbox; give another folder")
     for name, value, least in (("nodes", shape.nodes, 1), ("gpus", shape.gpus, 0), ("cpus", shape.cpus, 1)):
         if value < least:
             raise UsageError(f"{name}: {value} must be at least {least}")
@@ -191,7 +194,7 @@ def _start(folder: Path, shape: ClusterShape, accounting: bool, deadline: float)
     sockets = folder if len(str(folder)) <= LONGEST else Path(f"/tmp/mixlaunch-{mark}")
     files = _slurm_files(folder, sockets, shape, accounting)
     sandbox = Sandbox(folder=folder, sockets=sockets, mark=mark, shape=shape, processes={}, accounting=accounting)
-    write(sandbox)  # before the first process, so that a crash at any later point can be cleaned
+    write(sandbox)  # before the first process, so a crash at any later point can be cleaned up
     _lay_out(shape, files)
     daemons.start_munge(sandbox, deadline)
     if accounting:
@@ -253,7 +256,7 @@ def _lay_out(shape: ClusterShape, files: SlurmFiles) -> None:
     (folder / "slurm.conf").write_text(config.slurm_conf(shape, files))
     (folder / "gres.conf").write_text(config.gres_conf(shape, files))
     (folder / "cgroup.conf").write_text(config.cgroup_conf(files))
-    (folder / "plugstack.conf").touch()  # a system's own plugins aren't ours
+    (folder / "plugstack.conf").touch()  # don't load the system's own plugins
     if files.database_port:
         _private(folder / "slurmdbd.conf", config.slurmdbd_conf(files).encode())
 
@@ -280,12 +283,12 @@ def _clear(folder: Path) -> None:
     sandbox = read(folder)
     if sandbox is None:
         if any(folder.iterdir()):
-            raise UsageError(f"{folder}: no sandbox; nothing was ended or removed")
+            raise UsageError(f"{folder}: not a sandbox; nothing was ended or removed")
         return
     ours = functools.partial(processes.marked, **{MARK: sandbox.mark})
     controller = sandbox.processes.get("slurmctld", -1)
-    # The controller first, so that nothing new starts; then the jobs, while their slurmstepd still knows them.
-    # Nothing of theirs is kept, so none is given time to save.
+    # The controller ends first, so nothing new starts. Then the jobs end, while their slurmstepd still knows them.
+    # They get no time to save, because their files are removed.
     for find in (
         lambda: [pid for pid in ours() if pid == controller],
         functools.partial(_job_processes, sandbox),

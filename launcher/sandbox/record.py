@@ -1,6 +1,6 @@
-"""The record a sandbox keeps in its folder: what it is, which processes are its own and the mark they carry.
+"""The sandbox's record in its folder: its shape, its processes, and their mark.
 
-It is written before the first process starts, so that whatever happens later can be cleaned up.
+It is written before the first process starts, so a crash at any point can be cleaned up.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""What a dress rehearsal changes: a plan for some cluster -> the same plan for a sandbox that mirrors it (pure).
+"""Turns a plan for a cluster into the same plan for a sandbox that mirrors the cluster (pure).
 
-What the sandbox can imitate stays as it is: partition, account, QoS, constraint, reservation, nodes, ranks, layout,
-request style. What a laptop hasn't got is replaced, and `differences` names each with its reason.
+The sandbox imitates partition, account, QoS, constraint, reservation, nodes, ranks, layout and request style.
+Everything that this machine lacks is replaced, and `differences` names it with the reason.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from launcher.script import render
 SEQUENCE = 64
 NEVER = 1_000_000  # steps: the rehearsal ends the run, not the run itself
 ON_PROCESSORS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-ONLY_THERE = ("fp8", "fp8_recipe", "wandb_project")  # settings that want a GPU or a key
+ONLY_THERE = ("fp8", "fp8_recipe", "wandb_project")  # settings that need a GPU or a key
 REASONS = {
     "container": "the ranks run in this machine's Python",
     "python": "the ranks run in this machine's Python",
-    "environment": "ranks are on processors, one thread each, and meet at the loopback",
-    "binding": "this machine has other cores than the cluster's nodes",
+    "environment": "ranks run on CPUs with one thread each, and meet over the loopback",
+    "binding": "this machine's cores differ from the cluster's",
     "secrets": "a rehearsal needs none",
-    "paths": "models, data and runs are the rehearsal's own",
+    "paths": "the rehearsal has its own models, data and runs",
     "slurm_conf": "the sandbox is another Slurm",
     "login": "the sandbox is on this machine",
-    "extra": "options that only the real cluster knows the meaning of",
+    "extra": "only the real cluster knows these options",
     "comment": "",
 }
 # Options of `extra` that a Slurm without the hardware, licences or plugins behind them refuses.
@@ -68,7 +68,7 @@ class Tiny:
 
 
 def shape(plan: JobPlan) -> ClusterShape:
-    """A sandbox as big as the job, with the names that its script asks for."""
+    """A sandbox as large as the job, with the names in its script."""
     profile = plan.profile
     names = profile.partition.split(",") if profile.partition else ["rehearsal"]
     return ClusterShape(
@@ -105,7 +105,9 @@ def _fewest_layers(layout: Layout, config: dict[str, Any]) -> int:
 
 
 def rehearsed(plan: JobPlan, *, folder: Path, slurm_conf: Path, python: str, model: Path, data: Path) -> JobPlan:
-    """`plan` as the sandbox runs it: same script, same topology, a tiny model, and no end of its own."""
+    """`plan` as the sandbox runs it: same script, same topology, a tiny model, and a run that doesn't end by
+    itself.
+    """
     assert plan.layout is not None
     profile = plan.profile
     extra = {name: value for name, value in profile.extra.items() if name not in UNLIKELY}
@@ -151,11 +153,11 @@ def what_differs(plan: JobPlan, mirrored: JobPlan) -> Iterator[str]:
     """A line for each part of the rehearsal that isn't as on the cluster."""
     assert mirrored.layout is not None
     yield from differences(plan.profile, mirrored.profile)
-    yield "GPUs: processors and gloo instead of GPUs and NCCL; memory and speed say nothing about the cluster"
-    yield "nodes: all of them are this machine, at one address; the network and the file system aren't tried"
+    yield "GPUs: CPUs and gloo instead of GPUs and NCCL; memory and speed say nothing about the cluster"
+    yield "nodes: all of them are this machine, at one address; the network and the file system aren't tested"
     left_out = [f"--{key.replace('_', '-')}" for key in ONLY_THERE if key in plan.config]
     if left_out:
-        yield f"settings: without {', '.join(left_out)}, which want a GPU or a key"
+        yield f"settings: without {', '.join(left_out)}, which need a GPU or a key"
     small = tiny(mirrored.layout, mirrored.config)
     model = f"{small.layers} layers of {small.hidden}, {small.experts} experts, random weights"
     yield f"model: {model}; batches are as small as the layout allows"

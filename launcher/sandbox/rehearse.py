@@ -1,4 +1,4 @@
-"""The dress rehearsal: the very script a cluster would get, on a private Slurm of its shape, with a tiny model.
+"""The rehearsal: runs the cluster's own script on a private Slurm of its shape, with a tiny model.
 
 It tries what fails in a first night: the request, the rendezvous, the layout, the data, three steps, the early
 warning, a save, the requeue and the resume. Each comes as a fact once it is known.
@@ -30,8 +30,8 @@ from launcher.submit import start
 
 STEPS = 3  # before the warning
 AFTER = 2  # after the resume
-SILENCE = 600  # seconds without a new event: the slowest part is 32 Pythons importing torch on two cores
-RANK_MEMORY = 400 << 20  # bytes that one rank of the tiny model takes
+SILENCE = 600  # most seconds without an event; the slowest part is 32 processes that import torch on two cores
+RANK_MEMORY = 400 << 20  # memory of one rank with the tiny model, in bytes
 NEEDED = {"torch": "mixtral", "megatron": "mixtral", "transformers": "mixtral", "mistral_common": "dev"}
 TEXT = 200_000  # bytes
 MODEL, DATA = "models/tiny-megatron", "data/text"  # in the rehearsal's folder
@@ -45,9 +45,9 @@ class Failed(Fault):
 
 
 def check(plan: JobPlan) -> None:
-    """Refuse what can't be rehearsed here, before anything starts."""
+    """Refuse a plan that can't be rehearsed here, before anything starts."""
     if plan.job != "finetune":
-        raise UsageError(f"rehearse: {plan.job} has no rehearsal; finetune has")
+        raise UsageError(f"rehearse: {plan.job} can't be rehearsed; only finetune can")
     if plan.profile.is_local:
         raise UsageError(f"rehearse: {plan.profile.name} has no scheduler to rehearse for; give --cluster")
     if packages := lifecycle.missing_packages():
@@ -58,7 +58,7 @@ def check(plan: JobPlan) -> None:
     if (free := _free_memory()) < plan.world * RANK_MEMORY:
         raise UsageError(
             f"rehearse: {plan.world} ranks take about {plan.world * RANK_MEMORY / 2**30:.0f} GiB, "
-            f"{free / 2**30:.0f} GiB are free; fewer --nodes rehearse the same script"
+            f"{free / 2**30:.0f} GiB are free; use fewer --nodes, which rehearses the same script"
         )
 
 
@@ -94,7 +94,7 @@ def described(plan: JobPlan, slurm: Sandbox) -> Iterator[Fact]:
 
 
 def prepared(plan: JobPlan, folder: Path) -> Iterator[Fact]:
-    """A tiny model in Megatron's layout and some text, made by the same jobs that make the real ones."""
+    """A tiny model in Megatron's layout and some text, made by the same jobs as real ones."""
     assert plan.layout is not None
     for name in ("models", "data", "runs", "jobs"):
         (folder / name).mkdir()
@@ -107,7 +107,7 @@ def prepared(plan: JobPlan, folder: Path) -> Iterator[Fact]:
 
 
 def _core(job: str, config: dict[str, Any], folder: Path) -> Fact:
-    """Run one job of the core package in this process's place, its output kept in a file."""
+    """Run one job of the core package and keep its output in a file."""
     place = folder / "jobs" / job
     place.mkdir()
     (place / "config.yaml").write_text(yaml.safe_dump(config))
@@ -141,7 +141,7 @@ def mirrored(plan: JobPlan, slurm: Sandbox, folder: Path) -> JobPlan:
 def tried(mirrored: JobPlan, path: Path, *, asked: Sequence[str]) -> Iterator[Fact]:
     """The rehearsal itself, in the run directory `path`; `Failed` where something goes wrong."""
     run = start.run(mirrored, asked=asked, path=path)
-    yield "submitted", f"job {run.job_id}, accepted by sbatch as it would be there"
+    yield "submitted", f"job {run.job_id}, accepted by sbatch as on the cluster"
     yield from _first_attempt(run)
     yield from _warn_and_requeue(run)
     yield from _second_attempt(run)
@@ -162,7 +162,7 @@ def _first_attempt(run: Run) -> Iterator[Fact]:
 
 
 def _warn_and_requeue(run: Run) -> Iterator[Fact]:
-    """The warning that a time limit or a preemption sends, as Slurm sends it: to the batch script."""
+    """Send the warning of a time limit or preemption to the batch script, as Slurm does."""
     assert run.job_id is not None
     run.host.call("scancel", "--signal=USR2", "--batch", run.job_id)
     saved = _await(run, lambda e: e["event"] == "checkpoint", "the save after the early warning")
@@ -195,13 +195,13 @@ def _await(run: Run, wanted: Callable[[dict[str, Any]], bool], what: str) -> dic
     """The first event that is `wanted`; `Failed` when a rank or the job ends first, or nothing happens for long."""
     seen, quiet_since = 0, time.monotonic()
     while True:
-        ended = not states.of_run(run).active  # asked before reading, so that the last events aren't missed
+        ended = not states.of_run(run).active  # asked before reading, so the last events aren't missed
         events = list(logs.events(run.path))
         if found := next(filter(wanted, events), None):
             return found
         if len(events) > seen:
             seen, quiet_since = len(events), time.monotonic()
-        if fault := _fault(run):  # the script would try thrice; for a rehearsal once is enough
+        if fault := _fault(run):  # the script would try three times; a rehearsal stops at the first fault
             raise Failed(f"{fault} while waiting for {what}{_tails(run)}")
         if ended:
             raise Failed(f"the job ended ({states.of_run(run).state}) while waiting for {what}{_tails(run)}")
@@ -238,7 +238,7 @@ def _tails(run: Run) -> str:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a rehearsal as Ctrl-C does: with its Slurm taken down."""
+    """SIGTERM and SIGHUP end a rehearsal like Ctrl-C: its Slurm is taken down."""
 
     def leave(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt

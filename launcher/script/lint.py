@@ -22,13 +22,13 @@ class LintError(UsageError):
 def check(text: str, slurm_version: str = NEWEST) -> None:
     """Raise `LintError` unless `text` is a script that can be submitted to a Slurm of this version."""
     if found := list(findings(text, slurm_version)):
-        raise LintError("the script isn't fit to run:\n" + "\n".join(f"  {line}" for line in found))
+        raise LintError("the script can't be run:\n" + "\n".join(f"  {line}" for line in found))
 
 
 def findings(text: str, slurm_version: str = NEWEST) -> Iterator[str]:
     """Every finding, each beginning with the line it is on."""
     if not text.startswith("#!"):
-        yield "line 1: sbatch takes no script that doesn't begin with `#!`"
+        yield "line 1: sbatch needs a script that begins with `#!`"
     yield from _control_characters(text)
     yield from _directives(text, slurm_version)
     yield from _frozen_variables(text)

@@ -126,7 +126,7 @@ def _script(run: Run, limit: str | None, explicit: Iterable[str]) -> str:
         raise UsageError(f"{run.path / SCRIPT}: {error.strerror}; there is nothing to submit again") from error
     if run.is_local:
         if explicit:
-            raise UsageError("--exclude: this run is one of this machine alone; there are no nodes to leave out")
+            raise UsageError("--exclude: this run is on this machine only; there are no nodes to exclude")
         return text
     profile = run.profile
     listed = [entry.node for entry in bad_nodes.read(profile)]

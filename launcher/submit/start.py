@@ -177,7 +177,7 @@ def keep_off(plan: JobPlan, exclude: Iterable[str], *, health_check: bool) -> Jo
     nodes = tuple(hostlist.of_option("--exclude", exclude))
     for option, given in (("--exclude", nodes), ("--health-check", health_check)):
         if given and plan.profile.is_local:
-            raise UsageError(f"{option}: {plan.profile.name} is this machine alone; it has no other nodes")
+            raise UsageError(f"{option}: {plan.profile.name} is only this machine; there are no nodes to exclude")
     profile = plan.profile.model_copy(update={"health_check": True}) if health_check else plan.profile
     return replace(plan, profile=profile, exclude=nodes)
 

@@ -98,7 +98,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_left_alone(folder):
 
 
 def test_what_cant_work_is_refused_before_anything_is_written(folder):
-    with pytest.raises(UsageError, match="Slurm takes no ' ' in a path"):
+    with pytest.raises(UsageError, match="Slurm doesn't accept ' ' in a path"):
         lifecycle.up(folder / "a b")
     with pytest.raises(UsageError, match="nodes: 0 must be at least 1"):
         lifecycle.up(folder, ClusterShape(nodes=0))

@@ -29,11 +29,11 @@ class Cause:
         return _search(self.rank, line)
 
 
-RESUME = "`mixlaunch resume RUN` goes on from what is saved"
+RESUME = "`mixlaunch resume RUN` continues from what is saved"
 RETRY = "`mixlaunch retry RUN --exclude-failed` runs it again without that node"
-MARK = "`mixlaunch explain RUN --mark-bad` keeps later jobs off it"
+MARK = "`mixlaunch explain RUN --mark-bad` keeps later jobs away from it"
 LESS_GPU_MEMORY = (
-    "less on each GPU: a smaller --micro-batch or --sequence-length, --recompute full, or more --tp, --pp or nodes"
+    "use less of each GPU: smaller --micro-batch or --sequence-length, --recompute full, more --tp, --pp or nodes"
 )
 
 

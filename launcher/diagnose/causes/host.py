@@ -1,6 +1,6 @@
 """Causes that Slurm and the host report. They count before what ranks say, because they explain it (pure).
 
-Rows are in order of precedence: the first that fits wins.
+The order is the precedence: the first cause that matches counts.
 """
 
 from launcher.cluster.containers import PROGRAMS
@@ -12,15 +12,18 @@ HOST = (
     Cause(
         name="health_check",
         title="the health check found a bad node",
-        meaning="Before the ranks started, each node was looked at; one wasn't fit to work with.",
-        advice=("the job came back without it, as often as it may; nothing needs doing if others are free", MARK),
+        meaning="Each node is tested before the ranks start, and one failed the test.",
+        advice=(
+            "the job is requeued without it, at most three times; nothing is to be done if other nodes are free",
+            MARK,
+        ),
         host=(r"health check: (?P<node>\S+) is bad: ",),
         bad_node=True,
     ),
     Cause(
         name="health_check_failed",
         title="the health check failed on every node",
-        meaning="What it looks at is wrong everywhere: the Python, the folder, the network. No node is to blame.",
+        meaning="Something is wrong everywhere: the Python, the folder or the network. No node is to blame.",
         advice=("the reason is in the line; `logs/attempt_N/health` of the run directory has what each node said",),
         host=(r"health check failed on every node",),
     ),
@@ -35,11 +38,11 @@ HOST = (
     ),
     Cause(
         name="time_limit",
-        title="the time limit came",
-        meaning="The job was still running when its time was up; what wasn't saved by then is lost.",
+        title="the time limit was reached",
+        meaning="The job was still running at its time limit. What wasn't saved is lost.",
         advice=(
-            "`mixlaunch resume RUN --time LIMIT` goes on from what is saved, with another limit if given",
-            "if it was cut off while it saved, raise `signal_lead` in the profile: the warning comes earlier",
+            "`mixlaunch resume RUN` continues from what is saved; --time LIMIT sets another limit",
+            "if it was killed while it saved, raise `signal_lead` in the profile: the warning then comes earlier",
         ),
         host=(r"CANCELLED AT \S+ DUE TO TIME LIMIT",),
         states=("TIMEOUT", "DEADLINE"),
@@ -47,9 +50,9 @@ HOST = (
     Cause(
         name="memory_limit",
         title="a node's memory limit was exceeded",
-        meaning="On one node the job used more main memory than it had asked for, and Slurm killed it.",
+        meaning="On one node the job used more main memory than it had requested, and Slurm killed it.",
         advice=(
-            "ask for more: `node.memory_gb` in the profile, or `exclusive: true` for all of a node's memory",
+            "request more: `node.memory_gb` in the profile, or `exclusive: true` for all of a node's memory",
             "or use less: fewer ranks a node, smaller files at a time",
         ),
         host=(
@@ -107,7 +110,7 @@ HOST = (
     Cause(
         name="step_refused",
         title="Slurm refused to start the ranks",
-        meaning="The batch script ran, and the step in it asked for something that the job hasn't got.",
+        meaning="The batch script ran, but its srun step requested something that the job doesn't have.",
         advice=(
             "compare the srun line of job.sbatch with its #SBATCH lines",
             "`mixlaunch clusters check` asks Slurm",

@@ -44,9 +44,9 @@ RANK = (
     Cause(
         name="no_gpu",
         title="a rank saw no GPU",
-        meaning="The driver showed it none, or one that its build of torch can't use.",
+        meaning="The driver showed no GPU, or one that this build of torch can't use.",
         advice=(
-            "compare the profile's `gpu_request` with what the cluster wants, and the container's runtime",
+            "compare the profile's `gpu_request` and container runtime with what the cluster needs",
             "if other nodes work, this one is at fault: " + RETRY,
         ),
         rank=(
@@ -61,9 +61,7 @@ RANK = (
         name="shm",
         title="shared memory was full",
         meaning="/dev/shm of the node or container is too small for what the processes share.",
-        advice=(
-            "docker: `--ipc host` or a larger `--shm-size`; elsewhere see what else lies in /dev/shm on that node",
-        ),
+        advice=("docker: `--ipc host` or a larger `--shm-size`; without docker, look what else is in /dev/shm",),
         rank=(
             r"insufficient shared memory \(shm\)",
             r"unable to (?:write to|open shared memory object|mmap).*torch_",
@@ -72,8 +70,8 @@ RANK = (
     ),
     Cause(
         name="disk_full",
-        title="the disk was full, or a quota used up",
-        meaning="A file couldn't be written for want of room.",
+        title="the disk was full, or a quota was used up",
+        meaning="There was no room to write a file.",
         advice=(
             "`df -h` and `lfs quota` or `quota -s` on the path in the lines show how much is left; make room",
             "fewer checkpoints: --keep-checkpoints; then " + RESUME,
@@ -150,10 +148,10 @@ RANK = (
     Cause(
         name="cuda_error",
         title="a CUDA kernel failed",
-        meaning="Wrong memory was touched or an assertion failed on the device, often before that line.",
+        meaning="A kernel accessed wrong memory or an assertion failed, often before the reported line.",
         advice=(
             "CUDA_LAUNCH_BLOCKING=1 in the profile's `environment` names the right line",
-            "if it only ever happens on one node, that is to blame: " + RETRY,
+            "if it happens on one node only, that node is to blame: " + RETRY,
         ),
         rank=(
             r"illegal memory access",
@@ -180,7 +178,7 @@ RANK = (
     Cause(
         name="no_python",
         title="the Python of the profile isn't there",
-        meaning="The program that every rank runs doesn't exist, or may not be run, on the compute node.",
+        meaning="The program that every rank runs doesn't exist on the compute node, or can't be executed.",
         advice=(
             "`python` in the profile is the path as the compute nodes see it, inside the container if there is one",
         ),
@@ -195,7 +193,7 @@ RANK = (
     Cause(
         name="diverged",
         title="the training diverged",
-        meaning="Loss or gradients stopped being numbers for several steps in a row.",
+        meaning="Loss or gradients were NaN or infinite for several steps in a row.",
         advice=("a lower --lr or more --warmup-steps; look for broken documents in the data",),
         rank=(r"updates were skipped",),
     ),
@@ -205,7 +203,7 @@ RANK = (
         meaning="It is incomplete, damaged, someone else's, or made for another model.",
         advice=(
             "the line names the file or tensor; copy or convert it again",
-            "a run that resumes falls back on its newest complete checkpoint",
+            "a resumed run uses its newest complete checkpoint",
         ),
         rank=(
             r"error: .*(?:checkpoint|tensor \S+ (?:missing|has shape)|mixlaunch\.json|truncated, \d+ b|\.distcp)",
@@ -215,19 +213,19 @@ RANK = (
     Cause(
         name="mistake",
         title="a mistake in what was asked for",
-        meaning="The job said so itself and was not retried.",
-        advice=("mend what the line names, then submit again",),
+        meaning="The job reported it and was not retried.",
+        advice=("correct what the line names, then submit again",),
         rank=(r"^error: ",),
         codes=(2,),
     ),
-    # From here on: what ranks say when others are gone or slow.
+    # From here on: secondary failures, when other ranks are gone or slow.
     Cause(
         name="collective_timeout",
-        title="ranks waited for one another until the time was up",
-        meaning="A collective operation never completed: a rank hangs, is elsewhere, or its node is very slow.",
+        title="ranks waited for each other until a time limit",
+        meaning="A collective operation never completed: a rank hangs, does something else, or is very slow.",
         advice=(
-            "the ranks that said nothing are the ones to look at first; `mixlaunch logs RUN --rank N`",
-            "on a GPU, TORCH_NCCL_TRACE_BUFFER_SIZE=2000 in `environment` records who is late",
+            "look first at the ranks that printed nothing: `mixlaunch logs RUN --rank N`",
+            "on a GPU, TORCH_NCCL_TRACE_BUFFER_SIZE=2000 in `environment` records which rank is late",
             RESUME,
         ),
         rank=(
@@ -242,7 +240,7 @@ RANK = (
     Cause(
         name="peer_lost",
         title="the connection to another rank broke",
-        meaning="Another rank or its node went away first.",
+        meaning="Another rank or its node failed first.",
         advice=("look at the rank that left first; " + RESUME,),
         rank=(
             r"Connection (?:closed|reset) by (?:peer|remote)",

@@ -14,15 +14,15 @@ from launcher.diagnose.causes.rank import RANK
 EXITS = (
     Cause(
         name="requeue",
-        title="it saved and asked for its place in the queue back",
-        meaning="A warning came, of the time limit or of a preemption; everything is saved.",
+        title="it saved and asked to be requeued",
+        meaning="The job was warned of its time limit or of a preemption, and saved everything.",
         advice=(RESUME,),
         codes=(85,),
     ),
     Cause(
         name="killed",
         title="a rank was killed from outside (SIGKILL)",
-        meaning="Most often the kernel, because the node's memory was full; else an administrator or a clean-up.",
+        meaning="Most often the kernel, because the node's memory was full; else an administrator or a script.",
         advice=(
             "`dmesg -T | grep -i oom` on that node tells; more memory for the job: `node.memory_gb` in the profile",
             RESUME,
@@ -32,17 +32,17 @@ EXITS = (
     Cause(
         name="crashed",
         title="a rank crashed in native code",
-        meaning="SIGSEGV, SIGBUS, SIGILL, SIGFPE or an abort: a bug in a compiled library, or memory gone bad.",
+        meaning="SIGSEGV, SIGBUS, SIGILL, SIGFPE or an abort: a bug in a compiled library, or bad memory.",
         advice=(
-            "PYTHONFAULTHANDLER=1 in the profile's `environment` shows where it was",
-            "if it only ever happens on one node, that is to blame: " + RETRY,
+            "PYTHONFAULTHANDLER=1 in the profile's `environment` shows where it happened",
+            "if it happens on one node only, that node is to blame: " + RETRY,
         ),
         codes=(139, 135, 134, 132, 136, 11, 6, 7),
     ),
     Cause(
         name="terminated",
         title="the ranks were told to end from outside (SIGTERM)",
-        meaning="Nobody left a reason: somebody's scancel, a preemption, or an administrator.",
+        meaning="No reason was recorded. It can be an scancel, a preemption, or an administrator.",
         advice=(RESUME, "`sacct -j ID -o state,end,reason` may know more"),
         codes=(143, 15),
     ),
@@ -59,8 +59,8 @@ EXITS = (
 EXCEPTION = Cause(
     name="exception",
     title="an exception ended a rank",
-    meaning="Its last lines say which and where.",
-    advice=("the traceback names the line; if it isn't your doing, report it with the log",),
+    meaning="The last lines of the log show the exception and its place.",
+    advice=("the traceback names the line; if the error isn't yours, report it with the log",),
     rank=(
         r"^(?:\[rank\d+\]:\s*)?(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b(?::|$)",
     ),
@@ -69,7 +69,7 @@ EXCEPTION = Cause(
 NODE_LOST = Cause(
     name="node_lost",
     title="everything on a node was killed at once",
-    meaning="Its ranks had no time to leave a word: the node went down, or something killed the job there.",
+    meaning="Its ranks had no time to print anything: the node went down, or something killed the job there.",
     advice=(RETRY, MARK, "`sinfo -R` and the node's own log may say what happened"),
     host=(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: Killed",),
     bad_node=True,
@@ -84,8 +84,8 @@ CANCELLED = Cause(
 SCRIPT_KILLED = Cause(
     name="script_killed",
     title="the batch script was killed",
-    meaning="It had no time for a last word: a SIGKILL, or the machine it ran on went down.",
-    advice=(RESUME, "`dmesg -T` on that machine may tell of a full memory, `last -x` of a restart"),
+    meaning="It had no time to print its end: it got a SIGKILL, or its machine went down.",
+    advice=(RESUME, "`dmesg -T` on that machine may show that memory was full, and `last -x` a restart"),
 )
 NO_OUTPUT = Cause(
     name="no_output",
@@ -95,14 +95,16 @@ NO_OUTPUT = Cause(
 )
 UNKNOWN = Cause(
     name="unknown",
-    title="nobody said why",
-    meaning="No line of its logs is one that mixlaunch knows.",
+    title="no cause was found",
+    meaning="mixlaunch knows no line of its logs.",
     advice=("the last lines are below; `mixlaunch logs RUN --rank all` has the rest",),
 )
 
 
 def of_rank_lines(lines: Iterable[str]) -> Iterator[tuple[int, Cause]]:
-    """(place, cause) of every line that a cause knows, in the lines' order; an exception is the last resort."""
+    """(index, cause) of every line that matches a cause, in order; a plain exception counts only if nothing else
+    matches.
+    """
     for place, line in enumerate(lines):
         if cause := next((cause for cause in (*HOST, *RANK) if cause.match_rank(line)), None):
             yield place, cause
@@ -111,5 +113,5 @@ def of_rank_lines(lines: Iterable[str]) -> Iterator[tuple[int, Cause]]:
 
 
 def of_code(code: int) -> Cause | None:
-    """What a first exit code alone says."""
+    """The cause that the first exit code alone shows."""
     return next((cause for cause in (*EXITS, *RANK) if code in cause.codes), None)

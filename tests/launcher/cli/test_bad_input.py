@@ -58,7 +58,7 @@ def refused(*words, code=2):
         ([*EXPORT, "-o", "extra.exclude=n[9-1]"], "extra: 'n[9-1]': '9-1' isn't a range"),
         ([*EXPORT, "-o", "extra={mail-type: [END]}"], "extra.mail-type: input should be a valid string"),
         ([*EXPORT, "-o", "environment.UID=5"], "UID is bash's own"),
-        ([*EXPORT, "-o", "templates.job=/dev/null"], "begin with `#!`"),
+        ([*EXPORT, "-o", "templates.job=/dev/null"], "begins with `#!`"),
         ([*EXPORT, "--time", "٣٠"], "--time: '٣٠' isn't a time limit"),
         ([*EXPORT, "--time", MANY], "--time: "),
         ([*EXPORT, "--time", ""], "--time: '' isn't a time limit"),
@@ -190,7 +190,7 @@ def test_a_terminal_that_cant_show_it(home):
 
 def test_stdin_that_is_closed(home):
     code, said = process("chat", "localhost:5000", folder=home, before=["bash", "-c", 'exec "$@" <&-', "bash"])
-    assert (code, said) == (2, "error: there is nothing to answer: the prompt is empty\n")
+    assert (code, said) == (2, "error: the prompt is empty\n")
 
 
 def test_a_folder_one_may_not_enter(home):

@@ -254,7 +254,7 @@ def test_convert_has_a_command_under_it_and_stays_one(mixlaunch):
     assert "convert: what would run" in mixlaunch("convert", "--cluster", "selene", "--dry-run").stdout
     help = mixlaunch("convert", "--help").stdout
     assert "--layout [torch_dist|legacy]" in help
-    assert "verify  Prove a converted folder." in help
+    assert "verify  Check a converted folder against its digests." in help
     wrong = mixlaunch("convert", "--cluster", "selene", "verify", "/x")
     assert (wrong.exit_code, "--cluster goes behind `convert verify`" in wrong.stderr) == (2, True)
     assert mixlaunch("convert", "verfy", "/x").exit_code == 2

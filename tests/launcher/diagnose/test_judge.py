@@ -245,7 +245,7 @@ def test_a_node_whose_ranks_all_fell_silent_is_to_blame(attempt):
     found = attempt({0: LOST, 1: LOST}, first="1 0 gpu07")
     assert (found.cause.name, found.rank, found.silent) == ("peer_lost", 2, (2, 3))
     assert found.bad_nodes == ("gpu08",)
-    assert found.notes == ("rank 0 on gpu07 left first, with 1, but not by a fault of its own",)
+    assert found.notes == ("rank 0 on gpu07 left first, with exit code 1, but it isn't the cause",)
 
 
 def test_one_silent_rank_speaks_against_no_node(attempt):

@@ -28,7 +28,7 @@ def typed(*argv):
     [
         (("retry", "--time", "soon"), "--time: 'soon'"),
         (("retry", "--exclude", "a;b"), "--exclude: 'a;b'"),
-        (("retry", "--exclude", "gpu1"), "this run is one of this machine alone"),
+        (("retry", "--exclude", "gpu1"), "this run is on this machine only"),
         (("resume",), "tiny keeps nothing to go on from; `mixlaunch retry"),
     ],
 )
