@@ -1,6 +1,7 @@
-"""The waiting room between HTTP handlers and the engine: who gets in, who is answered, who left.
+"""Admission between HTTP handlers and the engine: admits requests, delivers tokens, and cancels requests of clients
+that left.
 
-Lives on the event loop's thread; orders go out through `send`, events come in through `deliver`.
+It runs on the event loop's thread. Orders go out through `send`, and events come in through `deliver`.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ class Limits:
     context: int  # tokens of one prompt and its answer
     running: int  # requests that the engine works on at once
     queued: int  # requests that may wait beyond those
-    tokens: int  # that all of those may come to, prompts and answers
+    tokens: int  # tokens of all of those together, prompts and answers
 
 
 class Refused(Exception):
@@ -37,7 +38,7 @@ State = Literal["ready", "draining", "failed"]
 
 
 class Stream:
-    """The events of one request, in order; close it when nobody listens any more."""
+    """The events of one request, in order; close it when nobody needs them any more."""
 
     def __init__(self, service: "Service", request: Request) -> None:
         self.request = request
@@ -63,7 +64,7 @@ class Stream:
         return event
 
     def close(self) -> None:
-        """Safe at any time, any number of times; an unfinished request is cancelled."""
+        """Can be called at any time and repeatedly; an unfinished request is cancelled."""
         self._service.forget(self.request.id)
 
 
@@ -77,7 +78,7 @@ class Service:
         self.reason = ""
         self._send = send
         self._streams: dict[int, Stream] = {}
-        self._tokens = 0  # that the admitted requests may come to
+        self._tokens = 0  # tokens of the admitted requests at most
         self._next = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,7 +92,7 @@ class Service:
         return self._next
 
     def open(self, requests: Sequence[Request]) -> list[Stream]:
-        """All of them or none; a call that is larger than the queue gets in when nobody else is there."""
+        """Admit all requests or none; a call that is larger than the queue is admitted when the queue is empty."""
         if self.state != "ready":
             raise Unavailable(self.reason)
         tokens = sum(_size(r) for r in requests)
@@ -110,7 +111,7 @@ class Service:
         return streams
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """What one step of the engine brought; events of requests that were cancelled meanwhile are dropped."""
+        """Deliver the events of one engine step; events of cancelled requests are dropped."""
         for event in events:
             stream = self._streams.get(event.request)
             if stream is None:
@@ -126,7 +127,7 @@ class Service:
             self._send(Cancel(request))
 
     def begin_drain(self) -> None:
-        """Take nothing new; what was started goes on."""
+        """Admit nothing new; running requests continue."""
         if self.state == "ready":
             self.state, self.reason = "draining", "the server is shutting down"
 

@@ -1,4 +1,4 @@
-"""Where a server is, for those who look for it: `server.json` while it answers, an event, and a line to copy."""
+"""Announces a server's address: `server.json` while it answers, an event, and a command to copy."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_mixtral.observability.events import EventLog
 
-ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that mean all of this machine's
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that mean all interfaces
 
 
 def reachable(host: str) -> str:
@@ -19,20 +19,20 @@ def reachable(host: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """A server's address, and the port that it was to take."""
+    """A server's address, and the port that was requested."""
 
     run_dir: Path
     host: str
     port: int
     wanted: int
-    key: bool  # whether it asks for one
+    key: bool  # whether it requires one
 
     @property
     def file(self) -> Path:
         return self.run_dir / "server.json"
 
     def announce(self, log: EventLog, *, model: str, weights: Path) -> None:
-        """Write `server.json` and print how to ask; the key stays where it is."""
+        """Write `server.json` and print a command to try; the key isn't printed."""
         host = socket.gethostname() if self.host in ANY else self.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         state = {"host": host, "port": self.port, "url": url, "pid": os.getpid(), "state": "ready", "model": model}

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus: load, tokens, and how long clients wait for them."""
+"""Metrics for Prometheus: load, tokens, and how long clients wait for them."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -6,7 +6,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Metrics:
-    """One registry per server, so that two in one process don't share numbers."""
+    """One registry for each server, so two servers in one process don't share numbers."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

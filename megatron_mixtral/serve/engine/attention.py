@@ -1,4 +1,4 @@
-"""Attention over the dynamic engine's paged cache in plain torch, where it asks for flash-attention packages.
+"""Attention over the dynamic engine's paged cache in plain torch, in place of flash-attention packages.
 
 The engine's attention passes through one method of megatron-core's `Attention`, which is replaced here.
 Shapes: T query tokens of all requests in a row, R requests, N query heads, K key/value heads, D head size, P pages
@@ -40,7 +40,7 @@ def paged_attention(
     block_table: Tensor,  # [R, most pages]
     is_decode_only: bool,
     softmax_offset: Tensor | None = None,
-) -> Tensor:  # [T, 1, N, D]; rows that only pad the batch stay 0
+) -> Tensor:  # [T, 1, N, D]; padding rows stay 0
     """Reads keys and values page by page and gives them to scaled_dot_product_attention."""
     assert softmax_offset is None, "Mixtral has no attention sinks"
     window = window_of(attention.config)
@@ -75,11 +75,11 @@ def _decode(
     keys, values = (x[pages].flatten(1, 2)[:, :longest].transpose(1, 2) for x in (k, v))  # [R, K, longest, D]
     position = torch.arange(longest, device=q.device)
     seen = position < seqlens_k.unsqueeze(1)
-    # Beyond its end a page holds whatever the memory held, and even nothing times NaN is NaN.
+    # A page is uninitialised beyond its end, and zero times NaN is NaN.
     keys, values = (x.masked_fill(~seen[:, None, :, None], 0.0) for x in (keys, values))
     if window is not None:
         seen &= position >= seqlens_k.unsqueeze(1) - window
-    seen[:, 0] |= seqlens_k == 0  # a row that only pads the batch looks at something, or it would be NaN
+    seen[:, 0] |= seqlens_k == 0  # a padding row must see something, or it would be NaN
     rows = len(seqlens_k)
     out = torch.zeros_like(q)
     out[:rows] = F.scaled_dot_product_attention(

@@ -1,6 +1,6 @@
-"""All ranks in step: rank 0 hands out requests to replicas and says when to step, the others follow.
+"""Keeps all ranks in step: rank 0 gives requests to replicas and starts each step, and the other ranks follow.
 
-Where experts are spread over replicas every step is a step of all of them; one without work takes part idly.
+If experts are divided over replicas, all replicas take part in every step; one without work does an idle step.
 """
 
 import queue
@@ -36,11 +36,11 @@ class Replica(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RankMap:
-    """Which replica each rank belongs to, and which rank of a replica reports for it."""
+    """Each rank's replica, and the rank of each replica that reports for it."""
 
     replica_of: list[int]
     speaks: list[bool]
-    coupled: bool  # experts lie on several replicas
+    coupled: bool  # experts are divided over replicas
 
     @classmethod
     def survey(cls) -> "RankMap":
@@ -64,7 +64,7 @@ class RankMap:
 
 
 class Leader:
-    """Rank 0: orders from `inbox` go to the replica with the least to do, what all bring goes to `sink`."""
+    """Rank 0: requests from `inbox` go to the replica with the fewest requests, and all results go to `sink`."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Leader:
         self._cache = [0.0] * places.replicas
 
     def run(self) -> None:
-        """Until a `Stop` comes; a lost link or a failed step ends it with that error."""
+        """Run until a `Stop`; a lost link or a failed step raises its error."""
         while True:
             orders = self._orders()
             if any(isinstance(order, Stop) for order in orders):
@@ -96,7 +96,7 @@ class Leader:
             link.send({"stop": True})
 
     def _orders(self) -> list[Order]:
-        """All that has come; waits for some when no replica has work."""
+        """All orders so far; waits for one if no replica has work."""
         orders: list[Order] = []
         try:
             if not any(self._busy):
@@ -150,7 +150,7 @@ class Leader:
 
 
 def follow(replica: Replica, link: RankLink, *, speaks: bool) -> None:
-    """Any other rank: do what rank 0 says until it says stop."""
+    """Any other rank: follow rank 0's orders until it sends stop."""
     while True:
         order = link.receive()
         if order.get("stop"):

@@ -1,7 +1,8 @@
-"""Sockets between rank 0 and every other rank: orders down, events up, and word within seconds when one dies.
+"""Sockets between rank 0 and every other rank: orders down, events up, and a notice within seconds when a rank
+dies.
 
-Lines of JSON over TCP, not collectives: a rank waits here for hours without a timeout, and a dead peer is an end of
-file, where a collective would hang.
+They carry lines of JSON over TCP. A collective would hang when a peer dies or nothing happens for hours; a socket
+waits without a timeout, and reads an end of file when the peer dies.
 """
 
 import json
@@ -26,7 +27,7 @@ class LinkLost(JobError):
 
 
 class RankLink:
-    """One connection; a thread of its own reads it, so that the callbacks come even while this rank computes."""
+    """One connection, read by its own thread, so callbacks run even while this rank computes."""
 
     def __init__(
         self, connection: socket.socket, on_lost: Callable[[], None], on_terminate: Callable[[], None]
@@ -45,14 +46,14 @@ class RankLink:
             raise LinkLost(f"a rank can't be reached: {error}") from error
 
     def receive(self) -> dict[str, Any]:
-        """The next message, however long it takes; `LinkLost` when there won't be one."""
+        """Wait for the next message; `LinkLost` if the connection ends."""
         message = self._messages.get()
         if message is None:
             raise LinkLost("a rank closed its connection")
         return message
 
     def expect_end(self) -> None:
-        """From now on the other end may close without that being news."""
+        """From now on the other end may close without a callback."""
         self._ending = True
 
     def close(self) -> None:
@@ -69,7 +70,7 @@ class RankLink:
                     else:
                         self._messages.put(message)
         except (OSError, ValueError):
-            pass  # a reset or half a line: the other end is as dead as at an end of file
+            pass  # a reset or half a line means that the other end is dead, like an end of file
         if not self._ending:
             self._on_lost()
         self._messages.put(None)
@@ -80,8 +81,8 @@ def meet(
 ) -> dict[int, RankLink]:
     """Links by rank: to all others on rank 0, to rank 0 on the others. All ranks call it, once they have a group.
 
-    From other threads, `on_lost(rank)` is called when that rank's end closes unannounced, and `on_terminate()` when
-    a rank was told to stop.
+    Other threads call `on_lost(rank)` when that rank's end closes unexpectedly, and `on_terminate()` when a rank
+    gets a stop signal.
     """
     if world == 1:
         return {}
@@ -115,7 +116,7 @@ def _listen(world: int, on_lost: Callable[[int], None], on_terminate: Callable[[
 
 
 def _greeting(connection: socket.socket, secret: str) -> int | None:
-    """Which rank this is; None for a stranger, whose connection is closed."""
+    """The rank of a connection; None for another program, whose connection is closed."""
     connection.settimeout(5.0)
     try:
         line = b""
@@ -132,7 +133,7 @@ def _greeting(connection: socket.socket, secret: str) -> int | None:
 
 
 def _notice_death(connection: socket.socket) -> None:
-    """A dying process closes its sockets; for a dying machine the kernel asks every 2 s whether it's there."""
+    """A dying process closes its sockets. For a dying machine the kernel probes the connection every 2 s."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):

@@ -1,6 +1,6 @@
-"""The HTTP application: who may ask, what is asked where, and one shape for every refusal.
+"""The HTTP application: the key, the routes, and one format for every error.
 
-Every route but `/health` wants the key when there is one, as a bearer token or (for browsers) as the password of
+Every route except `/health` requires the key if there is one, as a bearer token, or for browsers as the password of
 HTTP's basic authentication.
 """
 
@@ -37,7 +37,7 @@ log = logging.getLogger("mixlaunch.serve")
 def application(model: ServedModel, service: Service, *, key: str | None) -> ASGIApp:
     """The whole site, with the guard around it."""
     app = FastAPI(title="mixlaunch", version=version(), docs_url=None, redoc_url=None)
-    # The guard asks for the key; this only says in the server's description that there is one.
+    # The guard checks the key; this only mentions it in the OpenAPI description.
     described = [Depends(HTTPBearer(auto_error=False))] if key else []
     for api in APIS:
         app.include_router(api.router(model, service), dependencies=described)
@@ -53,7 +53,7 @@ def version() -> str:
 
 
 class Status(BaseModel):
-    """How the server is: ready, draining or failed; and why, where it isn't ready."""
+    """The server's state: ready, draining or failed, and the reason if it isn't ready."""
 
     status: str
     reason: str = ""
@@ -69,7 +69,7 @@ def _health(service: Service) -> APIRouter:
         responses={503: {"model": Status, "description": "A rank of the engine is gone"}},
     )
     async def health() -> Any:
-        """Alive: 503 once a rank of the engine is gone."""
+        """Alive: 503 after a rank of the engine has died."""
         status = Status(status=service.state, reason=service.reason)
         return JSONResponse(status.model_dump(), 503 if service.state == "failed" else 200)
 
@@ -85,7 +85,7 @@ def _state_routes(service: Service) -> APIRouter:
         responses={503: {"model": Status, "description": "Shutting down, or a rank is gone"}},
     )
     async def ready() -> Any:
-        """Whether new requests are taken."""
+        """Whether new requests are accepted."""
         status = Status(status=service.state, reason=service.reason)
         return JSONResponse(status.model_dump(), 200 if service.state == "ready" else 503)
 
@@ -131,7 +131,7 @@ def _add_refusals(app: FastAPI) -> None:
 
 
 class Guard:
-    """Around all routes: the key, the size of bodies, a count of answers, and no traceback to the client."""
+    """Wraps all routes: checks the key and the size of bodies, counts answers, hides tracebacks from clients."""
 
     def __init__(self, app: ASGIApp, *, key: str | None, count: Callable[[str, int], None]) -> None:
         self._app, self._key, self._count = app, key, count
@@ -140,7 +140,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # GET without the body, which uvicorn leaves out
+        if scope["method"] == "HEAD":  # treated as GET; uvicorn leaves out the body
             scope = {**scope, "method": "GET"}
         request, body = HttpRequest(scope), _Body(receive)
         status = 0
@@ -148,7 +148,7 @@ class Guard:
         async def counted(message: Message) -> None:
             nonlocal status
             if body.too_large and not status:
-                return  # what the routes say about half a body; the right answer follows
+                return  # the route's answer to half a body; the correct answer follows
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
@@ -196,7 +196,7 @@ def presented_key(authorization: str) -> str | None:
 
 
 class _Body:
-    """A request's body, counted as it comes and cut off where it's too large."""
+    """A request's body, counted while it arrives, and cut off if it is too large."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive, self._read, self.too_large = receive, 0, False

@@ -1,4 +1,4 @@
-"""Notice a client that hangs up while its whole answer is still being made, and drop the work."""
+"""Notices a client that disconnects during a non-streamed answer, and cancels its requests."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -15,9 +15,9 @@ T = TypeVar("T")
 async def all_or_gone(
     http: HttpRequest, streams: Sequence[Stream], work: Sequence[Coroutine[Any, Any, T]]
 ) -> list[T]:
-    """The results of all `work`, in order; the first failure, or `ClientDisconnect` when the client leaves.
+    """The results of all `work`, in order; raises the first failure, or `ClientDisconnect` if the client leaves.
 
-    However it ends, no request of `streams` goes on.
+    In every case all requests of `streams` end.
     """
     working = asyncio.gather(*work)
     leaving = asyncio.create_task(_left(http))
@@ -30,7 +30,7 @@ async def all_or_gone(
     finally:
         working.cancel()
         leaving.cancel()
-        await asyncio.wait({working})  # nobody else hears how it ended
+        await asyncio.wait({working})  # nobody else retrieves its result
         for stream in streams:
             stream.close()
 

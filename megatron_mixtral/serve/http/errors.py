@@ -1,4 +1,4 @@
-"""Every refusal that a client can meet, as one exception with the OpenAI API's error body."""
+"""Every error for a client, as one exception with the OpenAI API's error body."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,19 +31,19 @@ class OpenAIError(BaseModel):
 
 
 class OpenAIRefusal(BaseModel):
-    """The body of whatever isn't 200 under `/v1`."""
+    """The body of every error under `/v1`."""
 
     error: OpenAIError
 
 
 class MegatronRefusal(BaseModel):
-    """The body of whatever isn't 200 of `/api`."""
+    """The body of every error of `/api`."""
 
     message: str
 
 
 def documented(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """What the server's own description says of every refusal; `default` keeps FastAPI's 422 out of it."""
+    """The errors in the OpenAPI description; `default` replaces FastAPI's 422."""
     words = {400: "A mistake in the request", 429: "The queue is full", 503: "Shutting down, or a rank is gone"}
     words |= {401: "A key is needed", 404: "No such model", 413: "The body is too large"}
     found: dict[int | str, dict[str, Any]] = {code: {"model": body, "description": words[code]} for code in words}
@@ -69,7 +69,7 @@ class Problem(Exception):
 
 
 def from_exception(error: Exception) -> Problem:
-    """What a handler's exception means to the client."""
+    """The client's error for a handler's exception."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, Refused):
@@ -81,7 +81,7 @@ def from_exception(error: Exception) -> Problem:
 
 
 def from_validation(error: RequestValidationError) -> Problem:
-    """The first field that pydantic found wrong, in the API's words."""
+    """The first error that pydantic found, in the API's words."""
     finding = _closest(error.errors())
     where = _path(finding)
     if finding["type"] == "json_invalid":
@@ -96,14 +96,14 @@ def from_validation(error: RequestValidationError) -> Problem:
 
 
 def _closest(findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of all types that a field may have and hasn't, the one that what was given resembles most."""
+    """The error for the type that is closest to the given value, if a field may have several types."""
     field = findings[0]["loc"][:2]
     same = (finding for finding in findings if finding["loc"][:2] == field)
     return max(same, key=lambda finding: (len(finding["loc"]), not finding["type"].endswith("_type")))
 
 
 def _path(finding: dict[str, Any]) -> list[str]:
-    """Names and indices that lead to what was found, without pydantic's names of types in between."""
+    """Names and indices of the wrong field, without pydantic's names of types in between."""
     _body, *inner = (str(part) for part in finding["loc"])
     last = inner.pop() if finding["type"] == "extra_forbidden" else None  # the client's own word, whatever it is
     named = [part for part in inner if part not in ("str", "constrained-str") and "[" not in part]
@@ -115,10 +115,10 @@ def openai_body(problem: Problem) -> JSONResponse:
 
 
 def megatron_body(problem: Problem) -> JSONResponse:
-    """`text_generation_cli.py` prints `message` of whatever isn't 200."""
+    """`text_generation_cli.py` prints the `message` of an error."""
     return JSONResponse({"message": problem.error["message"]}, problem.status, problem.headers)
 
 
 def body_for(request: HttpRequest, problem: Problem) -> JSONResponse:
-    """In the shape that the route's clients read."""
+    """The error body in the format of the route's clients."""
     return megatron_body(problem) if request.url.path == "/api" else openai_body(problem)

@@ -1,4 +1,4 @@
-"""`/v1`: models, completions and chat completions as the `openai` client speaks them, streaming or whole."""
+"""`/v1`: models, completions and chat completions for the `openai` client, streamed or whole."""
 
 import asyncio
 import json
@@ -33,14 +33,14 @@ WHOLE_OR_STREAMED: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One HTTP request's generation: its streams, and how their text is read."""
+    """One HTTP request: its streams, and how their tokens become text."""
 
     kind: str  # the object's name
     id: str
     model: ServedModel
     body: Sampled
     streams: list[Stream]
-    contexts: list[list[int]]  # what each choice's text stands behind
+    contexts: list[list[int]]  # the ids before each choice's text
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -87,7 +87,7 @@ def router(model: ServedModel, service: Service) -> APIRouter:
 
 
 async def _completion(body: CompletionBody, model: ServedModel, service: Service) -> Call:
-    """The choices of every prompt, asked for."""
+    """Request the choices of every prompt."""
     made = requests.requests(
         body,
         await requests.completion_prompts(body, model),
@@ -108,7 +108,7 @@ async def _completion(body: CompletionBody, model: ServedModel, service: Service
 
 
 async def _chat(body: ChatBody, model: ServedModel, service: Service) -> Call:
-    """The choices of a conversation, asked for."""
+    """Request the choices of a conversation."""
     made = requests.requests(
         body,
         [await requests.chat_prompt(body, model)],
@@ -157,7 +157,7 @@ def _whole_chat(call: Call, answers: list[Answer]) -> JSONResponse:
 
 
 class _CompletionShape:
-    """A completion's chunks; remembers how much text came before for `text_offset`."""
+    """A completion's chunks; counts the text before each for `text_offset`."""
 
     object = "text_completion"
 
@@ -175,7 +175,7 @@ class _CompletionShape:
         return None
 
     def choice(self, piece: Piece) -> dict[str, Any] | None:
-        """None for a piece with nothing to show."""
+        """None for a piece without visible content."""
         scored = [*(Scored(token) for token in self._unscored), *piece.prompt, *piece.tokens]
         logprobs = None if self._request.logprobs is None else self._logprobs(scored)
         text, self._echo, self._unscored = self._echo + piece.text, "", []
@@ -198,7 +198,7 @@ class _CompletionShape:
 
 
 class _ChatShape:
-    """A chat answer's chunks: the role first, then what it says."""
+    """A chat answer's chunks: first the role, then the text."""
 
     object = "chat.completion.chunk"
 
@@ -219,7 +219,9 @@ class _ChatShape:
 
 
 def _alternatives(tokenizer: Tokenizer, scored: Scored) -> dict[str, float | None] | None:
-    """The best by their text, and always the token itself; nothing for a token without a log probability."""
+    """The best tokens by their text, always including the token itself; empty for a token without a log
+    probability.
+    """
     if scored.logprob is None:
         return None
     found = {token_text(tokenizer, token): finite(value) for token, value in scored.top}
@@ -244,7 +246,7 @@ def _chat_logprobs(call: Call, tokens: list[Scored]) -> dict[str, Any] | None:
 
 
 class _EventStream(StreamingResponse):
-    """Chunks as they come; whatever ends it, also before it began, the requests are closed."""
+    """Sends chunks as they come. The requests are closed however it ends, even before it began."""
 
     def __init__(self, call: Call, shapes: list[Any]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

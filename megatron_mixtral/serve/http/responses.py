@@ -1,4 +1,4 @@
-"""One request's events as what its reader gets: text piece by piece, scored tokens, and why it ended."""
+"""Turns one request's events into its answer: pieces of text, scored tokens, and the finish reason."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one event settles: some text (or none yet), its token, the end."""
+    """The result of one event: text (or none yet), its token, and whether it is the end."""
 
     text: str = ""
     tokens: list[Scored] = field(default_factory=list)
@@ -43,9 +43,9 @@ class Answer:
 async def pieces(
     stream: Stream, tokenizer: Tokenizer, *, context: list[int], stops: list[str]
 ) -> AsyncIterator[Piece]:
-    """Follow `stream` to its end; leaving early, by a stop string or an exception, cancels the request.
+    """Follow `stream` to its end; an early exit by a stop string or an exception cancels the request.
 
-    `context` are the ids that the text stands behind: none for a chat's answer, the prompt for a completion.
+    `context` are the ids before the text: none for a chat, and the prompt for a completion.
     """
     words, cut = Detokenizer(tokenizer, context), StopStrings(stops)
     prompt = stream.request.prompt
@@ -89,5 +89,5 @@ async def whole(stream: Stream, tokenizer: Tokenizer, *, context: list[int], sto
 
 
 def finite(logprob: float | None) -> float | None:
-    """As JSON can carry it."""
+    """A number that JSON can hold."""
     return None if logprob is None else max(logprob, LEAST)

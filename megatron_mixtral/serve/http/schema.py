@@ -1,7 +1,7 @@
 """The bodies that `/v1` accepts: OpenAI's names and ranges, plus `top_k` and `ignore_eos`.
 
-What this server can't honour is refused by name rather than ignored; fields without influence on the answer pass,
-and so does null, by which clients leave a field out.
+Unsupported fields are refused by name, not ignored. Fields without influence on the answer are accepted, and so is
+null, which clients send for an unset field.
 """
 
 from typing import Annotated, Any, Literal
@@ -29,7 +29,7 @@ class StreamOptions(BaseModel):
 
 
 class Sampled(BaseModel):
-    """What both kinds of completion share."""
+    """Fields that both kinds of completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -94,7 +94,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn; an answer may come back with all its fields, as the client got it."""
+    """A message; an assistant's message may have all fields of the server's answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -142,7 +142,9 @@ class ChatBody(Sampled):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.as_json and self.ignore_eos:
-            raise ValueError("a JSON object ends where it is closed: response_format doesn't go with ignore_eos")
+            raise ValueError(
+                "response_format json_object ends at the object's end, so it can't be combined with ignore_eos"
+            )
         return self
 
     @property

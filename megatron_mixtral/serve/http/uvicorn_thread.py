@@ -1,4 +1,4 @@
-"""uvicorn in a thread of its own, beside the engine: started when the port is bound, ended by a drain."""
+"""uvicorn in its own thread beside the engine: it starts when the port is bound, and a drain ends it."""
 
 import asyncio
 import errno
@@ -18,12 +18,12 @@ from megatron_mixtral.serve.admission import Service
 from megatron_mixtral.serve.messages import Event, Stop
 
 MOST_FILES = 65536
-SEND_BUFFER = 64 * 1024  # left alone it grows to megabytes of the kernel's for each client that doesn't read
-LAST_WORDS_SECONDS = 0.3  # for the errors of cancelled clients to leave
+SEND_BUFFER = 64 * 1024  # without a limit the kernel buffers megabytes for each client that doesn't read
+LAST_WORDS_SECONDS = 0.3  # time to send errors to cancelled clients
 
 
 def allow_many_connections() -> None:
-    """As many open files as this process may have: each client is one, and shells give about a thousand."""
+    """Raise the limit of open files: each client needs one, and shells allow about a thousand."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -31,13 +31,13 @@ def allow_many_connections() -> None:
 
 
 class PortTaken(InputError):
-    """Somebody else listens there."""
+    """Another program uses the port."""
 
 
 def bind(host: str, port: int, *, others: int = 0) -> socket.socket:
     """The listening socket at `port`, or at the first free one of `others` behind it; port 0 takes any free one.
 
-    `InputError` when they are taken or not ours to take.
+    `InputError` if they are in use, or not allowed.
     """
     for candidate in range(port, min(port + others, 65535)):
         with suppress(PortTaken):
@@ -50,8 +50,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except OSError as error:
         raise InputError(f"{host}: {error.strerror}") from error
-    # Only where the protocol is named does asyncio switch off Nagle's algorithm, which holds back the second packet
-    # of every answer for 40 ms.
+    # asyncio turns Nagle's algorithm off only if the protocol is named. Nagle delays the second packet of every
+    # answer by 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,7 +87,7 @@ class HttpThread:
         self._draining = False
 
     def start(self) -> None:
-        """Returns when requests are answered."""
+        """Start, and return when requests are answered."""
         started = threading.Event()
         self._started = started
         self._thread.start()
@@ -95,22 +95,22 @@ class HttpThread:
             raise JobError("the HTTP server didn't start")
 
     def deliver(self, events: list[Event], cache_used: float) -> None:
-        """From the engine's thread: one hop to the loop for all events of a step."""
+        """Called on the engine's thread: passes all events of a step to the loop in one call."""
         self._call(self._deliver, events, cache_used)
 
     def fail(self, reason: str) -> None:
-        """Every client learns that its answer won't come, and `/health` says so."""
+        """Send every client an error, and let `/health` report it."""
         self._call(self._service.fail, reason)
 
     def drain(self, seconds: float) -> None:
-        """Take nothing new, let what was started end within `seconds`, then stop the server and the engine."""
+        """Accept nothing new, let running requests end within `seconds`, then stop the server and the engine."""
         self._call(self._begin_drain, seconds)
 
     def join(self) -> None:
         self._thread.join(10)
 
     def _call(self, function: Callable[..., object], *args: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with suppress(RuntimeError):  # the loop is closed, so there is nobody to notify
             self._loop.call_soon_threadsafe(function, *args)
 
     def _deliver(self, events: list[Event], cache_used: float) -> None:

@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
-# Made by mixlaunch; plain sbatch runs it. All it needs is a Python with megatron_mixtral where the ranks run.
+# Made by mixlaunch; plain sbatch runs it. It needs only a Python with megatron_mixtral where the ranks run.
 set -uo pipefail
 : "${SLURM_JOB_ID:?this script is a Slurm job: run it with sbatch}"
 
@@ -39,7 +39,7 @@ other_port: true
 END_OF_CONFIG
 fi
 
-# Beyond this machine the server asks for a key. It lives in secrets.env, which only its owner reads, and nowhere else.
+# Beyond this machine the server requires a key. It is stored only in secrets.env, which only its owner can read.
 if ! grep -qs ^MIXLAUNCH_API_KEY= "$MIXLAUNCH_RUN/secrets.env"; then
   (
     umask 077
@@ -50,7 +50,7 @@ export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS=8
 
 export WORLD_SIZE=2
-# Rank 0 is on the first node. Where its name doesn't resolve, its address as Slurm knows it does.
+# Rank 0 is on the first node. If its name doesn't resolve, its address in Slurm is used.
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if ! getent hosts "${MASTER_ADDR:?scontrol named no host of $SLURM_JOB_NODELIST}" >/dev/null; then
   MASTER_ADDR=$(scontrol --oneliner show node "$MASTER_ADDR" | grep -o "NodeAddr=[^ ]*" | cut -d = -f 2)
@@ -63,7 +63,7 @@ launch() {
   exec srun --kill-on-bad-exit=1 --export=ALL --ntasks=2 --ntasks-per-node=2 \
     --cpus-per-task=8 \
     bash -s <<'END_OF_RANK'
-# One rank. It speaks through its log file; stdin is this text, so nothing else may read it.
+# One rank. Its output goes to its log file. stdin is this script, so nothing else may read it.
 set -u
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
 export PYTHONUNBUFFERED=1
@@ -75,8 +75,8 @@ if [ -r "$MIXLAUNCH_RUN/secrets.env" ]; then
 fi
 interrupted=
 pass_on() { interrupted=1; kill -s "$1" "$child" 2>/dev/null; }
-# USR2 is ignored until Python takes it up: a warning during start-up has nothing to save and must not kill.
-# -P: modules come from the installation, never from the folder that the job happened to be submitted in.
+# USR2 is ignored until Python handles it: during start-up there is nothing to save, and the warning must not kill the rank.
+# -P: modules come from the installation, never from the folder in which the job was submitted.
 (
   trap "" USR2
   exec /shared/mixlaunch/bin/python -P -m megatron_mixtral serve --config "$MIXLAUNCH_RUN/config.yaml"
@@ -92,7 +92,7 @@ while :; do
   [ -n "$interrupted" ] || break
 done
 [ "$code" -eq 0 ] && exit 0
-# The first rank that fails says why the job ends; the others are killed for it and their codes mean nothing.
+# The first rank that fails decides the job's exit code. The others are killed after it, so their codes mean nothing.
 (set -C; echo "$code $RANK ${SLURMD_NODENAME:-$(uname -n)}" >"$MIXLAUNCH_LOGS/first_exit") 2>/dev/null
 [ "$code" -eq 85 ] && exit 0
 exit "$code"
@@ -123,7 +123,7 @@ if [ -s "$MIXLAUNCH_LOGS/first_exit" ]; then
 elif [ -e "$MIXLAUNCH_LOGS/first_exit" ] && [ "$code" -eq 0 ]; then
   code=1 # a rank failed, and on a full disk not even that could be written
 fi
-# How Slurm sees the job by now; that it is being preempted is told nowhere else.
+# Slurm's present view of the job. Only this shows that the job is being preempted.
 [ "$code" -eq 0 ] || echo "mixlaunch: Slurm says" \
   $(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -oE "\b(JobState|Reason|PreemptTime)=[^ ]*")
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 
-# Made by mixlaunch; plain bash runs it. All it needs is a Python with megatron_mixtral where the ranks run.
+# Made by mixlaunch; plain bash runs it. It needs only a Python with megatron_mixtral where the ranks run.
 set -uo pipefail
 
 # The run directory: everything that this run writes, and what it reads.
@@ -29,7 +29,7 @@ fi
 export OMP_NUM_THREADS=1
 
 export WORLD_SIZE=1
-# All ranks are processes of this machine, each in its own process group so that nothing of it is left behind.
+# All ranks are processes of this machine. Each has its own process group, so nothing of it is left behind.
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((10000 + $$ % 20000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 echo "mixlaunch: $WORLD_SIZE ranks on this machine, rendezvous at port $MASTER_PORT"
@@ -47,7 +47,7 @@ launch() {
   for ((rank = 0; rank < WORLD_SIZE; rank++)); do
     RANK=$rank LOCAL_RANK=$rank \
     bash -s <<'END_OF_RANK' &
-# One rank. It speaks through its log file; stdin is this text, so nothing else may read it.
+# One rank. Its output goes to its log file. stdin is this script, so nothing else may read it.
 set -u
 export PYTHONUNBUFFERED=1
 exec >>"$MIXLAUNCH_LOGS/rank_$RANK.log" 2>&1 || exit 1
@@ -58,8 +58,8 @@ if [ -r "$MIXLAUNCH_RUN/secrets.env" ]; then
 fi
 interrupted=
 pass_on() { interrupted=1; kill -s "$1" "$child" 2>/dev/null; }
-# USR2 is ignored until Python takes it up: a warning during start-up has nothing to save and must not kill.
-# -P: modules come from the installation, never from the folder that the job happened to be submitted in.
+# USR2 is ignored until Python handles it: during start-up there is nothing to save, and the warning must not kill the rank.
+# -P: modules come from the installation, never from the folder in which the job was submitted.
 (
   trap "" USR2
   exec /opt/mixlaunch/bin/python -P -m megatron_mixtral serve --config "$MIXLAUNCH_RUN/config.yaml"
@@ -75,7 +75,7 @@ while :; do
   [ -n "$interrupted" ] || break
 done
 [ "$code" -eq 0 ] && exit 0
-# The first rank that fails says why the job ends; the others are killed for it and their codes mean nothing.
+# The first rank that fails decides the job's exit code. The others are killed after it, so their codes mean nothing.
 (set -C; echo "$code $RANK ${SLURMD_NODENAME:-$(uname -n)}" >"$MIXLAUNCH_LOGS/first_exit") 2>/dev/null
 [ "$code" -eq 85 ] && exit 0
 exit "$code"
@@ -89,7 +89,7 @@ END_OF_RANK
     status=$?
     [ -n "$interrupted" ] || [ "$status" -eq 127 ] || code=$status
   done
-  # One rank that fails ends them all: ten seconds to leave, then by force. Told to end they get Slurm's thirty.
+  # If a rank fails, all are ended: after ten seconds by force. After a stop signal they get thirty seconds, as in Slurm.
   [ "$code" -eq 0 ] || to_ranks TERM ""
   for ((rank = 0; rank < leave * 10; rank++)); do
     [ -n "$(jobs -pr)" ] || break
