@@ -11,16 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_mixtral.errors import JobError
-from megatron_mixtral.spec import jobs
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import JOBS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_mixtral", description=__doc__)
-    parser.add_argument("job", choices=sorted(jobs.JOBS))
+    parser.add_argument("job", choices=sorted(JOBS))
     parser.add_argument("--config", type=Path, required=True)
     arguments = parser.parse_args(argv)
     try:
-        job_config = jobs.load(arguments.job, arguments.config)
+        job_config = checks.load(arguments.job, arguments.config)
         _module(arguments.job).run(job_config, arguments.config.resolve().parent)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

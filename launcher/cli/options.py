@@ -3,6 +3,7 @@
 They don't import the code that plans and submits, so help, completion and usage errors are fast.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,16 +11,11 @@ from typing import Any
 import click
 
 from launcher.cli import completion
-from launcher.errors import UsageError
-from launcher.planning.settings import MODEL, SETTINGS, Setting
+from megatron_mixtral.spec.jobs import JOBS, ConvertConfig, ServeConfig, flag_of
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.options import Option, SpecError, options, own
+from megatron_mixtral.spec.shape import MODEL
 
-AXES = (
-    ("tensor", "tp", "Tensor parallel size."),
-    ("pipeline", "pp", "Pipeline parallel size."),
-    ("expert", "ep", "Expert parallel size."),
-    ("expert_tensor", "etp", "Expert tensor parallel size."),
-    ("context", "cp", "Context parallel size."),
-)
 PARALLEL = ("convert", "finetune", "serve")
 SHARED = ("convert", "verify")  # their processes share the bytes, so any number of nodes works
 HELP = {  # a line for the list of commands, and the rest of the help
@@ -106,19 +102,19 @@ FORCE = SectionedOption(
 )
 
 
-class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
-    """A setting's own check, so the command line and programs get the same message."""
+class OptionType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """An option's own check, so the command line and programs get the same message."""
 
     name = "value"
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self, option: Option) -> None:
+        self.option = option
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return self.setting.checked(value)
-        except UsageError as error:
-            raise click.UsageError(str(error), ctx=ctx) from None
+            return self.option.checked(value)
+        except SpecError as error:
+            raise click.UsageError(error.said(flag_of), ctx=ctx) from None
 
 
 def job_command(
@@ -137,7 +133,7 @@ def job_command(
 
     parts: dict[str, Any] = {
         "callback": callback,
-        "params": [*_WHAT[job](), *_layout(job), *_job(job), *more, *map(_setting, SETTINGS[job])],
+        "params": [*_WHAT[job](), *_layout(job), *_job(job), *more, *map(_setting, own(JOBS[job]))],
         "help": HELP[job],
         "context_settings": {"max_content_width": 110},
     }
@@ -198,7 +194,7 @@ def _prepare() -> list[click.Parameter]:
 def _convert() -> list[click.Parameter]:
     return [
         _model(),
-        _what("--to", "Layout to write.", "megatron", type=click.Choice(["megatron", "hf", "peft"])),
+        _what("--to", "Layout to write.", "megatron", type=click.Choice(options(ConvertConfig)["to"].choices)),
         _what("--output", "Where to.", "the models folder", metavar="DIR"),
         _processes(),
     ]
@@ -214,7 +210,7 @@ def _verify() -> list[click.Parameter]:
 
 def _processes() -> click.Option:
     help = "Processes on each node that share the work.  [default: 1 here, 8 on a cluster]"
-    return SectionedOption(["-j", "--processes"], section="What", help=help, **_whole("--processes"))
+    return SectionedOption(["-j", "--processes"], section="What", help=help, **_whole("processes"))
 
 
 def _finetune() -> list[click.Parameter]:
@@ -236,7 +232,7 @@ def _serve() -> list[click.Parameter]:
     return [
         _model(),
         _what("--host", "Address to listen on.", "the profile's"),
-        _what("--port", "Port to listen on.", "the profile's", **_whole("--port", 65535)),
+        _what("--port", "Port to listen on.", "the profile's", **_whole("port", options(ServeConfig)["port"].most)),
     ]
 
 
@@ -256,9 +252,7 @@ def _layout(job: str) -> list[click.Parameter]:
         return []
     help = "train is TP1 EP8 PP4, inference is TP1 EP1 PP2."
     preset = _option("Layout", "--preset", help, type=click.Choice(["train", "inference"]))
-    axes: list[click.Parameter] = [
-        _option("Layout", f"--{short}", help, **_whole(f"--{short}")) for _, short, help in AXES
-    ]
+    axes: list[click.Parameter] = [_setting(axis, "Layout") for axis in options(Layout).values()]
     return [preset, *axes] if job == "convert" else axes
 
 
@@ -266,7 +260,7 @@ def _job(job: str) -> list[click.Parameter]:
     """The options of every job."""
     cluster = "$MIXLAUNCH_CLUSTER, else local"
     fewest = "1" if job in SHARED else "the fewest that the layout needs"
-    nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("--nodes"))
+    nodes = _option("Job", "--nodes", "Whole nodes.", fewest, **_whole("nodes"))
     return [
         _option(
             "Job",
@@ -284,35 +278,41 @@ def _job(job: str) -> list[click.Parameter]:
     ]
 
 
-def setting_key(setting: Setting) -> str:
-    """Settings and a command's own options never share a name."""
-    return f"set_{setting.name}"
+def setting_key(option: Option) -> str:
+    """Options of a field and a command's own never share a name."""
+    return f"set_{option.name}"
 
 
-def _setting(setting: Setting) -> click.Option:
-    names = [setting.option, setting_key(setting)]
-    if setting.kind is bool and setting.default:
-        off = f"--no-{setting.option.removeprefix('--')}"
-        names = [f"{setting.option}/{off}", setting_key(setting)]
-        return SectionedOption(names, section="Settings", default=None, help=f"{setting.help}  [default: on]")
-    if setting.kind is bool:
-        return SectionedOption(names, section="Settings", is_flag=True, default=None, help=setting.help)
-    default = "" if setting.default is None else f"  [default: {_plain(setting.default)}]"
-    kind: dict[str, Any] = (
-        {"type": click.Choice(setting.choices)}
-        if setting.choices
-        else {"type": SettingType(setting), "metavar": {int: "N", float: "X", str: "TEXT"}[setting.kind]}
+def _setting(option: Option, section: str = "Settings") -> click.Option:
+    """The option that fills in a field of the job's configuration, or of its layout."""
+    names, given = (
+        [option.flag, setting_key(option)],
+        dict[str, Any](section=section, default=None, help=option.help),
     )
-    return SectionedOption(names, section="Settings", help=setting.help + default, **kind)
+    if option.kind is bool and option.default:
+        names[0] += f"/--no-{option.flag.removeprefix('--')}"
+        given["help"] += "  [default: on]"
+    elif option.kind is bool:
+        given["is_flag"] = True
+    else:
+        given |= _typed(option)
+        if option.default is not None and section == "Settings":
+            given["help"] += f"  [default: {plain(option.default)}]"
+    return SectionedOption(names, **given)
 
 
-def _whole(option: str, maximum: int | None = None) -> dict[str, Any]:
+def _typed(option: Option) -> dict[str, Any]:
+    if option.choices:
+        return {"type": click.Choice(option.choices)}
+    return {"type": OptionType(option), "metavar": {int: "N", float: "X", str: "TEXT"}[option.kind]}
+
+
+def _whole(name: str, most: float = math.inf) -> dict[str, Any]:
     """Type and metavar of an option that takes a positive whole number."""
-    setting = Setting(name="", typed=option, help="", default=None, minimum=1, maximum=maximum)
-    return {"type": SettingType(setting), "metavar": "N"}
+    return _typed(Option(name=name, kinds=(int,), help="", least=1, most=most))
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """As people write it: `1e-4`, not `0.0001`; `20`, not `20.0`."""
     if isinstance(value, float) and 0 < value < 1e-3:
         return re.sub(r"e-0*", "e-", f"{value:.0e}")

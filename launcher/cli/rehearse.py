@@ -12,7 +12,7 @@ import click
 from launcher.cli.options import SectionedOption, job_command
 from launcher.cli.planned import planned, print_remarks
 from launcher.common import terminal
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.sandbox import rehearsal_plan
 from launcher.sandbox import rehearse as rehearsal
 from launcher.submit import start

@@ -13,7 +13,7 @@ from launcher.common import terminal
 from launcher.errors import UsageError
 from launcher.host import copies
 from launcher.planning import describe, inputs
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.script import lint, render
 from launcher.submit import foreground, start
 

@@ -9,7 +9,7 @@ from launcher.cluster.profile import ClusterProfile
 from launcher.cluster.yaml_layers import REFERENCE
 from launcher.common import quoting
 from launcher.errors import UsageError
-from launcher.planning.settings import MODEL
+from megatron_mixtral.spec.shape import MODEL
 
 
 def model_folders(profile: ClusterProfile, model: str) -> tuple[str, ...]:

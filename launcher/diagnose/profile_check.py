@@ -14,6 +14,7 @@ from launcher.cluster.profile import ClusterProfile
 from launcher.common import words
 from launcher.errors import Fault, UsageError
 from launcher.planning import jobs
+from launcher.planning.plan import Ask, Axes, JobPlan
 from launcher.script import lint, render
 from launcher.slurm import client, inventory, sbatch_options
 from launcher.slurm.inventory import Inventory, Kind, Partition
@@ -309,7 +310,7 @@ def _test_only(profile: ClusterProfile) -> ProfileFinding:
     return _ok(what, f"a node like that could start at {start[1]}" if start else said.strip())
 
 
-def _whole_node(profile: ClusterProfile) -> jobs.JobPlan:
+def _whole_node(profile: ClusterProfile) -> JobPlan:
     gpus = max(1, profile.node.gpus)
-    axes = jobs.Axes(tensor=1, pipeline=1, expert=1, expert_tensor=1, context=1)
-    return jobs.plan_finetune(profile, axes=axes, ask=jobs.Ask(nodes=1), values={"global_batch": gpus})
+    axes = Axes(tensor=1, pipeline=1, expert=1, expert_tensor=1, context=1)
+    return jobs.plan_finetune(profile, axes=axes, ask=Ask(nodes=1), values={"global_batch": gpus})

@@ -6,22 +6,21 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.common import words
 from launcher.errors import LayoutError
 from launcher.planning import memory, requeue, secrets, suggest
-from launcher.planning.fit import Batch, Exchange, Outlook, gpu_bytes, itemized
-from launcher.planning.layout import Layout
-from launcher.planning.memory import GIB, Serving
+from launcher.planning.fit import Exchange, Outlook, gpu_bytes, itemized
+from launcher.planning.memory import GIB, ServingWork, TrainingWork
+from launcher.planning.plan import JobPlan
+from megatron_mixtral.spec.layout import Layout
 
-if TYPE_CHECKING:
-    from launcher.planning.jobs import JobPlan
-
+IN_JSON = {"sequence_length": "sequence", "max_batch": "requests", "max_tokens": "tokens"}  # as programs know them
 Facts = list[tuple[str, str]]
 
 
-def plan_facts(plan: "JobPlan") -> Facts:
+def plan_facts(plan: JobPlan) -> Facts:
     """A plan in a few lines: where, how many, how cut, how long."""
     profile = plan.profile
     spread = (
@@ -68,10 +67,9 @@ def _equation(outlook: Outlook) -> Facts:
         axes = f"ETP {layout.expert_tensor} x {expert} x {pipeline} x expert DP {outlook.expert_data}"
         found.append(("for experts", f"{outlook.world} = {axes}"))
     if shape:
-        found.append(
-            ("experts / EP", f"{shape.experts} / {layout.expert} = {shape.experts // layout.expert} a rank")
-        )
-        found.append(("layers / PP", f"{shape.layers} / {layout.pipeline} = {_stages(outlook.stages)}"))
+        experts = shape.num_local_experts
+        found.append(("experts / EP", f"{experts} / {layout.expert} = {experts // layout.expert} a rank"))
+        found.append(("layers / PP", f"{shape.num_hidden_layers} / {layout.pipeline} = {_stages(outlook.stages)}"))
     return found
 
 
@@ -95,12 +93,12 @@ def _stages(stages: tuple[int, ...]) -> str:
 
 def _batch(outlook: Outlook) -> Facts:
     batch, pipeline = outlook.request.work, outlook.request.layout.pipeline
-    if not isinstance(batch, Batch):
+    if not isinstance(batch, TrainingWork):
         return []
     rounds = f"micro batch {batch.micro_batch} x DP {outlook.data} x {outlook.micro_batches} micro batches"
     found = [
         ("global batch", f"{batch.global_batch} = {rounds}"),
-        ("tokens a step", f"{outlook.tokens_a_step:,} = {batch.global_batch} x {batch.sequence}"),
+        ("tokens a step", f"{outlook.tokens_a_step:,} = {batch.global_batch} x {batch.sequence_length}"),
     ]
     if pipeline > 1:
         chunks = f" x {batch.virtual_pipeline} chunks" if batch.virtual_pipeline > 1 else ""
@@ -135,18 +133,18 @@ def _memory(outlook: Outlook) -> Facts:
     of = f" of {gpu / GIB:g}" if gpu else ""
     stage = f", stage {fullest.stage + 1} of {len(outlook.usage)}" if len(outlook.usage) > 1 else ""
     found = [("GPU memory", f"{fullest.total / GIB:.1f}{of} GiB{stage}: {itemized(fullest)}")]
-    if isinstance(work := outlook.request.work, Serving):
+    if isinstance(work := outlook.request.work, ServingWork):
         found += _cache(outlook, work)
     if outlook.unchecked:
         return [*found, ("memory", f"not checked: {outlook.unchecked}")]
     return [*found, ("verdict", "DOESN'T FIT" if outlook.shortage else "tight" if outlook.tight else "fits")]
 
 
-def _cache(outlook: Outlook, work: Serving) -> Facts:
+def _cache(outlook: Outlook, work: ServingWork) -> Facts:
     layout, shape, room = outlook.request.layout, outlook.request.shape, outlook.cache_room
     assert shape is not None
     a_token = max(memory.cache_bytes(shape, layout, work.precision, s) for s in range(layout.pipeline))
-    wanted = f"{work.requests} requests x {work.tokens} tokens"
+    wanted = f"{work.max_batch} requests x {work.max_tokens} tokens"
     said = f"{a_token / 1024:.0f} KiB a token; {wanted} want {work.cache_tokens:,}"
     return [("KV cache", said if room is None else f"{said}, there is room for {max(room, 0):,}")]
 
@@ -184,14 +182,14 @@ def suggestion_json(suggestion: suggest.Suggestion) -> dict[str, Any]:
     outlook = suggestion.outlook
     return {
         "options": suggestion.options,
-        "changes": suggestion.changes,
+        "changes": {IN_JSON.get(name, name): value for name, value in suggestion.changes.items()},
         "world": outlook.world,
         "bubble": outlook.bubble,
         "bytes": outlook.fullest.total if outlook.fullest else None,
     }
 
 
-def remarks(plan: "JobPlan") -> Iterator[str]:
+def remarks(plan: JobPlan) -> Iterator[str]:
     """What somebody should hear who isn't stopped by it."""
     outlook = plan.outlook
     if outlook is None or outlook.request.work is None:
@@ -209,7 +207,7 @@ def remarks(plan: "JobPlan") -> Iterator[str]:
     )
 
 
-def require(plan: "JobPlan", *, force: bool) -> None:
+def require(plan: JobPlan, *, force: bool) -> None:
     """`LayoutError` with the numbers and the nearest layouts when memory can't hold `plan`, unless forced."""
     outlook = plan.outlook
     if outlook is None or not outlook.shortage or force:

@@ -8,30 +8,26 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from launcher.cluster import paths as places
 from launcher.cluster.profile import ClusterProfile
 from launcher.errors import Fault, UsageError
 from launcher.host import ssh
-from launcher.planning import layout as layouts
 from launcher.planning import uploads
-from launcher.planning.layout import Shape
+from launcher.planning.plan import Input, JobPlan
+from megatron_mixtral.spec.options import SpecError
+from megatron_mixtral.spec.shape import MixtralShape, published
 
-if TYPE_CHECKING:
-    from launcher.planning.jobs import Input, JobPlan
 
-
-def shape(profile: ClusterProfile, model: str) -> Shape | None:
+def shape(profile: ClusterProfile, model: str) -> MixtralShape | None:
     """The shape that a `config.json` of `model` tells, where this machine or the login node sees one."""
     folders = places.model_folders(profile, model)
     texts = _texts_there(profile.login_node, folders) if profile.login_node else _texts_here(folders)
     for text in texts:
         # Not a model's: the job itself says what is wrong.
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            return _shape(json.loads(text))
+        with contextlib.suppress(SpecError, ValueError, TypeError, AttributeError, RecursionError):
+            return MixtralShape.from_hf(json.loads(text))
     return None
 
 
@@ -55,7 +51,7 @@ def _texts_here(folders: Iterable[str]) -> Iterator[str]:
 
 def _texts_there(login: ssh.Login, folders: Sequence[str]) -> Iterator[str]:
     """The same in one round trip. Without an answer the shape stays unknown: planning needs no network."""
-    if layouts.known_shape(folders[0]):
+    if published(folders[0]):
         return  # its name tells
     lines = []
     for folder in map(shlex.quote, folders):
@@ -70,27 +66,7 @@ def _texts_there(login: ssh.Login, folders: Sequence[str]) -> Iterator[str]:
         print(f"note: {fault}\n  the model's shape isn't known and goes unchecked", file=sys.stderr)
 
 
-def _shape(config: dict[str, Any]) -> Shape:
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    found = Shape(
-        layers=int(config["num_hidden_layers"]),
-        experts=int(config["num_local_experts"]),
-        heads=heads,
-        query_groups=int(config.get("num_key_value_heads", 8) or heads),
-        expert_width=int(config["intermediate_size"]),
-        hidden=hidden,
-        head_size=int(config.get("head_dim") or hidden // heads),
-        vocabulary=int(config["vocab_size"]),
-        experts_a_token=int(config["num_experts_per_tok"]),
-        positions=int(config.get("max_position_embeddings") or 32768),
-        tied=bool(config.get("tie_word_embeddings")),
-    )
-    if any(size < 1 for name, size in asdict(found).items() if name != "tied"):
-        raise ValueError("a size below 1")
-    return found
-
-
-def missing(plan: "JobPlan") -> list["Input"]:
+def missing(plan: JobPlan) -> list[Input]:
     """Inputs of `plan` that aren't there, where the job will run."""
     if login := plan.profile.login_node:
         asked = [given for given in plan.inputs if uploads.source(plan.profile, given.path) is None]
@@ -123,7 +99,7 @@ def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
     return all(Path(folder, name).exists() for name in files)
 
 
-def require(plan: "JobPlan") -> None:
+def require(plan: JobPlan) -> None:
     """`UsageError` naming every input that isn't there and how one gets it."""
     login = plan.profile.login_node
     where = f" on {login.host}" if login else ""
@@ -132,7 +108,7 @@ def require(plan: "JobPlan") -> None:
         raise UsageError("\n".join(lines))
 
 
-def require_file_system(plan: "JobPlan") -> None:
+def require_file_system(plan: JobPlan) -> None:
     """`UsageError` unless this machine has the cluster's shared folders: a laptop's disk isn't Lustre."""
     if plan.profile.is_local or plan.profile.login_node:
         return

@@ -5,7 +5,7 @@ The rule itself is the template `requeue`. Another rule changes that and this mo
 
 import re
 
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 
 # What a job's script counts in the run directory, and what a new attempt by hand makes of it.
 COUNTS = {"faults": "- 0\n", "came_back": ""}

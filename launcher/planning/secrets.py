@@ -5,14 +5,11 @@ Their values go into no script, record, argument or message, and not into the en
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from launcher.cluster.profile import OF_RANKS, ClusterProfile
 from launcher.common import quoting
 from launcher.errors import UsageError
-
-if TYPE_CHECKING:
-    from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 
 FILE = "secrets.env"
 # What a job makes use of by itself, where it is set.
@@ -36,13 +33,13 @@ def named(profile: ClusterProfile, asked: Iterable[str] = ()) -> tuple[str, ...]
     return tuple(dict.fromkeys([*profile.secrets, *asked]))
 
 
-def carried(plan: "JobPlan") -> tuple[str, ...]:
+def carried(plan: JobPlan) -> tuple[str, ...]:
     """Every variable whose value the submission puts into secrets.env."""
     welcome = [name for name in WELCOME.get(plan.job, ()) if os.environ.get(name)]
     return tuple(dict.fromkeys([*plan.secrets, *welcome]))
 
 
-def require(plan: "JobPlan") -> None:
+def require(plan: JobPlan) -> None:
     """`UsageError` naming every secret that has no value here."""
     if absent := [name for name in plan.secrets if not os.environ.get(name)]:
         verb = "isn't" if len(absent) == 1 else "aren't"

@@ -12,32 +12,19 @@ from typing import Any
 from launcher.errors import LayoutError
 from launcher.planning import fit
 from launcher.planning import layout as layouts
-from launcher.planning.fit import Batch, Outlook, Request
-from launcher.planning.memory import GIB, Serving
+from launcher.planning.fit import Outlook, Request
+from launcher.planning.memory import GIB, ServingWork, TrainingWork
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import flag_of
+from megatron_mixtral.spec.options import LayoutSpecError
 
 SHOWN = 4
 ENOUGH = 3  # suggestions that need no further change beside them
 MOST_CHANGES = 3
+MOST_TRIED = 40_000  # combinations of changes, and stages whose memory is reckoned: less than a second
 MOST_CHUNKS = 128  # of layers to suggest; no Mixtral has as many
-MOST_NODES, MOST_STAGES = 512, 64
+MOST_NODES, MOST_STAGES, MOST_PARTS = 512, 64, 512
 SHORTEST = 256  # tokens of an answer worth serving
-OPTIONS = {  # of what can be changed, in the order that people think of it
-    "nodes": "--nodes",
-    "tensor": "--tp",
-    "pipeline": "--pp",
-    "expert": "--ep",
-    "expert_tensor": "--etp",
-    "context": "--cp",
-    "micro_batch": "--micro-batch",
-    "global_batch": "--global-batch",
-    "sequence": "--sequence-length",
-    "recompute": "--recompute",
-    "virtual_pipeline": "--virtual-pipeline",
-    "first_stage_layers": "--first-stage-layers",
-    "last_stage_layers": "--last-stage-layers",
-    "requests": "--max-batch",
-    "tokens": "--max-tokens",
-}
 Changes = dict[str, Any]
 
 
@@ -51,7 +38,7 @@ class Suggestion:
     @property
     def options(self) -> str:
         """As typed: `--nodes 8 --pp 8`."""
-        return " ".join(f"{OPTIONS[name]} {value}" for name, value in self.changes.items())
+        return " ".join(f"{flag_of(name)} {value}" for name, value in self.changes.items())
 
     @property
     def effect(self) -> str:
@@ -79,6 +66,14 @@ class Refused(LayoutError):
         self.suggestions = suggestions
 
 
+def outlook(request: Request) -> Outlook:
+    """What `request` comes to; the refusal of what can't be names the nearest layouts that can."""
+    try:
+        return fit.study(request)
+    except LayoutError as error:
+        raise explained(error, request) from None
+
+
 def explained(error: LayoutError, request: Request) -> Refused:
     """`error` with the layouts nearest to `request` that fit."""
     return Refused(str(error), find(request))
@@ -94,26 +89,25 @@ def _lines(suggestions: list[Suggestion]) -> Iterator[str]:
 
 def find(request: Request) -> list[Suggestion]:
     """The nearest that fit, best first; none when nothing near does."""
-    values, found = _alternatives(request), list[Suggestion]()
+    values, found, left = _alternatives(request), list[Suggestion](), MOST_TRIED
     for count in range(1, MOST_CHANGES + 1):
-        if len(found) < ENOUGH:
-            more = sorted(_changed(request, values, count, found), key=lambda s: _rank(request, s))
-            found += more[: SHOWN - len(found)]
+        more, enough = list[Suggestion](), [suggestion.changes.items() for suggestion in found]
+        for changes in _combinations(values, count) if len(found) < ENOUGH else ():
+            outlook = None if any(less <= changes.items() for less in enough) else _study(apply(request, changes))
+            left -= 1 + (len(outlook.usage) if outlook else 0)
+            if left < 0:
+                break
+            if outlook and _fits(outlook):
+                more.append(Suggestion(changes=changes, outlook=outlook))
+        found += sorted(more, key=lambda s: _rank(request, s))[: SHOWN - len(found)]
     return found
 
 
-def _changed(
-    request: Request, values: dict[str, list[Any]], count: int, found: list[Suggestion]
-) -> Iterator[Suggestion]:
-    """What fits after so many changes, none of which could be left out."""
-    enough = [suggestion.changes.items() for suggestion in found]
+def _combinations(values: dict[str, list[Any]], count: int) -> Iterator[Changes]:
+    """So many changes at once, in every way."""
     for names in itertools.combinations(values, count):
         for chosen in itertools.product(*(values[name] for name in names)):
-            changes = dict(zip(names, chosen, strict=True))
-            if any(less <= changes.items() for less in enough):
-                continue
-            if (outlook := _study(apply(request, changes))) is not None:
-                yield Suggestion(changes=changes, outlook=outlook)
+            yield dict(zip(names, chosen, strict=True))
 
 
 def apply(request: Request, changes: Changes) -> Request:
@@ -129,13 +123,16 @@ def apply(request: Request, changes: Changes) -> Request:
 
 
 def _study(request: Request) -> Outlook | None:
-    """The outlook of a request that fits, tensor parallelism inside an NVLink domain."""
+    """The outlook of a request whose arithmetic comes out."""
     try:
-        outlook = fit.study(request)
-    except LayoutError:
+        return fit.attempt(request)
+    except (LayoutError, LayoutSpecError):
         return None
-    torn = any(e.axis == "TP" and e.islands > 1 for e in outlook.exchanges)
-    return None if outlook.shortage or torn else outlook
+
+
+def _fits(outlook: Outlook) -> bool:
+    """In memory, and with tensor parallelism inside an NVLink domain."""
+    return not outlook.shortage and not any(e.axis == "TP" and e.islands > 1 for e in outlook.exchanges)
 
 
 def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
@@ -143,7 +140,7 @@ def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
     memory = outlook.fullest.total if outlook.fullest else 0
     over_fabric = sum(e.islands > 1 for e in outlook.exchanges)
     distance, held = _distance(asked, suggestion), round(memory / GIB, 1)
-    if isinstance(asked.work, Batch):
+    if isinstance(asked.work, TrainingWork):
         return len(suggestion.changes), over_fabric, round(outlook.bubble, 3), held, distance
     return len(suggestion.changes), float(outlook.world), distance, held
 
@@ -160,7 +157,7 @@ def _distance(asked: Request, suggestion: Suggestion) -> float:
 
 
 def _values(request: Request) -> dict[str, Any]:
-    """Everything that was asked for, by the names of OPTIONS."""
+    """Everything that was asked for, by name."""
     return {**vars(request.layout), **(vars(request.work) if request.work else {}), "nodes": request.nodes}
 
 
@@ -188,9 +185,9 @@ def _of_layout(request: Request) -> dict[str, list[int]]:
     if shape is None:
         return {name: _divisors(size) for name, size in vars(layout).items()}
     return {
-        "tensor": _divisors(math.gcd(shape.query_groups, shape.heads)),
-        "pipeline": list(range(1, min(shape.layers, MOST_STAGES) + 1)),
-        "expert": _divisors(shape.experts),
+        "tensor": _divisors(math.gcd(shape.num_key_value_heads, shape.num_attention_heads)),
+        "pipeline": list(range(1, min(shape.num_hidden_layers, MOST_STAGES) + 1)),
+        "expert": _divisors(shape.num_local_experts),
         "expert_tensor": [1],
         "context": [1],
     }
@@ -198,21 +195,23 @@ def _of_layout(request: Request) -> dict[str, list[int]]:
 
 def _of_work(request: Request) -> dict[str, list[Any]]:
     work = request.work
-    if isinstance(work, Batch):
+    if isinstance(work, TrainingWork):
+        micro = min(work.micro_batch, work.global_batch + 1)
         return {
-            "micro_batch": sorted({*_halves(work.micro_batch), *_powers_below(work.micro_batch)}),
+            "micro_batch": sorted({*_halves(micro), *_powers_below(micro)}),
             "global_batch": _multiples(
-                work.global_batch, work.micro_batch * _data(request) * fit.rounds_of(request.layout, work)
+                work.global_batch, work.micro_batch * _data(request) * checks.rounds(request.layout, work)
             ),
-            "sequence": _multiples(work.sequence, fit.sequence_parts(request.layout)),
+            "sequence_length": _multiples(work.sequence_length, checks.sequence_parts(request.layout)),
             "recompute": ["full"],
             "virtual_pipeline": list(range(1, min(work.virtual_pipeline, MOST_CHUNKS))),
             "first_stage_layers": [0],
             "last_stage_layers": [0],
         }
-    if isinstance(work, Serving):
-        longest = min(work.tokens, request.shape.positions) if request.shape else work.tokens
-        return {"tokens": [longest, *(n for n in _halves(longest) if n >= SHORTEST)]}
+    if isinstance(work, ServingWork):
+        context = request.shape.max_position_embeddings if request.shape else work.max_tokens
+        longest = min(work.max_tokens, context)
+        return {"max_tokens": [longest, *(n for n in _halves(longest) if n >= SHORTEST)]}
     return {}
 
 
@@ -238,7 +237,7 @@ def _powers_below(value: int) -> list[int]:
 
 
 def _divisors(whole: int) -> list[int]:
-    return [part for part in range(1, whole + 1) if whole % part == 0]
+    return [part for part in range(1, min(whole, MOST_PARTS) + 1) if whole % part == 0]
 
 
 def _halves(value: int) -> list[int]:

@@ -9,27 +9,25 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.cluster import paths
+from launcher.cluster.profile import ClusterProfile
 from launcher.errors import Fault, UsageError
 from launcher.host import ssh
-
-if TYPE_CHECKING:
-    from launcher.cluster.profile import ClusterProfile
-    from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 
 WHOLE = ("output", "data")  # options that are paths and nothing else
 
 
-def redirect(profile: "ClusterProfile", files: Sequence[str]) -> tuple[str, ...]:
+def redirect(profile: ClusterProfile, files: Sequence[str]) -> tuple[str, ...]:
     """`files` as the job will see them: those that this machine has where they will be brought."""
     if profile.login_node is None:
         return tuple(files)
     return tuple(_destination(profile, file) for file in files)
 
 
-def require_whole_paths(profile: "ClusterProfile", given: dict[str, Any]) -> None:
+def require_whole_paths(profile: ClusterProfile, given: dict[str, Any]) -> None:
     """`UsageError` for a path that starts from a folder of this machine, which the cluster hasn't got."""
     if (login := profile.login_node) is None:
         return
@@ -42,13 +40,13 @@ def require_whole_paths(profile: "ClusterProfile", given: dict[str, Any]) -> Non
                 )
 
 
-def source(profile: "ClusterProfile", path: str) -> Path | None:
+def source(profile: ClusterProfile, path: str) -> Path | None:
     """The file of this machine that is brought to `path`."""
     root = _root(profile)
     return Path(path.removeprefix(root)) if profile.login_node and path.startswith(f"{root}/") else None
 
 
-def bring(plan: "JobPlan") -> None:
+def bring(plan: JobPlan) -> None:
     """Copy what `plan` reads of this machine's; what is there already costs one look."""
     login = plan.profile.login_node
     pairs = [(file, given.path) for given in plan.inputs if (file := source(plan.profile, given.path))]
@@ -63,10 +61,10 @@ def bring(plan: "JobPlan") -> None:
         ssh.rsync(login, "-rt", "--partial", f"{file}{slash}", ssh.far(login, f"{there}{slash}"))
 
 
-def _destination(profile: "ClusterProfile", file: str) -> str:
+def _destination(profile: ClusterProfile, file: str) -> str:
     here = paths.path(file, "FILES")
     return f"{_root(profile)}{here}" if os.path.exists(here) else here
 
 
-def _root(profile: "ClusterProfile") -> str:
+def _root(profile: ClusterProfile) -> str:
     return f"{profile.paths.data}/uploads/{socket.gethostname()}"

@@ -5,21 +5,19 @@ else or, with --ep equal to --tp, whole on their GPUs.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from launcher.cluster import paths
 from launcher.cluster.profile import ClusterProfile
 from launcher.errors import LayoutError, UsageError
-from launcher.planning.layout import Layout, Placement
-
-if TYPE_CHECKING:
-    from launcher.planning.jobs import Axes, JobPlan
+from launcher.planning.layout import Placement
+from launcher.planning.plan import Axes, JobPlan
+from megatron_mixtral.spec.layout import Layout
 
 ENGINE = "vllm"
 MOST_TENSOR = 8  # a Mixtral has as many query groups
 
 
-def layout(profile: ClusterProfile, axes: "Axes") -> Layout:
+def layout(profile: ClusterProfile, axes: Axes) -> Layout:
     """What was asked for; without that, tensor parallelism over the GPUs of a node."""
     if axes.context or axes.expert_tensor:
         raise UsageError("--cp, --etp: not with --engine vllm; it has --tp, --pp and --ep")
@@ -38,7 +36,7 @@ def weights(profile: ClusterProfile, model: str) -> str:
     return paths.hub_folder(profile, model) if of_hub else paths.weights(profile, model)
 
 
-def adapted(plan: "JobPlan") -> "JobPlan":
+def adapted(plan: JobPlan) -> JobPlan:
     """`plan` of as many ranks as vLLM takes GPUs, as the one process that starts them."""
     if plan.nodes > 1:
         raise LayoutError(

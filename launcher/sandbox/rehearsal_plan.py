@@ -15,10 +15,10 @@ from typing import Any
 
 from launcher.cluster.profile import ClusterProfile
 from launcher.cluster.sections import Binding, Container, Login, Paths
-from launcher.planning.jobs import JobPlan
-from launcher.planning.layout import Layout
+from launcher.planning.plan import JobPlan
 from launcher.sandbox.config import ClusterShape
 from launcher.script import render
+from megatron_mixtral.spec.layout import Layout
 
 SEQUENCE = 64
 NEVER = 1_000_000  # steps: the rehearsal ends the run, not the run itself

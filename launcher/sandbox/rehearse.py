@@ -21,7 +21,7 @@ import yaml
 
 from launcher.common import sample_text, words
 from launcher.errors import Fault, UsageError
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.runs import logs, states
 from launcher.runs.record import Run
 from launcher.sandbox import lifecycle, rehearsal_plan

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.common import quoting, words
 from launcher.errors import Fault, UsageError
 from launcher.planning import requeue
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.script import lint, render
 
 SCRIPT = "job.sbatch"

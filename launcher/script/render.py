@@ -11,7 +11,7 @@ import yaml
 from launcher.cluster.profile import OF_RANKS
 from launcher.common import quoting
 from launcher.errors import UsageError
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.script import templates
 from launcher.slurm import hostlist
 

@@ -7,7 +7,7 @@ import os
 
 from launcher.errors import UsageError
 from launcher.planning import inputs, secrets
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.script import render
 
 CONFIG = "config.yaml"

@@ -9,7 +9,7 @@ from submitit import helpers
 from submitit.local import local
 
 from launcher.common import processes
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.runs.record import SCRIPT
 from launcher.runs.states import MARK
 from launcher.slurm import client

@@ -15,13 +15,12 @@ from launcher.cluster import paths
 from launcher.cluster.profile import ClusterProfile
 from launcher.errors import Fault, Interrupted, MixlaunchError, SubmitError, UsageError
 from launcher.planning import describe, inputs, jobs, secrets
-from launcher.planning.jobs import Ask, Axes, JobPlan, Link
-from launcher.planning.layout import Shape
-from launcher.planning.settings import MODEL
+from launcher.planning.plan import Ask, Axes, JobPlan, PipelineStep
 from launcher.runs import record, states
 from launcher.runs.record import Run
 from launcher.script import lint, render
 from launcher.submit import start
+from megatron_mixtral.spec.shape import MODEL, MixtralShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ def plan(
     output: str | None = None,
     axes: Axes,
     ask: Ask,
-    shape: Shape | None = None,
+    shape: MixtralShape | None = None,
     values: Mapping[str, Any] = {},
 ) -> Pipeline:
     """The chain for finetune's options; `UsageError` or `LayoutError` if any of its jobs can't be."""
@@ -154,7 +153,7 @@ def submit(pipeline: Pipeline, *, asked: Sequence[str]) -> list[Run]:
     started: dict[str, Run] = {}
     for number, job in enumerate(pipeline.jobs, 1):
         before = [started[other.name] for other in job.after(pipeline.jobs)]
-        link = Link(
+        link = PipelineStep(
             pipeline=pipeline.jobs[-1].path.name,
             step=number,
             steps=len(pipeline.jobs),
@@ -189,5 +188,5 @@ def _taken_back(error: BaseException, job: PipelineJob, started: Sequence[Run]) 
 def run_in_turn(pipeline: Pipeline, *, asked: Sequence[str]) -> Iterator[Run]:
     """Start the jobs on this machine, each when the next one is asked for: once the one before has ended."""
     for number, job in enumerate(pipeline.jobs, 1):
-        link = Link(pipeline=pipeline.jobs[-1].path.name, step=number, steps=len(pipeline.jobs))
+        link = PipelineStep(pipeline=pipeline.jobs[-1].path.name, step=number, steps=len(pipeline.jobs))
         yield start.run(replace(job.plan, link=link), asked=asked, path=job.path)

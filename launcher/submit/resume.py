@@ -17,8 +17,8 @@ from launcher.common import files, quoting
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 from launcher.host import copies
 from launcher.planning import requeue
-from launcher.planning.jobs import JobPlan
 from launcher.planning.layout import Placement
+from launcher.planning.plan import JobPlan
 from launcher.runs import record, states
 from launcher.runs.record import SCRIPT, Run
 from launcher.script import lint

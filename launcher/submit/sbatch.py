@@ -13,7 +13,7 @@ from launcher.common import processes
 from launcher.errors import SubmitError
 from launcher.host.base import Host
 from launcher.host.local import Local
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.runs.record import SCRIPT
 from launcher.submit import answer
 

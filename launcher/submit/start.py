@@ -23,7 +23,7 @@ from launcher.errors import Fault, Interrupted, SubmitError, UncertainError, Usa
 from launcher.host import copies, login_node
 from launcher.host.login_node import LoginNode
 from launcher.planning import secrets, uploads
-from launcher.planning.jobs import JobPlan
+from launcher.planning.plan import JobPlan
 from launcher.runs import record, states
 from launcher.runs.record import SCRIPT, Run
 from launcher.script import lint, render

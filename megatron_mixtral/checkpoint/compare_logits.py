@@ -20,7 +20,8 @@ from megatron_mixtral.checkpoint import save_load
 from megatron_mixtral.errors import CheckpointError, InputError, JobError
 from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.model import build
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.tokenization import tokenizer
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import legacy, lora, merged, tensors

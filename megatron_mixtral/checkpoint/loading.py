@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mixtral.checkpoint import digests, save_load
 from megatron_mixtral.model import fp8
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import merged
 from megatron_mixtral.weights.copying import Source, WeightsFolder, read_rows

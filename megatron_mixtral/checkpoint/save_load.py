@@ -22,7 +22,7 @@ from megatron_mixtral import mcore
 from megatron_mixtral.checkpoint import digests, writer
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import CheckpointError, SaveError
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.folder import (

@@ -13,33 +13,8 @@ import numpy as np
 
 from megatron_mixtral.data.dataset import Sample, Samples
 from megatron_mixtral.data.packing import PackedSamples
-from megatron_mixtral.errors import InputError
 
 BLOCK = 1 << 12  # samples whose parts are found at a time
-
-
-def parse(data: str | list[str]) -> list[tuple[str, float | None]]:
-    """Prefixes with the weights that are written behind them, PREFIX:WEIGHT; all have one or none."""
-    entries = [data] if isinstance(data, str) else data
-    parts = [_entry(entry) if len(entries) > 1 else (entry, None) for entry in entries]
-    if not parts:
-        raise InputError("data: no prefix of prepared data")
-    if len({weight is None for _, weight in parts}) > 1:
-        raise InputError(f"data: {', '.join(entries)}: give every part a weight, as PREFIX:WEIGHT, or none")
-    return parts
-
-
-def _entry(entry: str) -> tuple[str, float | None]:
-    prefix, colon, written = entry.rpartition(":")
-    try:
-        weight = float(written) if colon and prefix else None
-    except ValueError:
-        weight = None
-    if weight is None:
-        return entry, None
-    if not (weight > 0 and math.isfinite(weight)):
-        raise InputError(f"data: {entry}: a weight is a number above 0")
-    return prefix, weight
 
 
 class Blend:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mixtral.errors import InputError, LayoutError
+from megatron_mixtral.errors import InputError
 
 
 class Documents:
@@ -150,12 +150,3 @@ def numbers(first: int, *, global_batch: int, micro_batch: int, rank: int, repli
     rounds = global_batch // (micro_batch * replicas)
     starts = [first + (m * replicas + rank) * micro_batch for m in range(rounds)]
     return [list(range(start, start + micro_batch)) for start in starts]
-
-
-def check_batch(global_batch: int, micro_batch: int, replicas: int) -> None:
-    """`LayoutError` with the equation if a step doesn't divide into whole micro batches on every replica."""
-    if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * replicas):
-        raise LayoutError(
-            f"global_batch {global_batch} isn't a multiple of micro_batch {micro_batch} x data parallel {replicas} "
-            f"= {micro_batch * replicas}"
-        )

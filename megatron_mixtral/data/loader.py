@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mixtral.data import blend, dataset, prepare, validate
+from megatron_mixtral.data import dataset, prepare, validate
 from megatron_mixtral.data.blend import Blend
 from megatron_mixtral.data.dataset import Documents, Sample, Samples
 from megatron_mixtral.data.packing import PackedSamples
 from megatron_mixtral.distributed import collectives
-from megatron_mixtral.errors import InputError, LayoutError
+from megatron_mixtral.errors import InputError
 from megatron_mixtral.mcore import ranks
-from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.tokenization import chat_template, tokenizer
 
 from megatron.core import parallel_state
@@ -73,7 +75,7 @@ class MicroBatch:
 
 def read(config: FinetuneConfig, shape: MixtralShape, source: Path) -> Corpus:
     """Open and check the data; all ranks call it. `InputError` for data that doesn't fit the model or the batch."""
-    given = blend.parse(config.data)
+    given = checks.blend(config.data)
     parts = [_part(config, Path(prefix).expanduser(), shape, source) for prefix, _ in given]
     weights = [
         part.train.tokens if weight is None else weight for part, (_, weight) in zip(parts, given, strict=True)
@@ -103,10 +105,7 @@ def _part(config: FinetuneConfig, prefix: Path, shape: MixtralShape, source: Pat
     documents = Documents(prefix)
     digest = validate.check(documents, shape.vocab_size)
     packing = config.packing or ("stream" if documents.masks is None else "documents")
-    if config.layout.context > 1 and packing != "stream":
-        raise LayoutError(
-            f"packing {packing}: context parallelism splits whole sequences; use packing stream, or context 1"
-        )
+    checks.check_packing(packing, config.layout.context)
     divided = dataset.split(len(documents), config.validation, config.seed)
     train = _samples(config, documents, divided.train, packing, pad=False)
     if isinstance(train, PackedSamples):

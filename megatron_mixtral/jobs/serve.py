@@ -3,17 +3,12 @@
 import os
 from pathlib import Path
 
-from megatron_mixtral.errors import InputError
 from megatron_mixtral.serve import setup, vllm
 from megatron_mixtral.spec.jobs import ServeConfig
-
-ENGINES = ("megatron", "vllm")
 
 
 def run(config: ServeConfig, run_dir: Path) -> None:
     """Serve `config.model` until a stop signal; `InputError` before anything is loaded if it can't be served."""
-    if config.engine not in ENGINES:
-        raise InputError(f"engine {config.engine!r} isn't one of {', '.join(ENGINES)}")
     if config.engine == "vllm":
         vllm.run(config, run_dir)
         return

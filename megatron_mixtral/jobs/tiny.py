@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.spec.jobs import MixtralShape, TinyConfig
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import TinyConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.tokenization.chat_template import CHAT_TEMPLATE
 from megatron_mixtral.weights.tensors import hub_shapes
 
@@ -28,8 +30,7 @@ def run(config: TinyConfig, run_dir: Path) -> None:
 
 def make(config: TinyConfig) -> Path:
     """Write the folder `config.output`, which must not exist yet, and return it."""
-    if config.dtype not in DTYPES:
-        raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(DTYPES)}")
+    checks.check(config)
     shape = MixtralShape.from_hf(hub_config(config))
     output = Path(config.output)
     if output.exists():

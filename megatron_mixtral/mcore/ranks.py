@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_mixtral.errors import JobError
 from megatron_mixtral.mcore import cpu
-from megatron_mixtral.spec.jobs import Layout
+from megatron_mixtral.spec.layout import Layout
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as _random

@@ -17,7 +17,8 @@ from megatron_mixtral.mcore import compat, cpu, ranks
 from megatron_mixtral.model import fp8, layers
 from megatron_mixtral.model import lora as adapting
 from megatron_mixtral.model.layers import LayerParts
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights.lora import Lora
 
 from megatron.core import parallel_state

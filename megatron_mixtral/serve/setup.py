@@ -10,14 +10,14 @@ from pathlib import Path
 
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.serve.http.uvicorn_thread import bind
-from megatron_mixtral.spec.jobs import MixtralShape, ServeConfig
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import ServeConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.tokenization import chat_template, tokenizer
 from megatron_mixtral.tokenization.chat import Form
 from megatron_mixtral.weights import folder as weights_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PRECISIONS = ("bf16", "fp32")
-LEAST = {"max_batch": 1, "max_tokens": 2, "queue": 0, "queue_tokens": 0, "drain_seconds": 0, "port": 0}
 OTHER_PORTS = 100  # to try behind one that is taken
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -54,7 +54,7 @@ def checked(config: ServeConfig) -> Setup:
     """`InputError` for what could never be served here."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     key = checked_key(config)
-    check_numbers(config)
+    checks.check(config)
     folder = weights_folder.find(Path(config.model))
     shape = MixtralShape.from_folder(folder)
     words = tokenizer.load(folder)
@@ -64,8 +64,6 @@ def checked(config: ServeConfig) -> Setup:
         )
     config.layout.data_parallel(world)
     config.layout.check(shape)
-    if config.layout.context > 1:
-        raise InputError(f"context parallel {config.layout.context}: answers are made token by token; use 1")
     config = within_context(config, shape)
     form = chat_template.form(words)
     return Setup(config=config, folder=folder, shape=shape, words=words, form=form, rank=rank, world=world, key=key)
@@ -79,15 +77,6 @@ def checked_key(config: ServeConfig) -> str | None:
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise InputError("MIXLAUNCH_API_KEY holds blanks or characters beyond ASCII, which clients can't send")
     return key
-
-
-def check_numbers(config: ServeConfig) -> None:
-    """`InputError` for a setting that is out of its range whatever the model."""
-    for name, least in LEAST.items():
-        if (value := getattr(config, name)) < least:
-            raise InputError(f"{name} {value}: must be at least {least}")
-    if config.precision not in PRECISIONS:
-        raise InputError(f"precision {config.precision!r} isn't one of {', '.join(PRECISIONS)}")
 
 
 def within_context(config: ServeConfig, shape: MixtralShape) -> ServeConfig:

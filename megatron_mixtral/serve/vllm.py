@@ -18,7 +18,9 @@ from megatron_mixtral import signals
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.serve import announce, setup
-from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape, ServeConfig
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import ConvertConfig, ServeConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights.convert import convert
 
@@ -30,13 +32,11 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 def run(config: ServeConfig, run_dir: Path) -> None:
     """Serve `config.model` by vLLM until told to stop; `InputError` before anything starts when it can't."""
-    if config.fp8_experts:
-        raise InputError("fp8_experts: goes with engine megatron alone")
     program = shutil.which(PROGRAM)
     if program is None:
         raise InputError(f"{PROGRAM} isn't installed where this job runs; name an image that has it, or install it")
     key = setup.checked_key(config)
-    setup.check_numbers(config)
+    checks.check(config)
     found = weights_folder.find(Path(config.model))
     log = EventLog(run_dir / "events.jsonl")
     folder = found if weights_folder.is_hub(found) else exported(found, config, run_dir)

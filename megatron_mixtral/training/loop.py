@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from megatron_mixtral import mcore, signals
 from megatron_mixtral.checkpoint.saver import Saver
-from megatron_mixtral.data import dataset
 from megatron_mixtral.data.loader import Feed, MicroBatch
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.distributed.watchdog import Watchdog
@@ -27,6 +26,7 @@ from megatron_mixtral.errors import JobError, Requeue
 from megatron_mixtral.mcore import compat, ranks
 from megatron_mixtral.observability import plot
 from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.spec import checks
 from megatron_mixtral.spec.jobs import FinetuneConfig
 from megatron_mixtral.training import megatron_options, meters, optimizer, recorders, replicas, setup
 from megatron_mixtral.training.report import Outcome, Reporter
@@ -67,8 +67,7 @@ class Trainer:
         self.config, self.run_dir, self.watch = config, run_dir, watch
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replica, self.replicas = ranks.data_parallel()
-        dataset.check_batch(config.global_batch, config.micro_batch, self.replicas)
-        megatron_options.check_rounds(config, self.replicas)
+        checks.micro_batches(config.layout, config, self.replicas)
         self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
         self.started = setup.start(config, self.checkpoints, self.events)
         self.corpus, self.parts, self.progress = self.started.corpus, self.started.parts, self.started.progress

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_mixtral.mcore import cpu, ranks
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import tensors
 
 from megatron.core.transformer.moe.router import TopKRouter

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.training import meters
 from megatron_mixtral.training.recorders import Recorder
 

@@ -17,7 +17,8 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.mcore import cpu, ranks
 from megatron_mixtral.model import build
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.training import megatron_options, optimizer
 from megatron_mixtral.weights import folder, merged
 from megatron_mixtral.weights import lora as adapters

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import InputError, JobError
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights.copying import Files, Target, Unit
 from megatron_mixtral.weights.tensors import ITEMSIZE, Names, Rows, hub_shapes, links
 

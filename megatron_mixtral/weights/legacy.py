@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError, InputError, LayoutError
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import tensors, torch_archive
 from megatron_mixtral.weights.copying import Files, RowRun, Target, Unit
 from megatron_mixtral.weights.folder import MARKER

@@ -12,8 +12,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from megatron_mixtral.errors import CheckpointError, InputError
-from megatron_mixtral.spec.jobs import FinetuneConfig, MixtralShape
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.copying import Source, read_rows
 from megatron_mixtral.weights.tensors import EXPERTS, LAYER, Rows, megatron_axes
@@ -40,26 +41,11 @@ class Lora:
 
     @classmethod
     def asked(cls, config: FinetuneConfig) -> "Lora | None":
-        """What a run's configuration asks for; None is to train the whole model. `InputError` for what can't be."""
+        """What a run's configuration asks for; None is to train the whole model."""
         if not config.lora:
-            if config.lora_experts or config.lora_alpha or config.lora_dropout:
-                raise InputError("lora_alpha, lora_experts and lora_dropout go with lora, the adapters' rank")
             return None
         alpha = config.lora_alpha or 2.0 * config.lora
-        found = cls(rank=config.lora, alpha=alpha, experts=config.lora_experts, dropout=config.lora_dropout)
-        found.check()
-        return found
-
-    def check(self) -> None:
-        """`InputError` for numbers that make no adapter."""
-        if self.rank < 1:
-            raise InputError(f"lora {self.rank}: the rank is at least 1")
-        if not 0 < self.alpha < float("inf"):
-            raise InputError(f"lora_alpha {self.alpha}: must be a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"lora_dropout {self.dropout}: must be at least 0 and below 1")
-        if self.experts and self.dropout:
-            raise InputError(f"lora_dropout {self.dropout}: adapters of experts have none, in PEFT neither; use 0")
+        return cls(rank=config.lora, alpha=alpha, experts=config.lora_experts, dropout=config.lora_dropout)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import legacy
 from megatron_mixtral.weights import lora as adapters

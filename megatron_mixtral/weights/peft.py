@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import RowRun, Target, read_rows
 from megatron_mixtral.weights.lora import Lora

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
+from megatron_mixtral.spec import checks
+from megatron_mixtral.spec.jobs import ConvertConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy, merged, peft, tensors, torch_dist
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import RowRun, Source, Target, Unit
 from megatron_mixtral.weights.folder import MARKER
-from megatron_mixtral.weights.tensors import ITEMSIZE, Names, RowLink, hub_shapes, links
+from megatron_mixtral.weights.tensors import Names, RowLink, hub_shapes, links
 
 UNIT_BYTES = 1 << 30  # size of a unit, which a process writes as a whole, and again after a kill
 SMALLEST_UNIT_BYTES = 1 << 20
@@ -47,15 +49,8 @@ class Conversion:
 
 def plan(config: ConvertConfig) -> Conversion:
     """Read the source's headers and lay out the output; `InputError` for an error in the source."""
-    if config.dtype is not None and config.dtype not in ITEMSIZE:
-        raise InputError(f"dtype: {config.dtype!r} isn't one of {', '.join(ITEMSIZE)}")
-    if config.format not in FORMATS:
-        raise InputError(f"format: {config.format!r} isn't one of {', '.join(FORMATS)}")
+    checks.check(config)
     directions = {"megatron": plan_to_megatron, "hf": plan_to_hub, "peft": plan_to_peft}
-    if config.max_shard_gb <= 0:
-        raise InputError(f"max_shard_gb: {config.max_shard_gb} isn't a size")
-    if config.to not in directions:
-        raise InputError(f"to: {config.to!r} isn't one of {', '.join(directions)}")
     source = Path(config.source).expanduser().absolute()
     if not source.is_dir():
         raise InputError(f"{source}: no such folder")

@@ -27,7 +27,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # of the types that weights are stored in, bytes
 LAYER = "decoder.layers"

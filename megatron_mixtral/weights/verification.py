@@ -11,7 +11,7 @@ from typing import Any
 from blake3 import blake3
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import hub, legacy
 from megatron_mixtral.weights.copying import BLOCK, RowRun, Source, around, read_rows
 from megatron_mixtral.weights.plan import hub_runs

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import hub
 from megatron_mixtral.weights.copying import RowRun, Target
 from megatron_mixtral.weights.tensors import Rows, hub_shapes

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from megatron_mixtral.mcore import ranks
 from megatron_mixtral.model import build
-from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.training import optimizer
 
 SHAPE = MixtralShape(

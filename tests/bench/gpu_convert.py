@@ -24,7 +24,8 @@ import numpy as np
 from bench_convert import MIXTRAL_8X7B, make
 from bench_convert import convert as converted
 
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights.copying import Target
 
 TINY = MIXTRAL_8X7B | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "vocab_size": 999}

@@ -34,7 +34,8 @@ from megatron_mixtral.model import fp8
 from megatron_mixtral.serve.engine.replica import Replica, Sizes, missing
 from megatron_mixtral.serve.engine.sampling import Choice
 from megatron_mixtral.serve.messages import Request
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 
 PROMPT, ANSWER = 128, 128
 COMPARED, FORCED = 32, 8  # requests whose logits are compared, and tokens of each

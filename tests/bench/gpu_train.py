@@ -21,7 +21,8 @@ from gpu_candidates import SHAPE, Ours, Task, Transformers
 from megatron_mixtral import kernels as fused
 from megatron_mixtral import mcore
 from megatron_mixtral.mcore import ranks
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 
 WARM_UP = 3
 

@@ -34,7 +34,7 @@ def tiles(device):
 def one_rank(device):
     """megatron-core with one rank, for an engine that our own forward pass can serve."""
     from megatron_mixtral.mcore import compat, ranks
-    from megatron_mixtral.spec.jobs import Layout
+    from megatron_mixtral.spec.layout import Layout
 
     if not compat.ENGINE_COUNTS_ON_DEVICE:
         pytest.skip("megatron-core before 0.19 keeps its bookkeeping elsewhere")

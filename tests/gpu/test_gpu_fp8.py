@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engine_replica import SHAPE, apart, logits_of_each_token, prompts_of, replica
 
 from megatron_mixtral import kernels
-from megatron_mixtral.spec.jobs import Layout
+from megatron_mixtral.spec.layout import Layout
 
 pytestmark = pytest.mark.gpu
 CLOSE = 1e-5 if kernels.INTERPRETED else 1e-2  # the interpreter computes in fp32, a GPU in bf16

@@ -11,27 +11,30 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from launcher.planning import layout as launcher_layout
 from launcher.planning import memory
+from launcher.planning.memory import ServingWork, TrainingWork
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import PUBLISHED, MixtralShape
 
 GIB = 2**30
-TWO_LAYERS = dataclasses.replace(launcher_layout.SHAPES["8x7B"], layers=2)
-ONE_LAYER = dataclasses.replace(launcher_layout.SHAPES["8x22B"], layers=1)
-DEEP = launcher_layout.Shape(  # most of what it holds are activations
-    layers=12,
-    experts=8,
-    heads=16,
-    query_groups=4,
-    expert_width=4096,
-    hidden=2048,
-    head_size=128,
-    vocabulary=32000,
+TWO_LAYERS = dataclasses.replace(PUBLISHED["8x7B"], num_hidden_layers=2)
+ONE_LAYER = dataclasses.replace(PUBLISHED["8x22B"], num_hidden_layers=1)
+DEEP = MixtralShape(  # most of what it holds are activations
+    num_hidden_layers=12,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    intermediate_size=4096,
+    hidden_size=2048,
+    head_dim=128,
+    vocab_size=32000,
 )
 CASES = {  # model, micro batch, sequence
     "two layers of 8x7B": (TWO_LAYERS, 2, 4096),
     "one layer of 8x22B": (ONE_LAYER, 1, 4096),
     "deep": (DEEP, 4, 4096),
-    "long": (dataclasses.replace(DEEP, layers=4), 1, 32768),
+    "long": (dataclasses.replace(DEEP, num_hidden_layers=4), 1, 32768),
 }
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -49,27 +52,11 @@ def measure():
     return apart
 
 
-def core_shape(shape):
-    from megatron_mixtral.spec.jobs import MixtralShape
-
-    return MixtralShape(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.expert_width,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.query_groups,
-        head_dim=shape.head_size,
-        num_local_experts=shape.experts,
-        num_experts_per_tok=shape.experts_a_token,
-        vocab_size=shape.vocabulary,
-    )
-
-
 def step_bytes(shape, rows, sequence, config, dispatch):
     """Two steps of two micro batches: (peak, what stands between steps)."""
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build, fused
-    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout
+    from megatron_mixtral.spec.jobs import FinetuneConfig
     from megatron_mixtral.training import optimizer
 
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -78,7 +65,7 @@ def step_bytes(shape, rows, sequence, config, dispatch):
     if dispatch:
         fused.MoE.forward = MoELayer.forward
     before = torch.cuda.memory_allocated()
-    built = build.build(core_shape(shape), Layout(), precision="bf16", max_sequence_length=sequence, **config)
+    built = build.build(shape, Layout(), precision="bf16", max_sequence_length=sequence, **config)
     parts = optimizer.build(FinetuneConfig(model="", data=""), built)
     chunk = parts.chunks[0]
     torch.manual_seed(1)
@@ -87,7 +74,7 @@ def step_bytes(shape, rows, sequence, config, dispatch):
         optimizer.zero_grad(parts)
         optimizer.set_step(parts, number)
         for _ in range(2):
-            ids = torch.randint(shape.vocabulary, (rows, sequence + 1), device="cuda")
+            ids = torch.randint(shape.vocab_size, (rows, sequence + 1), device="cuda")
             positions = torch.arange(sequence, device="cuda").expand(rows, -1)
             with chunk.no_sync():
                 chunk(ids[:, :-1], positions, None, labels=ids[:, 1:].contiguous()).float().mean().backward()
@@ -100,8 +87,8 @@ def step_bytes(shape, rows, sequence, config, dispatch):
 
 def compare(measure, case, recompute="none", config=(), *, dispatch=False):
     shape, rows, sequence = CASES[case]
-    work = memory.Training(sequence=sequence, micro_batch=rows, micro_batches=2, recompute=recompute)
-    [told] = memory.training(shape, launcher_layout.Layout(), 1, work)
+    work = TrainingWork(sequence_length=sequence, micro_batch=rows, global_batch=2 * rows, recompute=recompute)
+    [told] = memory.training(shape, Layout(), 1, work)
     peak, standing = measure(step_bytes, shape, rows, sequence, dict(config), dispatch)
     lasting = sum(told.parts[name] for name in ("weights", "gradients", "optimizer"))
     print(f"\n  peak {peak / GIB:.2f} GiB, told {told.total / GIB:.2f} ({told.total / peak - 1:+.1%})")
@@ -132,16 +119,15 @@ def server_bytes(shape, work):
     from megatron_mixtral.model import build
     from megatron_mixtral.serve.engine.replica import Replica, Sizes
     from megatron_mixtral.serve.messages import Request
-    from megatron_mixtral.spec.jobs import Layout
 
     ranks.initialize(Layout())
     before = torch.cuda.memory_allocated()
     options = {"random_weights": not work.fp8_experts, "fp8_experts": work.fp8_experts}
-    built = build.build(core_shape(shape), Layout(), precision="bf16", **options)
+    built = build.build(shape, Layout(), precision="bf16", **options)
     for parameter in built.parameters() if work.fp8_experts else ():
         parameter.data.zero_()
-    made = Replica(built, Sizes(requests=work.requests, context_tokens=work.tokens))
-    for number in range(work.requests):
+    made = Replica(built, Sizes(requests=work.max_batch, context_tokens=work.max_tokens))
+    for number in range(work.max_batch):
         made.add(Request(id=number, prompt=[7] * 300, max_tokens=4, seed=0, temperature=0.0))
     while made.busy:
         made.step()
@@ -150,8 +136,8 @@ def server_bytes(shape, work):
 
 @pytest.mark.parametrize("fp8_experts", [False, True])
 def test_a_server_holds_its_weights_and_the_cache(measure, fp8_experts):
-    work = memory.Serving(requests=16, tokens=2048, fp8_experts=fp8_experts)
-    [told] = memory.serving(DEEP, launcher_layout.Layout(), work)
+    work = ServingWork(max_batch=16, max_tokens=2048, fp8_experts=fp8_experts)
+    [told] = memory.serving(DEEP, Layout(), work)
     peak = measure(server_bytes, DEEP, work)
     print(f"\n  peak {peak / GIB:.2f} GiB, told {told.total / GIB:.2f} ({told.total / peak - 1:+.1%})")
     assert peak == pytest.approx(told.total, rel=0.1)

@@ -7,7 +7,7 @@ import torch
 from engine_replica import SHAPE, apart, logits_of_each_token, prompts_of, replica
 
 from megatron_mixtral import kernels
-from megatron_mixtral.spec.jobs import Layout
+from megatron_mixtral.spec.layout import Layout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+from megatron_mixtral.spec.jobs import FinetuneConfig
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights.lora import Lora
 
 pytestmark = pytest.mark.gpu

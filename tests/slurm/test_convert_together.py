@@ -12,7 +12,8 @@ from launcher.planning import jobs
 from launcher.runs import logs
 from launcher.submit import start
 from megatron_mixtral.jobs import convert as converter
-from megatron_mixtral.spec.jobs import ConvertConfig, MixtralShape
+from megatron_mixtral.spec.jobs import ConvertConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub
 from megatron_mixtral.weights.copying import Target

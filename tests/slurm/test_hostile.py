@@ -10,7 +10,7 @@ from hostile_texts import CANARY, FIELDS, HOSTILE, NAME, OF_PROFILE, fields, typ
 from running import story, wait_until
 
 from launcher.cli.main import cli
-from launcher.cli.options import SettingType
+from launcher.cli.options import OptionType
 from launcher.cli.planned import planned as plan_of
 from launcher.cluster import yaml_layers
 from launcher.errors import UsageError
@@ -47,7 +47,7 @@ def test_every_option_that_takes_text_is_tried():
         for parameter in cli.commands["export"].commands[job].params:
             kind = parameter.type
             free = isinstance(kind, click.types.StringParamType) or (
-                isinstance(kind, SettingType) and kind.setting.kind is str
+                isinstance(kind, OptionType) and kind.option.kind is str
             )
             if free and parameter.name not in ("cluster", "override", "env"):
                 text.add(

@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 
 SHAPE = MixtralShape(
     num_hidden_layers=2,

@@ -42,14 +42,14 @@ def finetuned(raw, variants, folder):
     from pathlib import Path
 
     from megatron_mixtral.observability import events
-    from megatron_mixtral.spec import jobs
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     told = {}
     for name, change in variants.items():
         run_dir = Path(folder) / name
         run_dir.mkdir(exist_ok=True)
-        loop.train(jobs.parse(jobs.FinetuneConfig, raw | change, where="config"), run_dir)
+        loop.train(checks.parse(jobs.FinetuneConfig, raw | change, where="config"), run_dir)
         if os.environ["RANK"] == "0":
             told[name] = events.read(run_dir / "events.jsonl")
     return told

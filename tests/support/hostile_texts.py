@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from launcher.planning.settings import SETTINGS
+from megatron_mixtral.spec.jobs import JOBS
+from megatron_mixtral.spec.options import own
 
 CANARY = "canary"
 CARRIED = [
@@ -86,10 +87,10 @@ OF_PROFILE = (
 def fields(job: str) -> Iterator[tuple[str, str, str | None]]:
     """(option, kind, key of the configuration) of every option of `job` that takes text."""
     known = {**FIELDS[job], **EVERY_JOB}
-    for setting in SETTINGS[job]:
+    for setting in own(JOBS[job]):
         if setting.kind is str and not setting.choices:
             kind = PATH if setting.name in ("base", "chat_template") else TEXT
-            known.setdefault(setting.option, (kind, setting.name))
+            known.setdefault(setting.flag, (kind, setting.name))
     for option, (kind, key) in known.items():
         yield option, kind, key
 

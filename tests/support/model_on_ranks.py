@@ -37,7 +37,8 @@ def start(folder, layout, **options):
     """Join the ranks and build the model of `folder` at `layout`."""
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
 
     layout, shape = Layout(**layout), MixtralShape.from_folder(Path(folder))
     ranks.initialize(layout, timeout=60)

@@ -27,7 +27,8 @@ def make_weights(folder, poison="", value=float("nan")):
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
 
     ranks.initialize(Layout(), seed=5)
     built = build.build(MixtralShape.from_folder(folder), Layout(), precision="fp32")

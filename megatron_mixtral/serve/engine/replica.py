@@ -13,6 +13,7 @@ from megatron_mixtral import kernels
 from megatron_mixtral.mcore import cpu
 from megatron_mixtral.model.layers import Experts
 from megatron_mixtral.serve.messages import Event, Request
+from megatron_mixtral.spec.jobs import CACHE_SHARE, PAGE, PROMPT_STEP
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -24,8 +25,8 @@ class Sizes:
 
     requests: int
     context_tokens: int  # a prompt and its answer
-    step_tokens: int = 2048  # longer prompts are read in parts
-    page: int = 256
+    step_tokens: int = PROMPT_STEP
+    page: int = PAGE
     cache_tokens: int | None = None  # None: every request at its longest, as far as memory goes
 
 
@@ -142,5 +143,5 @@ def _cache_bytes(model: GPTModel, sizes: Sizes) -> int:
     pages_asked = max(-(-tokens // sizes.page), pages) + 1  # one page belongs to padding
     wanted = pages_asked * sizes.page * a_token
     if cpu.HAVE_GPU:
-        wanted = min(wanted, int(torch.cuda.mem_get_info()[0] * 0.85))
+        wanted = min(wanted, int(torch.cuda.mem_get_info()[0] * CACHE_SHARE))
     return wanted

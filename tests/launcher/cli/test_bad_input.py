@@ -120,6 +120,7 @@ def test_a_profile_that_cant_be_hides_nothing_else(home, monkeypatch, text, said
 
 
 CONFIG = {
+    "model_type": "mixtral",
     "num_hidden_layers": 4,
     "num_local_experts": 8,
     "num_attention_heads": 8,

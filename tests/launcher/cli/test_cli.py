@@ -12,8 +12,10 @@ from click.testing import CliRunner
 
 from launcher.cli import options
 from launcher.cli.main import SHOWN, cli
-from launcher.planning import jobs, settings
+from launcher.planning import jobs
 from launcher.script import render
+from megatron_mixtral.spec.jobs import JOBS
+from megatron_mixtral.spec.options import own
 
 HEAVY = ("torch", "megatron", "transformers", "submitit", "pydantic", "jinja2", "rich", "huggingface_hub", "httpx")
 
@@ -93,8 +95,10 @@ def test_help_imports_nothing_heavy():
 def test_planning_imports_no_part_of_the_job(job):
     code = (
         "import sys; from launcher.cli.main import cli; cli(sys.argv[1:], standalone_mode=False);"
-        "heavy = 'torch', 'megatron', 'megatron_mixtral', 'transformers', 'submitit';"
-        "print([m for m in heavy if m in sys.modules], file=sys.stderr)"
+        "heavy = 'torch', 'numpy', 'megatron', 'transformers', 'submitit'; wall = 'megatron_mixtral.';"
+        "known = tuple(f'{wall}{part}' for part in ('spec', 'errors'));"
+        "own = [m for m in sys.modules if m.startswith(wall) and not m.startswith(known)];"
+        "print(own + [m for m in heavy if m in sys.modules], file=sys.stderr)"
     )
     assert launched("export", job, "--cluster", "selene", code=code).stderr.strip() == "[]"
 
@@ -198,10 +202,10 @@ def test_a_dry_run_says_layout_and_what_is_missing(mixlaunch):
 
 
 def test_every_setting_is_an_option_of_the_job_and_of_its_export():
-    for job, known in settings.SETTINGS.items():
+    for job, config in JOBS.items():
         for command in (command_of(job), cli.commands["export"].commands[job]):
             offered = {opt for parameter in command.params for opt in parameter.opts}
-            assert {setting.option for setting in known} <= offered
+            assert {option.flag for option in own(config)} <= offered
 
 
 def test_export_offers_what_the_job_offers():

@@ -120,7 +120,13 @@ def test_an_unknown_model_is_told_to_be_unchecked(mixlaunch):
 
 def test_a_model_that_is_here_is_known_by_its_own_description(mixlaunch, home):
     (home / "model").mkdir()
-    sizes = {"num_hidden_layers": 4, "num_local_experts": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "model_type": "mixtral",
+        "num_hidden_layers": 4,
+        "num_local_experts": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     sizes |= {"intermediate_size": 64, "hidden_size": 32, "vocab_size": 100, "num_experts_per_tok": 2}
     (home / "model" / "config.json").write_text(json.dumps(sizes))
     told = mixlaunch("plan", "finetune", "--cluster", "selene", "--model", home / "model", "--ep", "4", "--pp", "3")

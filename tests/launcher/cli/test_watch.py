@@ -13,12 +13,13 @@ import pytest
 from launcher.cli import watch
 from launcher.cluster import profile
 from launcher.errors import UsageError
-from launcher.planning import inputs, jobs, layout
+from launcher.planning import inputs, jobs
 from launcher.runs import record as runs
 from launcher.runs import servers, states
 from launcher.runs.record import Run
 from launcher.runs.states import State
 from launcher.submit import start
+from megatron_mixtral.spec.shape import PUBLISHED
 
 KEY = "a-key-nobody-sees"
 
@@ -139,7 +140,7 @@ def answer_once(listener):
 
 
 def test_a_model_with_a_short_context_serves_that_unless_told_otherwise(cluster):
-    short = layout.Shape(**{**dataclasses.asdict(layout.known_shape("Mixtral-8x7B")), "positions": 512})
+    short = dataclasses.replace(PUBLISHED["8x7B"], max_position_embeddings=512)
     assert jobs.plan_serve(cluster, model="/m", shape=short).config.get("max_tokens") is None
     with pytest.raises(UsageError, match="context is 512"):
         jobs.plan_serve(cluster, model="/m", shape=short, values={"max_tokens": 600})

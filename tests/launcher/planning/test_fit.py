@@ -11,49 +11,51 @@ from hypothesis import strategies as st
 from launcher.cluster import profile
 from launcher.errors import LayoutError
 from launcher.planning import describe, fit, jobs, memory, suggest
-from launcher.planning.fit import Batch, Request
-from launcher.planning.layout import SHAPES, Layout, Shape
-from launcher.planning.memory import GIB, Serving, Training
+from launcher.planning.fit import Request
+from launcher.planning.memory import GIB, ServingWork, TrainingWork
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import PUBLISHED, MixtralShape
 
-DEEP = Shape(
-    layers=12,
-    experts=8,
-    heads=16,
-    query_groups=4,
-    expert_width=4096,
-    hidden=2048,
-    head_size=128,
-    vocabulary=32000,
+DEEP = MixtralShape(
+    num_hidden_layers=12,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    intermediate_size=4096,
+    hidden_size=2048,
+    head_dim=128,
+    vocab_size=32000,
 )
 MEASURED = [  # on one H100, 2026-11-24, by tests/gpu/test_gpu_memory.py; the first on an H200 too
-    (dataclasses.replace(SHAPES["8x7B"], layers=2), 2, 4096, "none", 56.86),
-    (dataclasses.replace(SHAPES["8x22B"], layers=1), 1, 4096, "none", 50.45),
+    (dataclasses.replace(PUBLISHED["8x7B"], num_hidden_layers=2), 2, 4096, "none", 56.86),
+    (dataclasses.replace(PUBLISHED["8x22B"], num_hidden_layers=1), 1, 4096, "none", 50.45),
     (DEEP, 4, 4096, "none", 58.58),
     (DEEP, 4, 4096, "full", 47.10),
-    (dataclasses.replace(DEEP, layers=4), 1, 32768, "none", 27.26),
-    (dataclasses.replace(DEEP, layers=4), 1, 32768, "full", 19.94),
+    (dataclasses.replace(DEEP, num_hidden_layers=4), 1, 32768, "none", 27.26),
+    (dataclasses.replace(DEEP, num_hidden_layers=4), 1, 32768, "full", 19.94),
 ]
 
 
 @pytest.mark.parametrize(("shape", "rows", "sequence", "recompute", "gib"), MEASURED)
 def test_the_formula_tells_what_a_gpu_held(shape, rows, sequence, recompute, gib):
-    work = Training(sequence=sequence, micro_batch=rows, micro_batches=2, recompute=recompute)
+    work = TrainingWork(sequence_length=sequence, micro_batch=rows, global_batch=2 * rows, recompute=recompute)
     [told] = memory.training(shape, Layout(), 1, work)
     assert told.total / GIB == pytest.approx(gib, rel=0.02)
 
 
 def test_a_server_holds_what_a_gpu_held():
-    [told] = memory.serving(DEEP, Layout(), Serving(requests=16, tokens=2048))
+    [told] = memory.serving(DEEP, Layout(), ServingWork(max_batch=16, max_tokens=2048))
     assert told.total / GIB == pytest.approx(5.93, rel=0.02)
 
 
 def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages():
-    work = Training(sequence=4096, micro_batch=1, micro_batches=32)
-    first, *_, last = memory.training(SHAPES["8x7B"], Layout(pipeline=4, expert=8), 32, work)
+    work = TrainingWork(sequence_length=4096, micro_batch=1, global_batch=256)
+    first, *_, last = memory.training(PUBLISHED["8x7B"], Layout(pipeline=4, expert=8), 32, work)
     assert first.parts["activations"] == 4 * last.parts["activations"]
     assert "logits" in last.parts
     assert "logits" not in first.parts
-    few = memory.training(SHAPES["8x7B"], Layout(pipeline=4), 32, dataclasses.replace(work, micro_batches=2))
+    few = memory.training(PUBLISHED["8x7B"], Layout(pipeline=4), 32, dataclasses.replace(work, global_batch=16))
     assert few[0].parts["activations"] == few[1].parts["activations"]
 
 
@@ -77,8 +79,8 @@ def request(shape="8x7B", *, nodes=None, gpus=8, **layout):
     cluster = SELENE.model_copy(
         update={"node": SELENE.node.model_copy(update={"gpus": gpus, "nvlink_domain": gpus})}
     )
-    work = Batch(sequence=4096, micro_batch=1, global_batch=256)
-    return Request(cluster=cluster, layout=Layout(**layout), nodes=nodes, shape=SHAPES.get(shape), work=work)
+    work = TrainingWork(sequence_length=4096, micro_batch=1, global_batch=256)
+    return Request(cluster=cluster, layout=Layout(**layout), nodes=nodes, shape=PUBLISHED.get(shape), work=work)
 
 
 TRAIN = {"pipeline": 4, "expert": 8}
@@ -122,14 +124,14 @@ def test_experts_over_two_nodes_cost_fabric():
 
 def test_a_server_over_two_nodes_is_warned_of_too():
     ask = request(gpus=4, expert=8)
-    [experts] = fit.study(dataclasses.replace(ask, work=Serving(requests=64, tokens=4096))).exchanges
+    [experts] = fit.study(dataclasses.replace(ask, work=ServingWork(max_batch=64, max_tokens=4096))).exchanges
     assert (experts.axis, experts.islands) == ("EP", 2)
     assert experts.token_bytes == 2 * 2 * 4096 * 2 / 2  # there is no backward pass
     assert describe.exchange_text(experts).endswith("16 KiB a token and layer over the fabric")
 
 
 def test_a_server_that_cannot_hold_one_request_is_refused():
-    work = Serving(requests=64, tokens=4096)
+    work = ServingWork(max_batch=64, max_tokens=4096)
     ask = dataclasses.replace(request(), work=work, layout=Layout())
     outlook = fit.study(ask)
     assert "weights take 87.0 of a GPU's 80 GiB" in outlook.shortage
@@ -138,10 +140,11 @@ def test_a_server_that_cannot_hold_one_request_is_refused():
     two = fit.study(dataclasses.replace(ask, layout=Layout(pipeline=2)))
     assert not two.shortage
     assert two.cache_room > work.cache_tokens
-    many = dataclasses.replace(work, requests=1024)
+    many = dataclasses.replace(work, max_batch=1024)
     assert "of 1024 requests of 4096 tokens at once" in fit.study(dataclasses.replace(two.request, work=many)).tight
 
 
+ONE_ANSWER = ServingWork(max_batch=1, max_tokens=64)
 REFUSED = [  # what is asked, what is said, what is near
     (request(nodes=3, **TRAIN), "expert DP = 24 / (ETP 1 x EP 8 x PP 4) = 0.75, not whole", "--nodes 4"),
     (request(nodes=4, pipeline=64, expert=8), "layers / PP = 32 / 64 leaves stages without a layer", "--pp 4"),
@@ -149,7 +152,11 @@ REFUSED = [  # what is asked, what is said, what is near
     (request(nodes=4, pipeline=4, expert=16), "experts / EP = 8 / 16 isn't whole", "--ep 8"),
     (request(nodes=5, gpus=4, **TRAIN), "5 nodes x 4 GPUs = 20 ranks don't fit", "--nodes 8"),
     (request(nodes=4, tensor=3, **TRAIN), "query groups / TP = 8 / 3", "--tp 1"),
-    (dataclasses.replace(request(pipeline=2, context=2), work=Serving(requests=1, tokens=64)), "--cp: 2", "--cp 1"),
+    (
+        dataclasses.replace(request(pipeline=2, context=2), work=ServingWork(max_batch=1, max_tokens=64)),
+        "--cp: 2",
+        "--cp 1",
+    ),
 ]
 
 
@@ -181,7 +188,7 @@ def test_a_batch_that_does_not_come_out(work, said, near):
 
 def test_an_odd_sequence_cannot_be_shared_out():
     ask = request(nodes=4, tensor=2, **TRAIN)
-    ask = dataclasses.replace(ask, work=dataclasses.replace(ask.work, sequence=4095))
+    ask = dataclasses.replace(ask, work=dataclasses.replace(ask.work, sequence_length=4095))
     with pytest.raises(LayoutError, match=r"--sequence-length: 4095 / \(TP 2\) .* multiple of 2"):
         fit.study(ask)
 

@@ -5,7 +5,6 @@ ranks shows that a step holds no more than they do.
 """
 
 import dataclasses
-import itertools
 
 import pytest
 from spawn_ranks import ranks
@@ -13,18 +12,20 @@ from spawn_ranks import ranks
 from launcher import errors as launcher_errors
 from launcher.cluster import profile
 from launcher.planning import fit, memory
-from launcher.planning import layout as launcher_layout
+from launcher.planning.memory import ServingWork, TrainingWork
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import PUBLISHED, MixtralShape
 
-SHAPES = launcher_layout.SHAPES
-SMALL = launcher_layout.Shape(
-    layers=7,
-    experts=4,
-    heads=4,
-    query_groups=2,
-    expert_width=96,
-    hidden=64,
-    head_size=24,  # not hidden / heads
-    vocabulary=131,  # odd: tensor parallelism pads it
+SMALL = MixtralShape(
+    num_hidden_layers=7,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    hidden_size=64,
+    head_dim=24,  # not hidden / heads
+    vocab_size=131,  # odd: tensor parallelism pads it
 )
 LAYOUTS = [  # model, layout, world
     ("8x7B", {"pipeline": 4, "expert": 8}, 32),
@@ -41,7 +42,7 @@ LAYOUTS = [  # model, layout, world
 
 
 def shape_of(name):
-    return {"small": SMALL, "tied": dataclasses.replace(SMALL, tied=True), **SHAPES}[name]
+    return {"small": SMALL, "tied": dataclasses.replace(SMALL, tie_word_embeddings=True), **PUBLISHED}[name]
 
 
 @dataclasses.dataclass
@@ -64,7 +65,7 @@ def allocated(monkeypatch):
 
     from megatron_mixtral.mcore import cpu, ranks
     from megatron_mixtral.model import build as model
-    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+    from megatron_mixtral.spec.jobs import FinetuneConfig
     from megatron_mixtral.training import optimizer as optimize
 
     meta, kind = torch.device("meta"), torch.Tensor.type
@@ -84,24 +85,10 @@ def allocated(monkeypatch):
                 patch.setattr(torch.Tensor, "type", lambda tensor: kind(tensor).replace(".meta", ""))
                 patch.setattr(dist, "all_gather_object", _everyone_says_the_same)
                 if fp8_experts:
-                    return _served(core_shape(shape), Layout(**layout))
-                return _bytes(core_shape(shape), Layout(**layout), precision, lora)
+                    return _served(shape, Layout(**layout))
+                return _bytes(shape, Layout(**layout), precision, lora)
         finally:
             ranks.shutdown()
-
-    def core_shape(shape):
-        return MixtralShape(
-            num_hidden_layers=shape.layers,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.expert_width,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.query_groups,
-            head_dim=shape.head_size,
-            num_local_experts=shape.experts,
-            num_experts_per_tok=shape.experts_a_token,
-            vocab_size=shape.vocabulary,
-            tie_word_embeddings=shape.tied,
-        )
 
     def _served(shape, layout):
         built = model.build(shape, layout, precision="bf16", random_weights=False, fp8_experts=True)
@@ -128,14 +115,14 @@ def allocated(monkeypatch):
 
 @pytest.mark.parametrize(("name", "layout", "world"), LAYOUTS)
 def test_weights_are_exact_and_gradients_and_optimizer_up_to_padding(allocated, name, layout, world):
-    shape, axes = shape_of(name), launcher_layout.Layout(**layout)
-    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1)
+    shape, axes = shape_of(name), Layout(**layout)
+    work = TrainingWork(sequence_length=64, micro_batch=1, global_batch=axes.data_parallel(world))
     told = memory.training(shape, axes, world, work)
     for stage in {0, axes.pipeline // 2, axes.pipeline - 1}:
         real, parts = allocated(shape, layout, world, stage), told[stage].parts
         assert parts["weights"] == real.weights
         # Buffers are padded: 64 numbers a parameter, 128 and a whole number of ranks at the end.
-        padding = 4 * (64 * 20 * shape.layers + 2 * 128 * world)
+        padding = 4 * (64 * 20 * shape.num_hidden_layers + 2 * 128 * world)
         assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
         assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
 
@@ -144,8 +131,8 @@ def test_weights_are_exact_and_gradients_and_optimizer_up_to_padding(allocated, 
     ("name", "layout", "world"), [("8x7B", {}, 1), ("8x22B", {"pipeline": 3, "expert": 2}, 6), LAYOUTS[3]]
 )
 def test_weights_in_fp8_are_exact(allocated, name, layout, world):
-    shape, axes = shape_of(name), launcher_layout.Layout(**layout)
-    work = memory.Serving(requests=1, tokens=64, fp8_experts=True)
+    shape, axes = shape_of(name), Layout(**layout)
+    work = ServingWork(max_batch=1, max_tokens=64, fp8_experts=True)
     for told in memory.serving(shape, axes, work):
         assert told.parts["weights"] == allocated(shape, layout, world, told.stage, fp8_experts=True)
 
@@ -157,22 +144,24 @@ def test_weights_in_fp8_are_exact(allocated, name, layout, world):
 def test_adapters_alone_have_gradients_and_an_optimizer(allocated, layout, world, experts):
     from megatron_mixtral.weights.lora import Lora
 
-    axes = launcher_layout.Layout(**layout)
-    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1, lora=8, lora_experts=experts)
+    axes = Layout(**layout)
+    work = TrainingWork(
+        sequence_length=64, micro_batch=1, global_batch=axes.data_parallel(world), lora=8, lora_experts=experts
+    )
     told = memory.training(SMALL, axes, world, work)
     for stage in range(axes.pipeline):
         real = allocated(SMALL, layout, world, stage, lora=Lora(rank=8, alpha=16, experts=experts))
         parts = told[stage].parts
         assert parts["weights"] == real.weights
-        padding = 4 * (64 * 12 * SMALL.layers + 2 * 128 * world)
+        padding = 4 * (64 * 12 * SMALL.num_hidden_layers + 2 * 128 * world)
         assert parts["gradients"] <= real.gradients <= parts["gradients"] + padding
         assert abs(parts["optimizer"] - real.optimizer) <= 3 * padding
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_precision_decides_what_a_parameter_takes(allocated, precision):
-    work = memory.Training(sequence=64, micro_batch=1, micro_batches=1, precision=precision)
-    parts = memory.training(SMALL, launcher_layout.Layout(), 1, work)[0].parts
+    work = TrainingWork(sequence_length=64, micro_batch=1, global_batch=1, precision=precision)
+    parts = memory.training(SMALL, Layout(), 1, work)[0].parts
     real = allocated(SMALL, {}, 1, 0, precision)
     assert parts["weights"] == real.weights
     assert parts["optimizer"] == pytest.approx(real.optimizer, rel=0.05)
@@ -183,8 +172,16 @@ def test_precision_decides_what_a_parameter_takes(allocated, precision):
 
 # A step of two real ranks
 
-TRAINED = launcher_layout.Shape(
-    layers=2, experts=4, heads=8, query_groups=4, expert_width=512, hidden=256, head_size=32, vocabulary=1000
+TRAINED = MixtralShape(
+    num_hidden_layers=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=512,
+    hidden_size=256,
+    head_dim=32,
+    vocab_size=1000,
 )
 
 
@@ -196,27 +193,16 @@ def bytes_after_a_step(expert):
 
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build as model
-    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout, MixtralShape
+    from megatron_mixtral.spec.jobs import FinetuneConfig
     from megatron_mixtral.training import optimizer as optimize
 
     layout = Layout(expert=expert)
     ranks.initialize(layout)
-    shape = MixtralShape(
-        num_hidden_layers=TRAINED.layers,
-        hidden_size=TRAINED.hidden,
-        intermediate_size=TRAINED.expert_width,
-        num_attention_heads=TRAINED.heads,
-        num_key_value_heads=TRAINED.query_groups,
-        head_dim=TRAINED.head_size,
-        num_local_experts=TRAINED.experts,
-        num_experts_per_tok=2,
-        vocab_size=TRAINED.vocabulary,
-    )
-    built = model.build(shape, layout, precision="fp32", aux_loss=0.01)
+    built = model.build(TRAINED, layout, precision="fp32", aux_loss=0.01)
     parts = optimize.build(FinetuneConfig(model="", data="", layout=layout, precision="fp32"), built)
     chunk = parts.chunks[0]
     optimize.zero_grad(parts)
-    ids = torch.randint(TRAINED.vocabulary, (1, 17))
+    ids = torch.randint(TRAINED.vocab_size, (1, 17))
     chunk(ids[:, :-1], torch.arange(16)[None], None, labels=ids[:, 1:].contiguous()).mean().backward()
     chunk.start_grad_sync()
     chunk.finish_grad_sync()
@@ -232,37 +218,11 @@ def bytes_after_a_step(expert):
 
 @pytest.mark.parametrize("expert", [1, 2])
 def test_two_ranks_hold_after_a_step_what_was_told(expert):
-    work = memory.Training(sequence=16, micro_batch=1, micro_batches=1, precision="fp32")
-    parts = memory.training(TRAINED, launcher_layout.Layout(expert=expert), 2, work)[0].parts
+    work = TrainingWork(sequence_length=16, micro_batch=1, global_batch=2, precision="fp32")
+    parts = memory.training(TRAINED, Layout(expert=expert), 2, work)[0].parts
     told = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     for real in ranks(2, bytes_after_a_step, expert):
         assert told <= real < 1.02 * told
-
-
-def test_stages_are_cut_here_as_there():
-    """Whatever the launcher lets through the job takes, layer by layer, and the reverse."""
-    from megatron_mixtral.errors import LayoutError
-    from megatron_mixtral.spec.jobs import FinetuneConfig, Layout
-    from megatron_mixtral.training import megatron_options
-
-    def there(layers, pipeline, first, last):
-        layout = Layout(pipeline=pipeline)
-        config = FinetuneConfig(model="", data="", layout=layout, first_stage_layers=first, last_stage_layers=last)
-        try:
-            own = first or last
-            return tuple(megatron_options.stage_layers(config, layers) if own else layout.stages(layers))
-        except LayoutError:
-            return None
-
-    def here(layers, pipeline, first, last):
-        try:
-            return dataclasses.replace(SMALL, layers=layers).stages(pipeline, first, last)
-        except launcher_errors.LayoutError:
-            return None
-
-    cases = itertools.product((4, 7, 12), (1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2, 5))
-    told = {case: (here(*case), there(*case)) for case in cases}
-    assert {case: pair for case, pair in told.items() if pair[0] != pair[1]} == {}
 
 
 def test_context_parallelism_is_of_training_alone(allocated):
@@ -270,8 +230,8 @@ def test_context_parallelism_is_of_training_alone(allocated):
 
     with pytest.raises(LayoutError, match="context parallel 2"):
         allocated(SMALL, {"context": 2}, 2, 0)
-    cut = launcher_layout.Layout(context=2)
-    work = memory.Serving(requests=1, tokens=64)
+    cut = Layout(context=2)
+    work = ServingWork(max_batch=1, max_tokens=64)
     ask = fit.Request(cluster=profile.load("selene"), layout=cut, shape=SMALL, work=work)
     with pytest.raises(launcher_errors.LayoutError, match="--cp: 2"):
         fit.study(ask)
@@ -286,22 +246,13 @@ def bytes_of_a_layer(axes):
 
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build as model
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
 
     layout = Layout(**axes)
     ranks.initialize(layout)
 
     def kept(layers):
-        shape = MixtralShape(
-            num_hidden_layers=layers,
-            hidden_size=TRAINED.hidden // 4,
-            intermediate_size=TRAINED.expert_width,
-            num_attention_heads=TRAINED.heads,
-            num_key_value_heads=TRAINED.query_groups,
-            head_dim=16,
-            num_local_experts=TRAINED.experts,
-            num_experts_per_tok=2,
-            vocab_size=TRAINED.vocabulary,
+        shape = dataclasses.replace(
+            TRAINED, num_hidden_layers=layers, hidden_size=TRAINED.hidden_size // 4, head_dim=16
         )
         built = model.build(shape, layout, precision="fp32", aux_loss=0.01, fuse=True)
         own = {p.untyped_storage().data_ptr() for p in built.parameters()}
@@ -313,7 +264,7 @@ def bytes_of_a_layer(axes):
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        ids = torch.randint(TRAINED.vocabulary, (2, 65))
+        ids = torch.randint(TRAINED.vocab_size, (2, 65))
         positions = torch.arange(64).expand(2, -1)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             built(ids[:, :-1], positions, None, labels=ids[:, 1:].contiguous())
@@ -330,9 +281,11 @@ def bytes_of_a_layer(axes):
 def test_ranks_that_exchange_tokens_keep_what_was_told(axes):
     pytest.importorskip("triton", reason="our kernels run on CPU in Triton's interpreter")
     world = max(axes.values(), default=1)
-    work = memory.Training(sequence=64, micro_batch=2, micro_batches=1, precision="fp32")
-    shape = dataclasses.replace(TRAINED, layers=1, hidden=TRAINED.hidden // 4, head_size=16)
-    [told] = memory.training(shape, launcher_layout.Layout(**axes), world, work)
+    work = TrainingWork(
+        sequence_length=64, micro_batch=2, global_batch=2 * Layout(**axes).data_parallel(world), precision="fp32"
+    )
+    shape = dataclasses.replace(TRAINED, num_hidden_layers=1, hidden_size=TRAINED.hidden_size // 4, head_dim=16)
+    [told] = memory.training(shape, Layout(**axes), world, work)
     real = ranks(world, bytes_of_a_layer, axes, env={"TRITON_INTERPRET": "1"})
     # Experts get unequal shares; together the ranks hold what all were told, and some change for norms and routers.
     assert sum(real) / world == pytest.approx(told.parts["activations"], rel=0.05)

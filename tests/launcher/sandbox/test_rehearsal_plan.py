@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster import profile
-from launcher.planning import jobs, layout
+from launcher.planning import jobs
 from launcher.sandbox import config as sandbox_config
 from launcher.sandbox import rehearsal_plan
 from launcher.sandbox.config import ClusterShape, SlurmFiles
 from launcher.script import lint, render
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 
 
 @pytest.fixture
@@ -94,18 +96,20 @@ def test_the_sandbox_takes_the_names_that_the_script_asks_for():
     "axes", [{}, {"tensor": 2}, {"tensor": 8}, {"pipeline": 4, "expert": 8}, {"expert": 16, "expert_tensor": 3}]
 )
 def test_the_tiny_model_can_be_cut_by_the_layout(axes):
-    cut = layout.Layout(**axes)
+    cut = Layout(**axes)
     small = rehearsal_plan.tiny(cut, {})
-    layout.Shape(
-        layers=small.layers,
-        experts=small.experts,
-        heads=small.heads,
-        query_groups=small.kv_heads,
-        expert_width=small.intermediate,
-        hidden=small.hidden,
-        head_size=small.hidden // small.heads,
-        vocabulary=32000,
-    ).check(cut)
+    made = MixtralShape(
+        num_hidden_layers=small.layers,
+        num_local_experts=small.experts,
+        num_experts_per_tok=2,
+        num_attention_heads=small.heads,
+        num_key_value_heads=small.kv_heads,
+        intermediate_size=small.intermediate,
+        hidden_size=small.hidden,
+        head_dim=small.hidden // small.heads,
+        vocab_size=32000,
+    )
+    cut.check(made)
     assert small.hidden % small.heads == 0
     assert small.heads % small.kv_heads == 0
 

@@ -9,7 +9,7 @@ from conversion import run
 
 from megatron_mixtral.checkpoint import compare_logits
 from megatron_mixtral.errors import CheckpointError, InputError
-from megatron_mixtral.spec.jobs import Layout
+from megatron_mixtral.spec.layout import Layout
 from megatron_mixtral.weights import legacy
 from megatron_mixtral.weights.tensors import Names
 

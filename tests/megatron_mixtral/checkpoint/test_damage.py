@@ -37,12 +37,12 @@ def train_on(raw, run_dir):
     """(exit code, words) of `finetune` in this process, whose ranks stay together for the next one."""
     from megatron_mixtral.errors import JobError
     from megatron_mixtral.mcore import ranks
-    from megatron_mixtral.spec import jobs
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     ranks.shutdown = lambda: None
     try:
-        loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(run_dir))
+        loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), Path(run_dir))
     except JobError as error:
         return error.exit_code, str(error)
     return 0, ""

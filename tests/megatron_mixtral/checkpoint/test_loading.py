@@ -26,7 +26,8 @@ def differences(folder, layouts):
     from megatron_mixtral.checkpoint import loading, save_load
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
     from megatron_mixtral.weights import folder as weights_folder
 
     loading.BLOCK = 200  # a few rows, so that every tensor takes several reads
@@ -57,7 +58,8 @@ def differences_in_fp8(folder, layouts):
     from megatron_mixtral.checkpoint import loading
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build, fp8
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
     from megatron_mixtral.weights import folder as weights_folder
 
     loading.BLOCK = 200

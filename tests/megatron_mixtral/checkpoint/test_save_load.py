@@ -26,7 +26,8 @@ TRAINED_ON = {"expert": 2, "pipeline": 2}  # and two data-parallel replicas of a
 def start(folder, layout, **options):
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
 
     layout, shape = Layout(**layout), MixtralShape.from_folder(Path(folder))
     ranks.initialize(layout, timeout=60, seed=5)

@@ -33,10 +33,10 @@ def config_of(world, **more):
 def train_here(raw, run_dir):
     from pathlib import Path
 
-    from megatron_mixtral.spec import jobs as config
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
-    loop.train(config.parse(config.FinetuneConfig, raw, where="config"), Path(run_dir))
+    loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), Path(run_dir))
 
 
 def test_saved_while_training_goes_on_is_what_a_pause_would_have_saved(world, tmp_path):

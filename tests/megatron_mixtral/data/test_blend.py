@@ -12,7 +12,6 @@ from spawn_ranks import ranks
 
 from megatron_mixtral.data import blend
 from megatron_mixtral.data.blend import Blend
-from megatron_mixtral.errors import InputError
 
 
 @dataclass
@@ -49,26 +48,6 @@ def test_far_into_a_run_nothing_before_it_is_needed():
     for part in "012":
         own = [number for name, number in stretch if name == part]
         assert all(b == a + 1 for a, b in itertools.pairwise(own))
-
-
-def test_weights_are_written_behind_the_prefixes():
-    assert blend.parse("/a:0.5") == [("/a:0.5", None)]  # one alone is a path, whatever is in it
-    assert blend.parse(["/a:0.5", "/b:2"]) == [("/a", 0.5), ("/b", 2.0)]
-    assert blend.parse(["/a", "/b:c"]) == [("/a", None), ("/b:c", None)]
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (["/a:1", "/b"], "give every part a weight"),
-        (["/a:0", "/b:1"], "above 0"),
-        (["/a:nan", "/b:1"], "above 0"),
-        ([], "no"),
-    ],
-)
-def test_wrong_weights_are_named(data, said):
-    with pytest.raises(InputError, match=said):
-        blend.parse(data)
 
 
 def test_text_and_chats_train_together_and_a_resume_must_have_the_same_blend(world, tmp_path):

@@ -26,7 +26,7 @@ def outcomes(cases, folder):
     from pathlib import Path
 
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.spec import jobs
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     said = {}
@@ -34,7 +34,7 @@ def outcomes(cases, folder):
         run_dir = Path(folder) / name
         run_dir.mkdir()
         try:
-            loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), run_dir)
+            loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), run_dir)
             said[name] = (0, "")
         except JobError as error:
             said[name] = (error.exit_code, str(error))
@@ -105,11 +105,11 @@ def on_all_ranks(raw, folder):
     from pathlib import Path
 
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.spec import jobs
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     with pytest.raises(JobError) as said:
-        loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
+        loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
     return str(said.value)
 
 
@@ -130,11 +130,11 @@ def resume_changed(raw, changes, folder):
     from pathlib import Path
 
     from megatron_mixtral.errors import JobError
-    from megatron_mixtral.spec import jobs
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     def go(values):
-        loop.train(jobs.parse(jobs.FinetuneConfig, values, where="config"), Path(folder))
+        loop.train(checks.parse(jobs.FinetuneConfig, values, where="config"), Path(folder))
 
     go(raw)
     said = []

@@ -58,7 +58,7 @@ def get_stuck(raw, folder):
     import torch.distributed as dist
 
     from megatron_mixtral.data import loader
-    from megatron_mixtral.spec import jobs as config
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     take = loader.Feed.take
@@ -69,7 +69,7 @@ def get_stuck(raw, folder):
         return take(self, first, **more)
 
     loader.Feed.take = slow_take
-    loop.train(config.parse(config.FinetuneConfig, raw, where="config"), Path(folder))
+    loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
 
 
 def test_every_rank_shows_its_stacks_and_the_slow_one_is_named(world, tmp_path):

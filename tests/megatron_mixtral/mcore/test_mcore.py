@@ -13,7 +13,7 @@ def mistakes():
     """What `initialize` says of environments and layouts that can't be."""
     from megatron_mixtral.errors import JobError
     from megatron_mixtral.mcore import ranks
-    from megatron_mixtral.spec.jobs import Layout
+    from megatron_mixtral.spec.layout import Layout
 
     said = []
     for layout, forgotten in ((Layout(pipeline=2), None), (Layout(expert=3), None), (Layout(), "MASTER_PORT")):
@@ -90,7 +90,7 @@ def test_torchrun_starts_ranks_too(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from megatron_mixtral.mcore import ranks\n"
-        "from megatron_mixtral.spec.jobs import Layout\n"
+        "from megatron_mixtral.spec.layout import Layout\n"
         "ranks.initialize(Layout(pipeline=2), timeout=60)\n"
         "print('place', *ranks.data_parallel())\n"
         "ranks.shutdown()\n"

@@ -11,7 +11,8 @@ def attention_errors():
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model.build import transformer_config
     from megatron_mixtral.model.layers import Attention
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
 
     def written_out(q, k, v, window):
         keys, queries = k.shape[0], q.shape[0]
@@ -60,7 +61,8 @@ def experts_with(counts):
 
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
 
     ranks.initialize(Layout())
     shape = MixtralShape(

@@ -10,7 +10,8 @@ from spawn_ranks import ranks
 
 from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.jobs import convert, verify
-from megatron_mixtral.spec.jobs import ConvertConfig, FinetuneConfig, MixtralShape, VerifyConfig
+from megatron_mixtral.spec.jobs import ConvertConfig, VerifyConfig
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights import merged as merging
@@ -39,7 +40,8 @@ def make_world(folder, made):
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
     from megatron_mixtral.weights import merged as merging
 
     folder = Path(folder)
@@ -293,19 +295,3 @@ def test_a_base_may_move_and_may_be_the_hubs(world, tmp_path):
     for number, base in enumerate((tmp_path / "copy/base", hub)):
         found = converted(tmp_path / "copy/attention_base", tmp_path / f"found_{number}", "hf", base=str(base))
         hub_folders.assert_same(hub_folders.read(found), wanted)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"lora_experts": True}, "go with lora"),
-        ({"lora_alpha": 8.0}, "go with lora"),
-        ({"lora": -1}, "rank is at least 1"),
-        ({"lora": 4, "lora_alpha": float("nan")}, "lora_alpha nan"),
-        ({"lora": 4, "lora_dropout": 1.0}, "lora_dropout 1.0"),
-        ({"lora": 4, "lora_dropout": 0.1, "lora_experts": True}, "adapters of experts have none"),
-    ],
-)
-def test_what_makes_no_adapter_is_refused(values, message):
-    with pytest.raises(InputError, match=message):
-        Lora.asked(FinetuneConfig(model="", data="", **values))

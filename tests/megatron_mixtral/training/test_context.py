@@ -31,5 +31,5 @@ def test_split_sequences_train_as_whole_ones(world, tmp_path):
     for name in ("split", "experts"):
         for kind, field in (("step", "loss"), ("step", "grad_norm"), ("step", "aux_loss"), ("eval", "loss")):
             assert of_kind(told[name], kind, field) == pytest.approx(of_kind(whole, kind, field), abs=1e-5), field
-    assert "sequence_length 30 doesn't divide into 2 stretches for each of context 2" in told["odd"]
-    assert "packing documents: context parallelism splits whole sequences" in told["packed"]
+    assert "sequence_length: 30 / (TP 1 x 2 x CP 2) = 7.5 isn't whole" in told["odd"]
+    assert "packing: documents, but context 2 splits whole sequences" in told["packed"]

@@ -35,7 +35,6 @@ def train_all(raw, folder):
     from megatron_mixtral.errors import JobError
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.observability import events
-    from megatron_mixtral.spec import jobs
     from megatron_mixtral.training import loop
 
     from megatron.core.pipeline_parallel import schedules
@@ -57,20 +56,22 @@ def train_all(raw, folder):
     for name, source, change in RUNS:
         run_dir = Path(folder) / name
         if source == "stopped_plain":
-            _run(loop, jobs, raw | STAGES | {"steps": 2}, Path(folder) / source)
+            _run(loop, raw | STAGES | {"steps": 2}, Path(folder) / source)
         if source:
             collectives.on_first_rank(lambda: shutil.copytree(Path(folder) / source, run_dir))  # noqa: B023
         try:
-            _run(loop, jobs, raw | change, run_dir)
+            _run(loop, raw | change, run_dir)
             told[name] = events.read(run_dir / "events.jsonl") if os.environ["RANK"] == "0" else []
         except JobError as error:
             told[name] = f"{error.exit_code}: {error}"
     return told, most
 
 
-def _run(loop, config, raw, run_dir):
+def _run(loop, raw, run_dir):
+    from megatron_mixtral.spec import checks, jobs
+
     run_dir.mkdir(exist_ok=True)
-    loop.train(config.parse(config.FinetuneConfig, raw, where="config"), run_dir)
+    loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +136,21 @@ def test_adapters_of_chunks_learn_the_same(trained):
 
 def test_as_many_chunks_wait_as_the_launcher_reckons_with(trained):
     from launcher.planning import memory
-    from launcher.planning.layout import Layout
+    from megatron_mixtral.spec.layout import Layout
 
     _, most, _ = trained
     for rank, counted in enumerate(most):
         for name, chunks in (("plain", 1), ("interleaved", 2)):
-            work = memory.Training(sequence=32, micro_batch=2, micro_batches=4, virtual_pipeline=chunks)
-            assert counted[name] == memory.in_flight(Layout(pipeline=2), work, rank), (rank, name)
+            assert counted[name] == memory.in_flight(Layout(pipeline=2), 4, chunks, rank), (rank, name)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("uneven", "virtual_pipeline: 4 layers / (pipeline 2 x 3 chunks) = 0.667 isn't whole"),
-        ("short", "= 3 micro batches / pipeline 2 isn't whole"),
-        ("alone", "virtual_pipeline 2: there is one pipeline stage"),
-        ("own_lengths", "chunks of virtual_pipeline are all of one length"),
+        ("uneven", "virtual_pipeline: 4 layers / (PP 2 x 3 chunks) = 0.667, not whole"),
+        ("short", "x 3 micro batches, and 3 / PP 2 = 1.5, not whole"),
+        ("alone", "virtual_pipeline: 2, but PP 1 has nothing to interleave"),
+        ("own_lengths", "virtual_pipeline: its chunks are of one length"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_its_equation(trained, name, words):

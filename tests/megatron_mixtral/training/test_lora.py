@@ -8,7 +8,7 @@ import run_job
 from run_job import losses
 from small_world import make_world, tensors_of, training
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import lora as adapters
 
 

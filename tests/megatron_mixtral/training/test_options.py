@@ -62,7 +62,8 @@ def counted(folder):
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout, MixtralShape
+    from megatron_mixtral.spec.layout import Layout
+    from megatron_mixtral.spec.shape import MixtralShape
     from megatron_mixtral.training import meters
 
     from megatron.core.transformer.moe.router import TopKRouter
@@ -193,10 +194,8 @@ def test_stages_of_uneven_length_change_nothing(world, tmp_path):
     assert losses(told["uneven"]) == losses(told["even"])
     assert "with pad_to_capacity at most 4 experts / 2 a token = 2" in told["full"]
     assert told["fp8"] == "fp8: needs Transformer Engine, which isn't installed where the job runs"
-    assert (
-        told["wrong"]
-        == "2 layers - first 2 - last 0 = 0 for 1 stages of 2: not the same whole number, at least 1, for each"
-    )
+    said = "first_stage_layers 2, last_stage_layers 0: 2 layers leave 0 for 1 other stages of PP 2"
+    assert told["wrong"] == f"{said}: not the same whole number, at least 1, for each"
 
 
 def spoil_one_replica(raw, folder):
@@ -207,7 +206,7 @@ def spoil_one_replica(raw, folder):
 
     from megatron_mixtral.errors import JobError
     from megatron_mixtral.mcore import ranks
-    from megatron_mixtral.spec import jobs
+    from megatron_mixtral.spec import checks, jobs
     from megatron_mixtral.training import loop
 
     step = loop.Trainer._step
@@ -223,7 +222,7 @@ def spoil_one_replica(raw, folder):
     loop.Trainer._step = step_and_spoil
     ranks.shutdown = lambda: None
     try:
-        loop.train(jobs.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
+        loop.train(checks.parse(jobs.FinetuneConfig, raw, where="config"), Path(folder))
     except JobError as error:
         return error.exit_code, str(error)
     return 0, ""

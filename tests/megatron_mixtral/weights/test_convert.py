@@ -17,7 +17,8 @@ from model_on_ranks import megatron_tensors
 from spawn_ranks import ranks
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.spec.jobs import Layout, MixtralShape
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.copying import read_rows
 from megatron_mixtral.weights.tensors import Names, Rows, hub_shapes
@@ -140,7 +141,7 @@ def layouts_load(folder, layouts):
     from megatron_mixtral.checkpoint import save_load
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.model import build
-    from megatron_mixtral.spec.jobs import Layout
+    from megatron_mixtral.spec.layout import Layout
 
     shape = MixtralShape.from_folder(Path(folder, "hub"))
     expected = torch.load(Path(folder, "expected.pt"))

@@ -416,7 +416,7 @@ def test_a_wrong_option_names_the_valid_ones(hub, out, config, words):
 
 
 def test_a_layout_that_cannot_hold_the_model_is_refused(hub, out):
-    from megatron_mixtral.spec.jobs import Layout
+    from megatron_mixtral.spec.layout import Layout
 
     with pytest.raises(InputError, match="4 / 3"):
         run(hub, out, layout=Layout(expert=3))

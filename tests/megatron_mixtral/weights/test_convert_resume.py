@@ -18,7 +18,8 @@ from conversion import contents, run
 
 from megatron_mixtral import errors
 from megatron_mixtral.jobs import convert
-from megatron_mixtral.spec.jobs import ConvertConfig, Layout
+from megatron_mixtral.spec.jobs import ConvertConfig
+from megatron_mixtral.spec.layout import Layout
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import shared_work
 from megatron_mixtral.weights.copying import Copier

@@ -14,7 +14,9 @@ from spawn_ranks import ranks
 
 from megatron_mixtral.errors import CheckpointError, InputError, LayoutError
 from megatron_mixtral.jobs import verify
-from megatron_mixtral.spec.jobs import Layout, MixtralShape, VerifyConfig
+from megatron_mixtral.spec.jobs import VerifyConfig
+from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import legacy, torch_archive
 
 VOCABULARY = 37  # padded to 40 below, more under tensor parallelism

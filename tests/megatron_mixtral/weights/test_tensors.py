@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mixtral.spec.jobs import MixtralShape
+from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights.tensors import Names, Rows, hub_shapes, links, megatron_axes, row_width
 from megatron_mixtral.weights.tensors import shapes as megatron_shapes
 

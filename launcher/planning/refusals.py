@@ -1,0 +1,19 @@
+"""What the contract refuses, told as the command line says it: each field by its option."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from launcher.errors import LayoutError, UsageError
+from megatron_mixtral.spec.jobs import flag_of
+from megatron_mixtral.spec.options import LayoutSpecError, SpecError
+
+
+@contextmanager
+def as_typed() -> Iterator[None]:
+    """`UsageError`, or `LayoutError` where a layout is at fault, in place of the contract's own."""
+    try:
+        yield
+    except LayoutSpecError as error:
+        raise LayoutError(error.said(flag_of)) from None
+    except SpecError as error:
+        raise UsageError(error.said(flag_of)) from None
