@@ -39,19 +39,20 @@ class Placement:
 
 def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:
     """Whole nodes when `nodes` is given, else the fewest ranks on the fewest nodes; 0 `gpus` is no limit."""
-    for what, ranks in ((f"{nodes} nodes x {gpus} GPUs", (nodes or 0) * gpus), ("this layout", layout.unit)):
+    unit = layout.unit
+    for what, ranks in ((f"{nodes} nodes x {gpus} GPUs", (nodes or 0) * gpus), ("this layout", unit)):
         if ranks > MOST_RANKS:
             raise LayoutError(f"{what}: {ranks} ranks; at most {MOST_RANKS}")
     if nodes is None:
-        fewest = math.ceil(layout.unit / gpus) if gpus else 1
-        count = next(n for n in range(fewest, layout.unit + 1) if layout.unit % n == 0)
-        return Placement(nodes=count, tasks_per_node=layout.unit // count)
+        fewest = math.ceil(unit / gpus) if gpus else 1
+        count = next(n for n in range(fewest, unit + 1) if unit % n == 0)
+        return Placement(nodes=count, tasks_per_node=unit // count)
     if not gpus:
         if nodes != 1:
             raise LayoutError(f"nodes: {nodes}, but this cluster is one machine")
-        return Placement(nodes=1, tasks_per_node=layout.unit)
+        return Placement(nodes=1, tasks_per_node=unit)
     world = nodes * gpus
-    if world % layout.unit:
+    if world % unit:
         raise LayoutError(
             f"{nodes} node{'s' * (nodes != 1)} x {gpus} GPUs = {world} ranks don't fit:\n"
             f"{layout.equation(world)}\n{_nearest_nodes(layout, nodes, gpus)}"

@@ -21,9 +21,10 @@ from megatron_mixtral.spec.options import LayoutSpecError
 SHOWN = 4
 ENOUGH = 3  # suggestions that need no further change beside them
 MOST_CHANGES = 3
-MOST_TRIED = 40_000  # combinations of changes, and stages whose memory is reckoned: less than a second
+MOST_WORK = 50_000  # of a search, in combinations that are refused at once: less than a second
+AN_OUTLOOK = 10  # as much work as so many of them, and one more for each stage whose memory is reckoned
 MOST_CHUNKS = 128  # of layers to suggest; no Mixtral has as many
-MOST_NODES, MOST_STAGES, MOST_PARTS = 512, 64, 512
+MOST_NODES, MOST_PARTS = 512, 64  # to suggest; parts are those of any axis
 SHORTEST = 256  # tokens of an answer worth serving
 Changes = dict[str, Any]
 
@@ -89,12 +90,12 @@ def _lines(suggestions: list[Suggestion]) -> Iterator[str]:
 
 def find(request: Request) -> list[Suggestion]:
     """The nearest that fit, best first; none when nothing near does."""
-    values, found, left = _alternatives(request), list[Suggestion](), MOST_TRIED
+    values, found, left = _alternatives(request), list[Suggestion](), MOST_WORK
     for count in range(1, MOST_CHANGES + 1):
         more, enough = list[Suggestion](), [suggestion.changes.items() for suggestion in found]
         for changes in _combinations(values, count) if len(found) < ENOUGH else ():
             outlook = None if any(less <= changes.items() for less in enough) else _study(apply(request, changes))
-            left -= 1 + (len(outlook.usage) if outlook else 0)
+            left -= AN_OUTLOOK + len(outlook.usage) if outlook else 1
             if left < 0:
                 break
             if outlook and _fits(outlook):
@@ -186,7 +187,7 @@ def _of_layout(request: Request) -> dict[str, list[int]]:
         return {name: _divisors(size) for name, size in vars(layout).items()}
     return {
         "tensor": _divisors(math.gcd(shape.num_key_value_heads, shape.num_attention_heads)),
-        "pipeline": list(range(1, min(shape.num_hidden_layers, MOST_STAGES) + 1)),
+        "pipeline": list(range(1, min(shape.num_hidden_layers, MOST_PARTS) + 1)),
         "expert": _divisors(shape.num_local_experts),
         "expert_tensor": [1],
         "context": [1],
