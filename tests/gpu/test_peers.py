@@ -10,7 +10,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() == 1, reason="fewer than two GPUs"),
     pytest.mark.usefixtures("device"),
 ]
-ROWS, VOCABULARY = 9, 5000
+ROWS, VOCABULARY = 12, 5000
 
 
 def joined():
@@ -29,7 +29,7 @@ def drawn(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def sums(width, dtype, calls):
+def sums(width, dtype, calls, flags):
     """Of each call, as `calls` has its tokens and the experts' parts (0: a plain tensor): ours, the exact one."""
     import torch.distributed as dist
 
@@ -38,7 +38,8 @@ def sums(width, dtype, calls):
     from megatron_mixtral.kernels.small_batch import Rows
 
     rank, device = joined()
-    peers = peer_memory.inboxes(dist.group.WORLD, device, rows=ROWS, words=peer_sum.words(width, dtype))
+    words = (peer_sum.words_with_flag if flags else peer_sum.words)(width, dtype)
+    peers = peer_memory.inboxes(dist.group.WORLD, device, rows=ROWS, words=words)
     weight, found, own = drawn(width, seed=3, dtype=dtype), [], None
     for number, (tokens, parts) in enumerate(calls):
         residual = drawn(tokens, width, seed=number, dtype=dtype)
@@ -58,19 +59,20 @@ def sums(width, dtype, calls):
             if peer == rank:
                 own = added
         residual = residual.to(device)
-        out = peer_sum.add_and_norm(residual, own, weight.to(device), 1e-5, peers)
+        out = peer_sum.add_and_norm(residual, own, weight.to(device), 1e-5, peers, flags=flags)
         norm = exact * (exact.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.double()
         found.append([t.double().cpu() for t in (residual, out)] + [exact, norm])
     dist.destroy_process_group()
     return found
 
 
+@pytest.mark.parametrize("flags", [False, True])
 @pytest.mark.parametrize("count", [2, 3] if torch.cuda.device_count() != 2 else [2])
-def test_the_residual_and_its_norm_are_those_of_the_sum(count, dtype):
+def test_the_residual_and_its_norm_are_those_of_the_sum(count, flags, dtype):
     from spawn_ranks import ranks
 
     calls = [(1, 0), (9, 0), (1, 2), (3, 1), (1, 0), (9, 4), (2, 0)]
-    results = ranks(count, sums, 192, dtype, calls, timeout=200)
+    results = ranks(count, sums, 192, dtype, calls, flags, timeout=200)
     near = 1e-5 if dtype == torch.float32 else 2e-2
     for call in zip(*results, strict=True):
         for residual, out, exact, norm in call:

@@ -45,7 +45,7 @@ def at_layout(shape, layout, lengths, tokens, most):
     from megatron_mixtral.mcore import ranks
     from megatron_mixtral.serve.engine import exchange
 
-    exchange.MOST = most
+    exchange.MOST, exchange.MOST_WORDS = most, min(most, 2)
     ranks.initialize(layout)
     rank, _ = ranks.data_parallel()
     made = replica(shape, layout, ours=True)

@@ -17,7 +17,8 @@ from megatron_mixtral.mcore import ranks
 
 from megatron.core import parallel_state
 
-MOST = 512  # tokens, times ranks to send to, up to which sums go through peers' memory
+# Tokens, times ranks to send to, up to which sums go through peers' memory: as words, and as they are with flags.
+MOST_WORDS, MOST = 64, 2048
 
 
 class Sum:
@@ -25,10 +26,14 @@ class Sum:
 
     def __init__(self, group: dist.ProcessGroup, *, tokens: int, width: int, dtype: torch.dtype) -> None:
         self.group, self.ranks = group, group.size()
-        self._inboxes: Inboxes | None = None
+        self._ways: list[tuple[Inboxes, bool]] = []  # and whether by flags; the fastest for few tokens first
         if self.ranks > 1:
-            rows, words = max(1, min(tokens, MOST // (self.ranks - 1))), peer_sum.words(width, dtype)
-            self._inboxes = peer_memory.inboxes(group, ranks.device(), rows=rows, words=words)
+            few, many = (max(1, min(tokens, most // (self.ranks - 1))) for most in (MOST_WORDS, MOST))
+            many = -(-many // 4) * 4  # so that tokens lie at multiples of 16 bytes behind the flags
+            for rows, words in ((few, peer_sum.words), (many, peer_sum.words_with_flag)):
+                made = peer_memory.inboxes(group, ranks.device(), rows=rows, words=words(width, dtype))
+                if made is not None:
+                    self._ways.append((made, words is peer_sum.words_with_flag))
 
     def add_and_norm(
         self, residual: Tensor, added: Tensor | small_batch.Rows, weight: Tensor | None, eps: float
@@ -36,8 +41,9 @@ class Sum:
         """As `small_batch.add_and_norm` with the sum of `added` over all ranks."""
         if self.ranks == 1:
             return small_batch.add_and_norm(residual, added, weight, eps)
-        if self._inboxes is not None and len(residual) <= self._inboxes.rows:
-            return peer_sum.add_and_norm(residual, added, weight, eps, self._inboxes)
+        for inboxes, flags in self._ways:
+            if len(residual) <= inboxes.rows:
+                return peer_sum.add_and_norm(residual, added, weight, eps, inboxes, flags=flags)
         return small_batch.add_and_norm(residual, self.whole(added, residual), weight, eps)
 
     def whole(self, added: Tensor | small_batch.Rows, like: Tensor) -> Tensor:
