@@ -11,7 +11,7 @@ from launcher.common import terminal, words
 from launcher.diagnose import explain as diagnosis
 from launcher.diagnose.explain import Explanation
 from launcher.diagnose.judge import Finding
-from launcher.host import copies
+from launcher.host.base import Host
 from launcher.runs import find
 from launcher.slurm import hostlist
 
@@ -53,7 +53,7 @@ def _show(explanation: Explanation) -> None:
     marks = {"failed": terminal.failed, "finished": terminal.done}
     marks.get(explanation.verdict, terminal.say)(explanation.summary)
     if explanation.finding:
-        _show_finding(explanation.finding)
+        _show_finding(explanation.finding, explanation.run.host)
     if explanation.earlier:
         terminal.say("")
         terminal.facts([(f"attempt {found.attempt}", found.brief) for found in explanation.earlier])
@@ -64,7 +64,7 @@ def _show(explanation: Explanation) -> None:
             terminal.say(f"  - {text}")
 
 
-def _show_finding(found: Finding) -> None:
+def _show_finding(found: Finding, host: Host) -> None:
     code = words.code_in_words(found.code) if found.code else ""
     others = f"{_ranks(found.secondary)} only lost the connection" if found.secondary and not found.silent else ""
     silent = f"{_ranks(found.silent)} printed nothing" if found.silent else ""
@@ -77,7 +77,7 @@ def _show_finding(found: Finding) -> None:
         if line.log != log:
             log = line.log
             terminal.say("")
-            terminal.say(f"  {copies.shown(log)}", "dim")
+            terminal.say(f"  {host.shown(log)}", "dim")
         number = f"{line.number:>6}" if line.number else " " * 6
         terminal.say(f"  {number}  {_harmless(line.text[:240])}")
 
@@ -100,7 +100,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "state": explanation.state.state,
         "verdict": explanation.verdict,
         "summary": explanation.summary,
-        **_finding_dict(found),
+        **_finding_dict(found, explanation.run.host),
         "advice": list(explanation.advice),
         "bad_nodes": explanation.bad_nodes,
         "earlier": [_short_dict(other) for other in explanation.earlier],
@@ -118,7 +118,7 @@ def _short_dict(found: Finding) -> dict[str, Any]:
     }
 
 
-def _finding_dict(found: Finding | None) -> dict[str, Any]:
+def _finding_dict(found: Finding | None, host: Host) -> dict[str, Any]:
     if found is None:
         return {
             **dict.fromkeys(("attempt", "cause", "title", "rank", "nodes", "exit_code")),
@@ -131,7 +131,7 @@ def _finding_dict(found: Finding | None) -> dict[str, Any]:
         "lost_a_peer": list(found.secondary),
         "silent": list(found.silent),
         "notes": list(found.notes),
-        "lines": [{"log": copies.shown(line.log), "line": line.number, "text": line.text} for line in found.lines],
+        "lines": [{"log": host.shown(line.log), "line": line.number, "text": line.text} for line in found.lines],
     }
 
 

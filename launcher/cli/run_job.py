@@ -11,7 +11,6 @@ from launcher.cli.planned import planned, print_remarks
 from launcher.cluster import bad_nodes
 from launcher.common import terminal
 from launcher.errors import UsageError
-from launcher.host import copies
 from launcher.planning import describe, inputs
 from launcher.planning.plan import JobPlan
 from launcher.script import lint, render
@@ -57,7 +56,7 @@ def submit(plan: JobPlan, *, asked: tuple[str, ...], wait: bool | None, follow: 
     later = [("follow", f"mixlaunch logs -f {made.name}"), ("cancel", f"mixlaunch cancel {made.name}")]
     until_ready = tunnel or (wait is None and plan.job == "serve" and not made.is_local and not follow)
     until_end = follow or (made.is_local if wait is None else wait)
-    terminal.facts([*facts, ("run", copies.shown(made.path)), *([] if until_end else later)])
+    terminal.facts([*facts, ("run", made.host.shown(made.path)), *([] if until_end else later)])
     if until_ready:
         return watch.to_ready(made, through_tunnel=tunnel)
     return watch.to_the_end(made, follow=follow) if until_end else 0

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY
 from launcher.common import terminal, words
-from launcher.host import copies
 from launcher.runs import find, follow, logs, report
 from launcher.runs.record import Run
 from launcher.slurm import hostlist
@@ -164,8 +163,8 @@ def _details(found: Sequence[Run], facts: Sequence[dict[str, Any]]) -> None:
                 *((WORDS.get(kind, kind), text) for kind in newest if (text := follow.describe(newest[kind]))),
                 ("requests", load),
                 ("attempts", str(len(attempts)) if len(attempts) > 1 else ""),
-                ("run", copies.shown(run.path)),
-                ("logs", copies.shown(logs.path(run.path, attempts[-1]).parent) if attempts else ""),
+                ("run", run.host.shown(run.path)),
+                ("logs", run.host.shown(logs.path(run.path, attempts[-1]).parent) if attempts else ""),
                 ("why it ended", f"mixlaunch explain {run.name}" if ended_badly(known) else ""),
             ]
         )

@@ -12,7 +12,6 @@ from typing import Any
 
 from launcher.common import terminal
 from launcher.errors import UsageError
-from launcher.host import copies
 from launcher.runs import follow as going_on
 from launcher.runs import logs, servers, states, tunnel
 from launcher.runs.record import Run
@@ -49,16 +48,16 @@ def to_the_end(run: Run, *, follow: bool) -> int:
 
 def verdict(run: Run) -> int:
     """Print how `run` ended; returns 0, 2 for a user's mistake, or 1 for anything else."""
-    copies.refresh(run.path)
+    run.host.refresh(run.path)
     state = states.of_run(run)
     if state.state == "COMPLETED":
-        terminal.done(f"{run.job} done: {copies.shown(run.path)}")
+        terminal.done(f"{run.job} done: {run.host.shown(run.path)}")
         return 0
     code = state.exit_code
     terminal.failed(f"{run.job} ended as {state.state}{f', exit {code}' if code is not None else ''}")
     log = _blamed(run)
     if log and log.is_file():
-        terminal.facts([("log", copies.shown(log))])
+        terminal.facts([("log", run.host.shown(log))])
         for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
             terminal.say(f"  {line}", "dim")
     return MISTAKE if code == MISTAKE else 1

@@ -16,7 +16,6 @@ from typing import Any
 from launcher.cluster.profile import ClusterProfile
 from launcher.common import files
 from launcher.errors import Fault, UsageError
-from launcher.host import copies
 
 FILE = "bad_nodes.json"
 SCHEMA = 1
@@ -44,7 +43,20 @@ def path(profile: ClusterProfile) -> Path:
 
 def read(profile: ClusterProfile) -> list[BadNode]:
     """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
-    return [] if profile.is_local else _load(path(profile))
+    if profile.is_local:
+        return []
+    file = path(profile)
+    now = datetime.datetime.now().astimezone()
+    try:
+        record: Any = json.loads(profile.host.read(file))
+        entries = [BadNode(**entry) for entry in record["nodes"]]
+        return [entry for entry in entries if not entry.expired(now)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Fault(f"{file}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise Fault(f"{file}: not a list of nodes ({error}); mend or remove it") from error
 
 
 def known(profile: ClusterProfile) -> list[BadNode]:
@@ -68,14 +80,14 @@ def add(profile: ClusterProfile, reasons: Mapping[str, str], lasting: datetime.t
         BadNode(node=node, reason=reason, by=getpass.getuser(), since=since, until=until)
         for node, reason in reasons.items()
     ]
-    with _changing(path(profile)) as entries:
+    with _changing(profile) as entries:
         entries |= {entry.node: entry for entry in new}
     return new
 
 
 def remove(profile: ClusterProfile, nodes: Iterable[str]) -> list[str]:
     """Take nodes off the list; returns those that were on it."""
-    with _changing(path(profile)) as entries:
+    with _changing(profile) as entries:
         return [node for node in nodes if entries.pop(node, None)]
 
 
@@ -90,36 +102,18 @@ def duration(text: str) -> datetime.timedelta | None:
 
 
 @contextlib.contextmanager
-def _changing(file: Path) -> Iterator[dict[str, BadNode]]:
+def _changing(profile: ClusterProfile) -> Iterator[dict[str, BadNode]]:
     """The list under a lock, to be changed in place and then written."""
+    file = path(profile)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.parent / f".{FILE}.lock"
         lock.touch()
         with files.locked(lock):  # on a file system without locks the last writer wins
-            entries = {entry.node: entry for entry in _load(file)}
+            entries = {entry.node: entry for entry in read(profile)}
             yield entries
-            _write(file, list(entries.values()))
+            nodes = [asdict(entry) for _, entry in sorted(entries.items())]
+            files.write_json(file, {"schema": SCHEMA, "nodes": nodes})
+            profile.host.put(file)
     except OSError as error:
         raise Fault(f"{file}: {error.strerror}") from error
-
-
-def _write(file: Path, entries: list[BadNode]) -> None:
-    record = {"schema": SCHEMA, "nodes": [asdict(entry) for entry in sorted(entries, key=lambda e: e.node)]}
-    files.write_json(file, record)
-    copies.put(file)
-
-
-def _load(file: Path) -> list[BadNode]:
-    """Without what has expired."""
-    now = datetime.datetime.now().astimezone()
-    try:
-        record: Any = json.loads(copies.read(file))
-        entries = [BadNode(**entry) for entry in record["nodes"]]
-        return [entry for entry in entries if not entry.expired(now)]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise Fault(f"{file}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise Fault(f"{file}: not a list of nodes ({error}); mend or remove it") from error

@@ -20,7 +20,6 @@ from launcher.cluster.sections import Binding, Container, Login, Node, Part, Pat
 from launcher.cluster.yaml_layers import Document, Location
 from launcher.common import quoting, words
 from launcher.errors import ProfileError
-from launcher.host import ssh
 from launcher.host.base import Host
 from launcher.host.local import Local
 from launcher.host.login_node import LoginNode
@@ -212,11 +211,6 @@ class ClusterProfile(Part):
         """Where Slurm's commands run and the shared folders are: this machine, or the login node to go through."""
         node = self.login.node
         return LoginNode(node, self.slurm_conf) if node else Local(self.slurm_conf)
-
-    @property
-    def login_node(self) -> ssh.Login | None:
-        """The login node to go through; None where Slurm's commands and the shared folders are at hand."""
-        return self.login.node
 
     @property
     def runs_here(self) -> Path:

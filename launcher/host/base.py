@@ -100,6 +100,27 @@ class Host(Protocol):
     def place(self, path: Path) -> Path:
         """Where this machine sees a path of the cluster; a place stays what it is."""
 
+    def original(self, path: Path) -> Path:
+        """The path of the cluster that is seen at this place."""
+
+    def shown(self, path: Path) -> str:
+        """A place for people: PATH or HOST:PATH."""
+
+    def read(self, path: Path) -> bytes:
+        """The newest content of the file at this place, which isn't kept; `FileNotFoundError`, `OSError`."""
+
+    def put(self, path: Path) -> None:
+        """Tell the cluster of a file that was changed at this place."""
+
+    def pull(self, root: Path) -> None:
+        """Bring what a list of the runs below this place shows up to date."""
+
+    def refresh(self, run: Path) -> None:
+        """Bring the run at this place up to date, every log of it."""
+
+    def submitting(self, run: Path) -> AbstractContextManager[None]:
+        """While this lasts, the run at this place isn't taken for one that the cluster removed."""
+
     def follow(self, run: Path) -> Growth | None:
         """What keeps the run in this place growing; None where it grows by itself."""
 

@@ -49,35 +49,19 @@ def original(path: Path) -> Path:
     return Path("/", *_below(path)[1:]) if login_of(path) else path
 
 
-def shown(path: Path) -> str:
-    """A path for people: HOST:PATH for a copy."""
-    login = login_of(path)
-    return f"{login.host}:{original(path)}" if login else str(path)
+def pull(login: Login, root: Path) -> None:
+    """Bring the copies of all runs below `root` up to date."""
+    rules = [*(f"--include={rule}" for rule in LIST), "--exclude=*"]
+    _copy(login, root, rules, root=root)
 
 
-def pull(root: Path) -> None:
-    """Bring the copies of all runs below `root` up to date; nothing for a folder of this machine."""
-    if login := login_of(root):
-        rules = [*(f"--include={rule}" for rule in LIST), "--exclude=*"]
-        _copy(login, root, rules, root=root)
+def refresh(login: Login, run: Path) -> None:
+    """Bring one run's copy up to date, every log of it."""
+    _copy(login, run, [f"--exclude={rule}" for rule in HEAVY], root=run.parent)
 
 
-def refresh(run: Path) -> None:
-    """Bring one run's copy up to date, every log of it; nothing for a run of this machine."""
-    if login := login_of(run):
-        _copy(login, run, [f"--exclude={rule}" for rule in HEAVY], root=run.parent)
-
-
-def put(file: Path) -> None:
-    """Bring one changed file of a copy to its original."""
-    if login := login_of(file):
-        ssh.rsync(login, "-pt", str(file), ssh.far(login, original(file)))
-
-
-def read(path: Path) -> bytes:
-    """A file's content, of which nothing stays here if it is a copy's; `FileNotFoundError`, `OSError`."""
-    if (login := login_of(path)) is None:
-        return path.read_bytes()
+def read(login: Login, path: Path) -> bytes:
+    """The content of a copy's original, of which nothing stays here; `FileNotFoundError`, `OSError`."""
     name = shlex.quote(str(original(path)))
     done = ssh.run(login, f"[ -e {name} ] || exit 66; exec cat {name}")
     if done.code == 66:
@@ -90,9 +74,6 @@ def read(path: Path) -> bytes:
 @contextlib.contextmanager
 def submitting(run: Path) -> Iterator[None]:
     """While this lasts the copy `run` isn't taken for one whose original was removed."""
-    if login_of(run) is None:
-        yield
-        return
     run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.locked(run.parent, shared=True):
         yield

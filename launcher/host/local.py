@@ -99,6 +99,27 @@ class Local:
     def place(self, path: Path) -> Path:
         return path
 
+    def original(self, path: Path) -> Path:
+        return path
+
+    def shown(self, path: Path) -> str:
+        return str(path)
+
+    def read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def put(self, path: Path) -> None:
+        pass
+
+    def pull(self, root: Path) -> None:
+        pass
+
+    def refresh(self, run: Path) -> None:
+        pass
+
+    def submitting(self, run: Path) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def follow(self, run: Path) -> None:
         return None
 

@@ -118,6 +118,27 @@ class LoginNode:
     def place(self, path: Path) -> Path:
         return path if copies.login_of(path) else copies.place(self.login, path)
 
+    def original(self, path: Path) -> Path:
+        return copies.original(path)
+
+    def shown(self, path: Path) -> str:
+        return f"{self.name}:{copies.original(path)}"
+
+    def read(self, path: Path) -> bytes:
+        return copies.read(self.login, path)
+
+    def put(self, path: Path) -> None:
+        ssh.rsync(self.login, "-pt", str(path), ssh.far(self.login, copies.original(path)))
+
+    def pull(self, root: Path) -> None:
+        copies.pull(self.login, root)
+
+    def refresh(self, run: Path) -> None:
+        copies.refresh(self.login, run)
+
+    def submitting(self, run: Path) -> AbstractContextManager[None]:
+        return copies.submitting(run)
+
     def follow(self, run: Path) -> Stream:
         return Stream(self.login, run)
 
@@ -129,7 +150,7 @@ class LoginNode:
         return ssh.tunnel(ssh.behind(self.login, node) if node else self.login, address, port)
 
 
-def of(path: Path, slurm_conf: str | None) -> LoginNode | Local:
-    """The host of a run directory: the login node that it is a copy from, else this machine."""
+def of(path: Path, slurm_conf: str | None = None) -> LoginNode | Local:
+    """The host of a run directory or a folder of them: the login node that it is a copy from, or this machine."""
     login = copies.login_of(path)
     return LoginNode(login, slurm_conf) if login else Local(slurm_conf)

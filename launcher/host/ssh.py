@@ -34,6 +34,7 @@ TIMEOUT = 60
 NOT_FOUND = 127
 VANISHED = 24  # rsync's word for files that were there when it looked and gone when it copied
 SHELL = "exec /bin/sh"
+UNCLEAN = "is your shell clean"  # rsync's word where start-up files print something
 # What a user's own configuration may say for sessions, and what no command of ours can do with.
 NEUTRAL = {"RequestTTY": "no", "RemoteCommand": "none", "ClearAllForwardings": "yes"}
 # A non-interactive shell often has no Slurm on its PATH; the login shell's PATH is asked for then.
@@ -128,12 +129,13 @@ def rsync(login: Login, *arguments: str) -> None:
     )
     if done.returncode in (0, VANISHED):
         return
-    said = _last_line(done.stderr, r"^rsync: |is your shell clean")
+    unclean = UNCLEAN in done.stderr
+    said = _last_line(done.stderr, UNCLEAN if unclean else r"^rsync: ")
     if re.search(r"(change_dir|link_stat) .* No such file", done.stderr):
         raise MissingError(f"login node {login.host}: rsync: {said}")
     if done.returncode == NOT_FOUND or re.search(r"rsync: (command )?not found", done.stderr):
         raise Fault(f"login node {login.host}: it has no rsync on its PATH; mixlaunch copies files with it")
-    if "is your shell clean" in done.stderr:
+    if unclean:
         said += f"; what does `ssh {login.host} true` print? It must print nothing"
     if done.returncode == 255 or "connection unexpectedly closed" in done.stderr:
         forget(login)

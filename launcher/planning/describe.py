@@ -5,7 +5,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from launcher.common import words
@@ -31,19 +30,21 @@ def plan_facts(plan: JobPlan) -> Facts:
     parallel = plan.layout is not None and plan.job in ("finetune", "serve")
     return [
         ("cluster", f"{profile.name} ({profile.description})" if profile.description else profile.name),
-        ("through", profile.login_node.host if profile.login_node else ""),
+        ("through", profile.host.name),
         ("ranks", spread),
         ("layout", plan.layout.describe(plan.world) if plan.layout and parallel else ""),
         ("limit", "" if profile.is_local else plan.time),
         ("retried", requeue.when(plan)),
-        *((i.what, i.path if profile.login_node else _with_state(i.path)) for i in plan.inputs),
+        *_inputs(plan),
         *(("output", path) for path in plan.outputs),
         ("secrets", ", ".join(map(_with_value, secrets.carried(plan)))),
     ]
 
 
-def _with_state(path: str) -> str:
-    return path if Path(path).exists() else f"{path}  (isn't there)"
+def _inputs(plan: "JobPlan") -> Iterator[tuple[str, str]]:
+    there = plan.profile.host.known([given.path for given in plan.inputs])
+    for given, found in zip(plan.inputs, there, strict=True):
+        yield given.what, f"{given.path}  (isn't there)" if found is False else given.path
 
 
 def _with_value(name: str) -> str:

@@ -4,17 +4,14 @@ It lies below the data folder under this machine's name and its own path: brough
 """
 
 import os.path
-import shlex
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.cluster import paths
 from launcher.cluster.profile import ClusterProfile
-from launcher.errors import Fault, UsageError
-from launcher.host import ssh
+from launcher.errors import UsageError
 from launcher.planning.plan import JobPlan
 
 WHOLE = ("output", "data")  # options that are paths and nothing else
@@ -22,43 +19,35 @@ WHOLE = ("output", "data")  # options that are paths and nothing else
 
 def redirect(profile: ClusterProfile, files: Sequence[str]) -> tuple[str, ...]:
     """`files` as the job will see them: those that this machine has where they will be brought."""
-    if profile.login_node is None:
+    if profile.host.is_here:
         return tuple(files)
     return tuple(_destination(profile, file) for file in files)
 
 
 def require_whole_paths(profile: ClusterProfile, given: dict[str, Any]) -> None:
     """`UsageError` for a path that starts from a folder of this machine, which the cluster hasn't got."""
-    if (login := profile.login_node) is None:
+    if profile.host.is_here:
         return
     for name in ("model", *WHOLE):
         values = given.get(name) or ()
         for value in (values,) if isinstance(values, str) else values:
             if value.startswith((".", "~")) or (name in WHOLE and not value.startswith("/")):
                 raise UsageError(
-                    f"--{name}: {value!r} starts from a folder of this machine; give a path of {login.host}"
+                    f"--{name}: {value!r} starts from a folder of this machine; give a path of {profile.host.name}"
                 )
 
 
 def source(profile: ClusterProfile, path: str) -> Path | None:
     """The file of this machine that is brought to `path`."""
     root = _root(profile)
-    return Path(path.removeprefix(root)) if profile.login_node and path.startswith(f"{root}/") else None
+    brought = path.startswith(f"{root}/") and not profile.host.is_here
+    return Path(path.removeprefix(root)) if brought else None
 
 
 def bring(plan: JobPlan) -> None:
     """Copy what `plan` reads of this machine's; what is there already costs one look."""
-    login = plan.profile.login_node
-    pairs = [(file, given.path) for given in plan.inputs if (file := source(plan.profile, given.path))]
-    if login is None or not pairs:
-        return
-    folders = sorted({os.path.dirname(there) for _, there in pairs})
-    if (done := ssh.run(login, f"exec mkdir -p {shlex.join(folders)}")).code:
-        raise Fault(f"{plan.profile.paths.data} on {login.host}: {done.said}")
-    for file, there in pairs:
-        print(f"bringing {file} to {login.host}", file=sys.stderr)
-        slash = "/" if file.is_dir() else ""
-        ssh.rsync(login, "-rt", "--partial", f"{file}{slash}", ssh.far(login, f"{there}{slash}"))
+    sources = ((source(plan.profile, given.path), given.path) for given in plan.inputs)
+    plan.profile.host.bring([(file, there) for file, there in sources if file])
 
 
 def _destination(profile: ClusterProfile, file: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.cluster import catalog, profile
 from launcher.common import words
 from launcher.errors import Fault, MixlaunchError, UsageError
-from launcher.host import copies
+from launcher.host import login_node
 from launcher.runs import record
 from launcher.runs.record import RECORD, Run
 
@@ -50,7 +50,7 @@ def _pull(roots: Sequence[Path]) -> None:
     """Bring copies up to date. One login node that doesn't answer is no reason to hide the runs of others."""
     for root in roots:
         try:
-            copies.pull(root)
+            login_node.of(root).pull(root)
         except Fault as fault:
             if len(roots) == 1:
                 raise
@@ -65,7 +65,7 @@ def run(reference: str, roots: Iterable[Path]) -> Run:
     if "/" in reference:
         return record.read(Path(os.path.expanduser(reference)).absolute())
     found = _matching(reference, list(roots))
-    copies.refresh(found.path)
+    found.host.refresh(found.path)
     return record.reread(found)
 
 

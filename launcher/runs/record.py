@@ -12,7 +12,7 @@ from typing import Any
 from launcher.cluster.profile import ClusterProfile
 from launcher.common import files
 from launcher.errors import Fault, UncertainError, UsageError
-from launcher.host import copies, login_node
+from launcher.host import login_node
 from launcher.host.base import Host
 
 SCHEMA = 1
@@ -129,7 +129,7 @@ def changed(run: Run, **values: Any) -> Run:
     changed = replace(run, record={**run.record, **values})
     write(changed)
     with contextlib.suppress(Fault):  # a login node that has gone silent keeps its own notes of the job
-        copies.put(run.path / RECORD)
+        run.host.put(run.path / RECORD)
     return changed
 
 

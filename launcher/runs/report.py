@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import UsageError
-from launcher.host import copies
 from launcher.runs import logs, record, servers, states
 from launcher.runs.record import Run
 from launcher.runs.servers import Load
@@ -48,7 +47,7 @@ def of(run: Run, state: State) -> dict[str, Any]:
         "name": run.name,
         "job": run.job,
         "cluster": run.cluster,
-        "path": copies.shown(run.path),
+        "path": run.host.shown(run.path),
         "created": run.created,
         "job_id": run.job_id,
         "job_ids": run.job_ids,

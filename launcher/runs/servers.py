@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.common import quoting
 from launcher.errors import Fault, MixlaunchError, UsageError
-from launcher.host import copies
 from launcher.runs import find, record
 
 if TYPE_CHECKING:
@@ -96,14 +95,14 @@ def _checked(url: str) -> str:
 def of_run(run: record.Run) -> Server:
     """The server of a run that says it's ready."""
     state = state_of(run)
-    key = os.environ.get(KEY) or _key_of(run.path)
+    key = os.environ.get(KEY) or _key_of(run)
     return Server(url=state["url"], key=key, name=state.get("model", ""), run=run)
 
 
 def state_of(run: record.Run) -> dict[str, Any]:
     """What a run's server says of itself, asked where it says it; `UsageError` when it says nothing."""
     try:
-        return dict(json.loads(copies.read(run.path / STATE)))
+        return dict(json.loads(run.host.read(run.path / STATE)))
     except FileNotFoundError:
         hint = "it isn't a serve job" if run.job != "serve" else f"see `mixlaunch logs {run.name}`"
         raise UsageError(f"{run.name}: no server is ready there; {hint}") from None
@@ -182,20 +181,21 @@ def how_to_ask(run: record.Run, url: str | None = None) -> list[tuple[str, str]]
     endpoint = f"{url or state['url']}/v1/chat/completions"
     words = ["curl", endpoint, "-H", "Content-Type: application/json", "-d", body]
     key = ""
-    if _key_of(run.path):
-        there = ["sed", "-n", f"s/^{KEY}=//p", str(copies.original(run.path / "secrets.env"))]
+    if _key_of(run):
+        there = ["sed", "-n", f"s/^{KEY}=//p", str(run.host.original(run.path / "secrets.env"))]
         key = f' -H "Authorization: Bearer $({run.host.typed(*there)})"'
     return [ready, ("ask", shlex.join(words) + key)]
 
 
-def _key_of(path: Path) -> str | None:
+def _key_of(run: record.Run) -> str | None:
     """From the run's secrets, which only its owner can read."""
+    path = run.path / "secrets.env"
     try:
-        lines = copies.read(path / "secrets.env").decode().splitlines()
+        lines = run.host.read(path).decode().splitlines()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Fault(f"{path / 'secrets.env'}: {error}") from error
+        raise Fault(f"{path}: {error}") from error
     for line in lines:
         name, _, value = line.removeprefix("export ").partition("=")
         if name.strip() == KEY:

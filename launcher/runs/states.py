@@ -13,7 +13,6 @@ from pathlib import Path
 
 from launcher.common import processes
 from launcher.errors import Fault, UsageError
-from launcher.host import copies
 from launcher.host.base import Host
 from launcher.runs import logs, record
 from launcher.runs.record import RECORD, SCRIPT, Run
@@ -195,7 +194,7 @@ def is_running(run_dir: Path) -> bool:
 
 def find_job(script: Path, host: Host) -> str | None:
     """The id of the job of `script` that its run doesn't know yet, if Slurm has one; `Fault` if it's silent."""
-    path, known = str(copies.original(script)), _recorded(script, host)
+    path, known = str(host.original(script)), _recorded(script, host)
     queue = client.queue(host, timeout=LOOK_TIMEOUT).values()
     found = [job.id for job in queue if job.command == path and job.id not in known]
     return max(found, key=int, default=None)

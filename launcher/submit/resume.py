@@ -15,7 +15,6 @@ from launcher.cluster import bad_nodes
 from launcher.cluster.profile import time_limit
 from launcher.common import files, quoting
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
-from launcher.host import copies
 from launcher.planning import requeue
 from launcher.planning.layout import Placement
 from launcher.planning.plan import JobPlan
@@ -162,7 +161,7 @@ def _plan(run: Run, limit: str) -> JobPlan:
 @contextlib.contextmanager
 def _alone(run: Run) -> Iterator[None]:
     """One command at a time goes on with a run; on a file system without locks the check of its state must do."""
-    with copies.submitting(run.path), files.locked(run.path, wait=False) as alone:
+    with run.host.submitting(run.path), files.locked(run.path, wait=False) as alone:
         if alone is False:
             raise UsageError(f"{run.name}: another command is going on with it at this moment")
         yield

@@ -20,7 +20,7 @@ from secrets import token_hex
 from launcher.cluster import bad_nodes
 from launcher.cluster.bad_nodes import BadNode
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError, UsageError
-from launcher.host import copies, login_node
+from launcher.host import login_node
 from launcher.host.login_node import LoginNode
 from launcher.planning import secrets, uploads
 from launcher.planning.plan import JobPlan
@@ -49,7 +49,7 @@ def run(plan: JobPlan, *, asked: Sequence[str] = (), path: Path | None = None) -
     lint.check(text, plan.profile.slurm_version)
     uploads.bring(plan)
     here = plan.profile.host.place(path)
-    with copies.submitting(here):
+    with plan.profile.host.submitting(here):
         made = create(plan, here, asked=asked)
         return record.with_job(made, _submitted(plan, text, made))
 

@@ -217,7 +217,7 @@ def test_ctrl_c_while_sbatch_runs_tells_the_job(laptop, stub, site, tmp_path):
     assert process.returncode == 130
     assert f"Slurm has the job: {run.job_id}" in err
     assert jobs_of(site, run) == [run.job_id]
-    assert laptop.types("cancel", run.job_id).strip().endswith("is told to end")
+    assert laptop.types("cancel", run.job_id).strip().endswith("is being cancelled")
 
 
 def test_one_silent_login_node_hides_no_other_runs(laptop, finish, tmp_path):

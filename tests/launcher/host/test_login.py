@@ -96,13 +96,13 @@ def test_a_copy_knows_its_original(tmp_path):
     cluster = profile.read(written(tmp_path, login={"host": "login1"}))
     copy = cluster.runs_here / "finetune-1"
     assert copy.is_relative_to(tmp_path / "state")
-    assert copies.original(copy) == Path("/shared/runs/finetune-1")
-    assert copies.shown(copy) == "login1:/shared/runs/finetune-1"
+    assert cluster.host.original(copy) == Path("/shared/runs/finetune-1")
+    assert cluster.host.shown(copy) == "login1:/shared/runs/finetune-1"
     run = record.Run(path=copy, record={"profile": cluster.model_dump(mode="json"), "jobs": []})
     assert run.host == cluster.host == LoginNode(ssh.Login("login1"))
     there = record.Run(path=Path("/shared/runs/finetune-1"), record=run.record)
     assert there.host == Local()
-    assert copies.original(there.path) == there.path
+    assert there.host.original(there.path) == there.path
 
 
 def test_two_ports_of_one_host_are_two_clusters(tmp_path):
