@@ -22,7 +22,7 @@ from megatron_mixtral.observability.progress import CopyProgress
 from megatron_mixtral.serve import admission, announce, metrics
 from megatron_mixtral.serve.engine import json_grammar, leader, links
 from megatron_mixtral.serve.engine.replica import Replica, Sizes
-from megatron_mixtral.serve.http import app, requests, uvicorn_thread
+from megatron_mixtral.serve.http import app, bounds, requests, uvicorn_thread
 from megatron_mixtral.serve.setup import Setup, on_signal
 
 GRACE_SECONDS = 3.0  # between a rank's death and ours: clients and `/health` get to say so
@@ -125,6 +125,7 @@ class Server:
             form=self._setup.form,
             vocab_size=self._setup.shape.vocab_size,
             created=int((self._setup.folder / "config.json").stat().st_mtime),
+            bounds=bounds.of(self._setup.words, config.max_tokens),
         )
         application = app.application(model, room, key=self._setup.key)
         return uvicorn_thread.HttpThread(self._listener, room, application, inbox=self._inbox)

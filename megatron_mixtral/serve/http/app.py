@@ -18,18 +18,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_mixtral.serve.admission import Refused, Service, Unavailable
-from megatron_mixtral.serve.http import errors, megatron, openai
+from megatron_mixtral.serve.http import bounds, errors, megatron, openai, visitors
 from megatron_mixtral.serve.http.errors import Problem
 from megatron_mixtral.serve.http.requests import ServedModel
 
 APIS = (openai, megatron)  # each with a `router`
-LARGEST_BODY = 32 * 1024 * 1024
 PAGE = Path(__file__).with_name("page.html")
 log = logging.getLogger("mixlaunch.serve")
 
@@ -45,7 +45,7 @@ def application(model: ServedModel, service: Service, *, key: str | None) -> ASG
     app.include_router(_state_routes(service), dependencies=described)
     _add_page(app)
     _add_refusals(app)
-    return Guard(app, key=key, count=service.metrics.answered)
+    return Guard(app, key=key, limits=model.bounds, count=service.metrics.answered)
 
 
 def version() -> str:
@@ -131,10 +131,21 @@ def _add_refusals(app: FastAPI) -> None:
 
 
 class Guard:
-    """Wraps all routes: checks the key and the size of bodies, counts answers, hides tracebacks from clients."""
+    """Wraps all routes: checks visitor, key and size of bodies, counts answers, hides tracebacks from clients.
 
-    def __init__(self, app: ASGIApp, *, key: str | None, count: Callable[[str, int], None]) -> None:
-        self._app, self._key, self._count = app, key, count
+    What it decides it decides by the path that the routes go by, which isn't the one in `request.url`: Starlette
+    made that of the Host header for long, and so of what the client liked.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        key: str | None,
+        limits: bounds.Bounds,
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._app, self._key, self._bounds, self._count = app, key, limits, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -142,41 +153,48 @@ class Guard:
             return
         if scope["method"] == "HEAD":  # treated as GET; uvicorn leaves out the body
             scope = {**scope, "method": "GET"}
-        request, body = HttpRequest(scope), _Body(receive)
         status = 0
 
         async def counted(message: Message) -> None:
             nonlocal status
-            if body.too_large and not status:
-                return  # the route's answer to half a body; the correct answer follows
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
-        try:
-            self._check(request)
-            await self._app(scope, body.receive, counted)
-            if body.too_large and not status:
-                body.too_large = False
-                await errors.body_for(request, _too_large())(scope, receive, counted)
-        except Problem as problem:
+        async def refuse(problem: Problem) -> None:
             if not status:
-                await errors.body_for(request, problem)(scope, receive, counted)
+                await errors.body_for(HttpRequest(scope), problem)(scope, receive, counted)
+
+        try:
+            self._check(scope)
+            read = await _read(receive, self._bounds.body(scope["path"]))
+            bounds.check_fields(read["body"], self._bounds)
+            await self._app(scope, _again(read, receive), counted)
+        except ClientDisconnect:
+            status = 499  # nobody reads the answer
+        except Problem as problem:
+            await refuse(problem)
         except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["path"])
-            if not status:
-                await errors.body_for(request, errors.from_exception(error))(scope, receive, counted)
+            await refuse(errors.from_exception(error))
         finally:
             route = scope.get("route")
             self._count(getattr(route, "path", "other"), status)
 
-    def _check(self, request: HttpRequest) -> None:
-        length = request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > LARGEST_BODY:
-            raise _too_large()
-        if self._key is None or request.url.path == "/health":
-            return
-        given = presented_key(request.headers.get("authorization", ""))
+    def _check(self, scope: Scope) -> None:
+        headers, path = Headers(scope=scope), scope["path"]
+        if self._key is None:
+            visitors.check_host(headers)
+            visitors.check_site(scope["method"], headers)
+        elif path != "/health":
+            self._check_key(presented_key(headers.get("authorization", "")))
+        visitors.check_kind(scope["method"], headers)
+        length, most = headers.get("content-length", "0"), self._bounds.body(path)
+        if length.isdigit() and int(length) > most:
+            raise _too_large(most)
+
+    def _check_key(self, given: str | None) -> None:
+        assert self._key is not None
         if given is None or not hmac.compare_digest(given.encode(), self._key.encode()):
             challenge = {"WWW-Authenticate": 'Basic realm="mixlaunch", charset="UTF-8"'}
             raise Problem(401, "a valid API key is needed", code="invalid_api_key", headers=challenge)
@@ -195,20 +213,31 @@ def presented_key(authorization: str) -> str | None:
     return None
 
 
-class _Body:
-    """A request's body, counted while it arrives, and cut off if it is too large."""
+async def _read(receive: Receive, most: int) -> Message:
+    """The whole body as one message; 413 as soon as it is larger than `most` bytes."""
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > most:
+            raise _too_large(most)
+    return {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive, self._read, self.too_large = receive, 0, False
 
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._read += len(message.get("body", b""))
-        if self._read > LARGEST_BODY:
-            self.too_large = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-        return message
+def _again(read: Message, receive: Receive) -> Receive:
+    """`receive` as it was before `read` was taken from it."""
+    waiting = [read]
+
+    async def next_one() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return next_one
 
 
-def _too_large() -> Problem:
-    return Problem(413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large")
+def _too_large(most: int) -> Problem:
+    why = f"the body is larger than {most} bytes, which is more than this model's context needs"
+    return Problem(413, why, code="body_too_large")

@@ -13,6 +13,7 @@ from megatron_mixtral.serve.admission import Refused, Unavailable
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
@@ -45,7 +46,7 @@ class MegatronRefusal(BaseModel):
 def documented(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The errors in the OpenAPI description; `default` replaces FastAPI's 422."""
     words = {400: "A mistake in the request", 429: "The queue is full", 503: "Shutting down, or a rank is gone"}
-    words |= {401: "A key is needed", 404: "No such model", 413: "The body is too large"}
+    words |= {401: "A key is needed", 403: "Not from here", 404: "No such model", 413: "The body is too large"}
     found: dict[int | str, dict[str, Any]] = {code: {"model": body, "description": words[code]} for code in words}
     return {**found, "default": {"model": body, "description": "Any other refusal"}}
 
@@ -99,7 +100,12 @@ def _closest(findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The error for the type that is closest to the given value, if a field may have several types."""
     field = findings[0]["loc"][:2]
     same = (finding for finding in findings if finding["loc"][:2] == field)
-    return max(same, key=lambda finding: (len(finding["loc"]), not finding["type"].endswith("_type")))
+
+    def likeness(finding: dict[str, Any]) -> tuple[bool, int, bool]:
+        kind = finding["type"]
+        return kind == "too_long", len(finding["loc"]), not kind.endswith("_type")
+
+    return max(same, key=likeness)
 
 
 def _path(finding: dict[str, Any]) -> list[str]:
@@ -121,4 +127,4 @@ def megatron_body(problem: Problem) -> JSONResponse:
 
 def body_for(request: HttpRequest, problem: Problem) -> JSONResponse:
     """The error body in the format of the route's clients."""
-    return megatron_body(problem) if request.url.path == "/api" else openai_body(problem)
+    return megatron_body(problem) if request.scope["path"] == "/api" else openai_body(problem)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from starlette.requests import Request as HttpRequest
 
 from megatron_mixtral.serve.admission import Service
@@ -18,6 +18,7 @@ from megatron_mixtral.serve.http.disconnect import all_or_gone
 from megatron_mixtral.serve.http.errors import Problem
 from megatron_mixtral.serve.http.requests import ServedModel
 from megatron_mixtral.serve.http.responses import Answer, Scored, finite, whole
+from megatron_mixtral.serve.http.schema import MOST_PROMPTS, Stop, Strict
 from megatron_mixtral.serve.messages import Request
 from megatron_mixtral.tokenization.token_text import token_text
 
@@ -31,12 +32,10 @@ RENAMED = {
 }
 
 
-class GenerateBody(BaseModel):
+class GenerateBody(Strict):
     """Defaults are upstream's; `add_BOS` left out means yes, as its Mixtral tokenizer has it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    prompts: Annotated[list[str], Field(min_length=1, max_length=128)]
+    prompts: Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     tokens_to_generate: Annotated[int, Field(ge=0)] = 64
     logprobs: bool = False
     top_n_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
@@ -47,7 +46,7 @@ class GenerateBody(BaseModel):
     stop_on_eol: bool = False
     stop_on_double_eol: bool = False
     stop_token: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    stop_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = []
+    stop_words: Stop = Field(default_factory=list)
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     no_log: bool = False
     length_penalty: float = 1.0  # of beam search; upstream's client may send it

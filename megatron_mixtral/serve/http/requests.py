@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mixtral.serve.admission import Service
+from megatron_mixtral.serve.http.bounds import Bounds
 from megatron_mixtral.serve.http.errors import Problem
 from megatron_mixtral.serve.http.schema import MOST_ANSWERS, ChatBody, CompletionBody, Sampled
 from megatron_mixtral.serve.messages import Request
@@ -24,10 +25,13 @@ class ServedModel:
     form: Form
     vocab_size: int
     created: int
+    bounds: Bounds
 
     async def encode(self, text: str) -> list[int]:
         """Ids of `text` without control tokens; long ones are done aside."""
         _refuse_surrogates(text)
+        if len(text) > self.bounds.text:
+            raise _too_much(f"{len(text)} characters", self, "prompt")
         if len(text) < LONG:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
@@ -57,6 +61,8 @@ async def completion_prompts(body: CompletionBody, model: ServedModel) -> list[l
 
 async def chat_prompt(body: ChatBody, model: ServedModel) -> list[int]:
     """The conversation as the model writes it, up to where the assistant speaks."""
+    if len(body.messages) > model.bounds.context:
+        raise _too_much(f"{len(body.messages)} messages", model, "messages")
     messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
     for message in messages:
         _refuse_surrogates(message["content"])
@@ -112,6 +118,12 @@ def requests(
                 )
             )
     return made
+
+
+def _too_much(what: str, model: ServedModel, param: str) -> Problem:
+    """What needn't be tokenized to see that it doesn't fit."""
+    why = f"{what} are more than this model's context of {model.bounds.context} tokens can hold"
+    return Problem(400, why, param=param, code="context_length_exceeded")
 
 
 def too_long(prompt: int, answer: int | None, context: int) -> Problem:

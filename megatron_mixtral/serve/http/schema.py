@@ -4,34 +4,61 @@ Unsupported fields are refused by name, not ignored. Fields without influence on
 null, which clients send for an unset field.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=0)]
-Some = Annotated[int, Field(ge=1)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
 MOST_CHOICES = 128
 MOST_PROMPTS = 128
 MOST_ANSWERS = 512  # of one call: prompts x n
 MOST_ALTERNATIVES = 20
+MOST_BIASES = 1024
+MOST_NOTES = 64  # of `metadata`
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def at_most(most: int) -> Callable[[Any], Any]:
+    """A check of an object's size before its entries are looked at: pydantic's own comes after them."""
 
+    def check(raw: Any) -> Any:
+        if isinstance(raw, dict) and len(raw) > most:
+            raise ValueError(f"{len(raw)} entries; at most {most}")
+        return raw
+
+    return check
+
+
+# A list's first mistake is enough to refuse it, hence fail_fast: a list of mistakes would take long to tell.
+Count = Annotated[int, Field(ge=0)]
+Some = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16, fail_fast=True)]
+
+
+class Strict(BaseModel):
+    """An object of known fields and exact types; of several unknown fields, one is told."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_at_most(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or len(raw) <= len(cls.model_fields):
+            return raw
+        unknown = next(name for name in raw if name not in cls.model_fields)
+        return {name: value for name, value in raw.items() if name in cls.model_fields or name == unknown}
+
+
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Sampled(BaseModel):
+class Sampled(Strict):
     """Fields that both kinds of completions share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str | None = None
     stream: bool | None = False
@@ -44,10 +71,10 @@ class Sampled(BaseModel):
     stop: Annotated[str, Field(min_length=1)] | Stop | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    logit_bias: dict[TokenKey, Bias] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias] | None, BeforeValidator(at_most(MOST_BIASES))] = None
     ignore_eos: bool | None = False
     user: str | None = None  # from here on: no influence on the answer
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any] | None, BeforeValidator(at_most(MOST_NOTES))] = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -67,9 +94,9 @@ class Sampled(BaseModel):
 class CompletionBody(Sampled):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     max_tokens: Count | None = 16
     echo: bool | None = False
@@ -86,20 +113,16 @@ class CompletionBody(Sampled):
         return self
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Strict):
     """A message; an assistant's message may have all fields of the server's answer."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
     annotations: list[Any] | None = None
     refusal: None = None
@@ -112,20 +135,18 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class ResponseFormat(Strict):
     type: Literal["text", "json_object"]
 
 
 class ChatBody(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Some | None = None
     max_completion_tokens: Some | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     audio: None = None  # from here on: not supported
     function_call: None = None
     functions: None = None
