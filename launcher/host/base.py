@@ -71,9 +71,9 @@ class Host(Protocol):
         """What a command prints; `Fault` when it's missing, fails or doesn't answer."""
 
     def attend(self, argv: Sequence[str], files: Mapping[str, str], variables: Mapping[str, str]) -> int:
-        """Run a program in the terminal's foreground, in a folder of these files that is gone afterwards.
+        """Run a program in the terminal's foreground and return its exit code; Ctrl-C goes to it.
 
-        Its exit code; Ctrl-C goes to it.
+        A word of `argv` that is the name of one of `files` means a file of that text, gone afterwards.
         """
 
     def exist(self, paths: Sequence[str]) -> list[bool]:

@@ -72,7 +72,8 @@ class Local:
         with tempfile.TemporaryDirectory(prefix="mixlaunch-") as folder:
             for name, text in files.items():
                 Path(folder, name).write_text(text)
-            with subprocess.Popen(argv, cwd=folder, env={**os.environ, **variables}) as process:
+            argv = [str(Path(folder, word)) if word in files else word for word in argv]
+            with subprocess.Popen(argv, env={**os.environ, **variables}) as process:
                 try:
                     return process.wait()
                 except KeyboardInterrupt:

@@ -119,7 +119,13 @@ def test_hostile_values_arrive_and_run_nothing(laptop, stub, tmp_path, site, fin
 
 def test_a_mistake_is_known_before_anything_is_written(laptop):
     config = {"num_hidden_layers": 4, "num_local_experts": 6, "num_attention_heads": 4, "intermediate_size": 64}
-    more = {"model_type": "mixtral", "hidden_size": 64, "vocab_size": 32000, "num_experts_per_tok": 2}
+    more = {
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "vocab_size": 32000,
+        "num_experts_per_tok": 2,
+    }
     (laptop.far / "models" / "m" / "config.json").write_text(json.dumps(config | more))
     model = ("--model", f"{laptop.far}/models/m")
     assert "experts / EP = 6 / 4" in laptop.types("finetune", *model, "--pp", "1", "--ep", "4", code=2)
