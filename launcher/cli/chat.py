@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from launcher.common import state_dir
+from launcher.common import printable, state_dir
 from launcher.errors import Fault, UsageError
 from launcher.runs import find, servers, tunnel
 from launcher.runs.servers import Server
@@ -137,22 +137,22 @@ def _tolerate_any_bytes() -> None:
 
 def _converse(conversation: Conversation) -> None:
     _line_editing()
-    print(f"{conversation.server.name or 'model'} at {conversation.server.url}; /help lists the commands")
+    printable.out(f"{conversation.server.name or 'model'} at {conversation.server.url}; /help lists the commands")
     while True:
         try:
             line = _read()
         except KeyboardInterrupt:  # Ctrl-C drops the line, as in a shell
-            print()
+            printable.out()
             continue
         except EOFError:
-            print()
+            printable.out()
             return
         if line in ("/quit", "/exit"):
             return
         try:
             _obey(conversation, line) if line.startswith("/") else _print(conversation.ask(line))
         except (UsageError, Fault) as error:
-            print(f"error: {error}", file=sys.stderr)
+            printable.out(f"error: {error}", err=True)
 
 
 def _line_editing() -> None:
@@ -192,19 +192,19 @@ def _obey(conversation: Conversation, line: str) -> None:
     command, _, argument = line.partition(" ")
     if command == "/system":
         conversation.system = argument.strip() or None
-        print("system prompt set" if conversation.system else "no system prompt")
+        printable.out("system prompt set" if conversation.system else "no system prompt")
     elif command == "/retry":
         _print(conversation.retry())
     elif command == "/save":
         if not argument.strip():
             raise UsageError("/save needs a file's name")
         conversation.save(path := Path(os.path.expanduser(argument.strip())))
-        print(f"saved to {path}")
+        printable.out(f"saved to {path}")
     elif command == "/new":
         conversation.turns.clear()
-        print("a new conversation")
+        printable.out("a new conversation")
     elif command == "/help":
-        print(HELP)
+        printable.out(HELP)
     else:
         raise UsageError(f"{command} isn't a command; /help lists them")
 
@@ -213,12 +213,11 @@ def _print(pieces: Iterator[str]) -> None:
     """Print pieces as they come. Ctrl-C ends the answer, and the server stops generating."""
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            printable.out(piece, end="")
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
     finally:
-        print()
+        printable.out()
 
 
 def _stream(server: Server, route: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from launcher.cli import completion
 from launcher.cli.options import override
 from launcher.cluster import catalog, discover, json_schema, profile
 from launcher.cluster.profile import ClusterProfile
-from launcher.common import terminal
+from launcher.common import printable, terminal
 from launcher.diagnose import profile_check
 from launcher.diagnose.profile_check import ProfileFinding
 from launcher.errors import MixlaunchError
@@ -54,7 +54,7 @@ def clusters_show(name: str | None, override: tuple[str, ...], as_json: bool) ->
     if as_json:
         terminal.as_json(_dumped(cluster))
         return
-    click.echo(f"# {path}", err=True)
+    printable.out(f"# {path}", err=True)
     terminal.code(_text(cluster), "yaml")
 
 
@@ -97,7 +97,7 @@ def clusters_template(part: str | None) -> None:
 
     Without PART, print the names of all parts.
     """
-    click.echo(templates.source(part) if part else "\n".join(templates.names()), nl=not part)
+    printable.out(templates.source(part) if part else "\n".join(templates.names()), end="" if part else "\n")
 
 
 @clusters.command("new")

@@ -1,13 +1,12 @@
 """`explain`: why a run ended or what it is doing, printed for people and for programs."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, NEWEST
-from launcher.common import terminal, words
+from launcher.common import printable, terminal, words
 from launcher.diagnose import explain as diagnosis
 from launcher.diagnose.explain import Explanation
 from launcher.diagnose.judge import Finding
@@ -40,7 +39,7 @@ def explain(
     explanation = diagnosis.explain(find.run(name, find.roots_of(cluster)), attempt=attempt)
     if mark_bad:
         diagnosis.mark_bad(explanation, lasting)
-        print(f"jobs on {explanation.run.cluster} keep off {', '.join(explanation.bad_nodes)}", file=sys.stderr)
+        printable.out(f"jobs on {explanation.run.cluster} keep off {', '.join(explanation.bad_nodes)}", err=True)
     if as_json:
         terminal.as_json(as_dict(explanation))
     else:
@@ -79,12 +78,7 @@ def _show_finding(found: Finding, host: Host) -> None:
             terminal.say("")
             terminal.say(f"  {host.shown(log)}", "dim")
         number = f"{line.number:>6}" if line.number else " " * 6
-        terminal.say(f"  {number}  {_harmless(line.text[:240])}")
-
-
-def _harmless(text: str) -> str:
-    """A log's line without control characters."""
-    return "".join(character if character.isprintable() else " " for character in text.expandtabs(4))
+        terminal.say(f"  {number}  {line.text[:240].expandtabs(4)}")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ import click
 
 from launcher.cli.options import HELP, SectionedOption, job_command
 from launcher.cli.planned import planned, print_remarks
-from launcher.common import terminal
+from launcher.common import printable, terminal
 from launcher.script import bundle, lint, render
 
 BUNDLE = SectionedOption(
@@ -36,7 +36,7 @@ def _export(job: str, typed: dict[str, Any], *, bundle_dir: Path | None) -> None
         return
     script = render.render(plan)
     lint.check(script, plan.profile.slurm_version)
-    click.echo(script, nl=False)
+    printable.out(script, end="")
     print_remarks(plan)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from launcher.cli.run_arguments import IN_CLUSTER, NEWEST, run_argument
+from launcher.common import printable
 from launcher.errors import Fault, UsageError
 from launcher.runs import find
 from launcher.runs import follow as going_on
@@ -62,7 +63,7 @@ def logs(
     run = find.run(name, find.roots_of(cluster))
     source = "batch" if batch else rank
     for line in going_on.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
-        click.echo(line)
+        printable.out(line)
 
 
 @click.command()
@@ -87,7 +88,7 @@ def plot(name: str, output: str | None, cluster: str | None) -> None:
     if drawn.returncode:
         said = drawn.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
         raise (UsageError if drawn.returncode == 2 else Fault)(said)
-    click.echo(drawn.stdout.strip())
+    printable.out(drawn.stdout.strip())
 
 
 COMMANDS = (logs, plot)

@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from launcher.common import printable
 from launcher.errors import MixlaunchError, of_system
 
 # Each command's module in launcher.cli, and the first line of its help.
@@ -62,7 +63,7 @@ class Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
         label = click.style("error:", fg="red", bold=True)
         color = False if os.environ.get("NO_COLOR") else None
-        click.echo(f"{label} {self.message}", file=file or sys.stderr, color=color)
+        click.echo(f"{label} {printable.clean(self.message)}", file=file or sys.stderr, color=color)
 
 
 class Commands(Mapping[str, click.Command]):

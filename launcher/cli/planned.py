@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import click
-
 from launcher.cli.options import PARALLEL, setting_key
 from launcher.cluster import profile
 from launcher.cluster.profile import ClusterProfile
+from launcher.common import printable
 from launcher.planning import describe, inputs, jobs, uploads
 from launcher.planning.plan import Ask, Axes, JobPlan
 from megatron_mixtral.spec.jobs import JOBS, MISTRAL
@@ -50,4 +49,4 @@ def _given(typed: dict[str, Any], known: Iterable[Option]) -> dict[str, Any]:
 def print_remarks(plan: JobPlan, head: str = "") -> None:
     """Print to stderr what a user should know before the job waits in the queue. Nothing is refused."""
     for remark in describe.remarks(plan):
-        click.echo(f"note: {head}{remark}", err=True)
+        printable.out(f"note: {head}{remark}", err=True)

@@ -5,7 +5,6 @@ The facts of runs come from `runs.report`; here they become words, columns and c
 
 import contextlib
 import datetime
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY
-from launcher.common import terminal, words
+from launcher.common import printable, terminal, words
 from launcher.runs import find, follow, logs, report
 from launcher.runs.record import Run
 from launcher.slurm import hostlist
@@ -207,7 +206,7 @@ def _tell(find: Find, until_ended: bool, line: Callable[[dict[str, Any]], str]) 
         facts = reporter(find())
         for run in reversed(facts):
             if report.changed(told.get(run["name"]), run):
-                print(line(run), flush=True)
+                printable.out(line(run))
                 told[run["name"]] = run
         if until_ended and not any(run["active"] for run in facts):
             return
@@ -223,7 +222,7 @@ def _summary(facts: Sequence[dict[str, Any]]) -> str:
 
 
 def _json_line(run: dict[str, Any]) -> str:
-    return json.dumps(run, ensure_ascii=False)
+    return printable.as_json(run)
 
 
 def _line(run: dict[str, Any]) -> str:

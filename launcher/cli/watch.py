@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.common import terminal
+from launcher.common import printable, terminal
 from launcher.errors import UsageError
 from launcher.runs import follow as going_on
 from launcher.runs import logs, servers, states, tunnel
@@ -74,7 +74,7 @@ def _blamed(run: Run) -> Path | None:
 
 def _print_log(run: Run) -> None:
     for line in logs.follow(run.path, active=going_on.active(run)):
-        print(line, flush=True)
+        printable.out(line)
 
 
 def _print_progress(run: Run) -> None:

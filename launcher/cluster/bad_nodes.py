@@ -6,19 +6,28 @@ It lies there because whoever shares the folder shares the nodes. It is replaced
 import contextlib
 import datetime
 import getpass
-import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.cluster.profile import ClusterProfile
-from launcher.common import files
+from launcher.common import files, schema, shared_files
 from launcher.errors import Fault, UsageError
 
 FILE = "bad_nodes.json"
 SCHEMA = 1
+LOOKS = 3  # at a list that may be in the middle of being written
+PAUSE = 0.05
+ENTRY = {
+    "node": schema.matching(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}"),
+    "reason": schema.text,
+    "by": schema.text,
+    "since": schema.text,
+    "until": schema.maybe(schema.moment),
+}
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -48,15 +57,28 @@ def read(profile: ClusterProfile) -> list[BadNode]:
     file = path(profile)
     now = datetime.datetime.now().astimezone()
     try:
-        record: Any = json.loads(profile.host.read(file))
-        entries = [BadNode(**entry) for entry in record["nodes"]]
-        return [entry for entry in entries if not entry.expired(now)]
+        return [entry for entry in _entries(profile, file) if not entry.expired(now)]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise Fault(f"{file}: {error.strerror}") from error
+        raise Fault(f"{file}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise Fault(f"{file}: not a list of nodes ({error}); mend or remove it") from error
+
+
+def _entries(profile: ClusterProfile, file: Path) -> list[BadNode]:
+    for look in range(LOOKS):
+        try:
+            record: Any = shared_files.parsed(profile.host.read(file))
+            break
+        except ValueError:  # in a folder with the sticky bit it is written in place
+            if look == LOOKS - 1:
+                raise
+            time.sleep(PAUSE)
+    for entry in record["nodes"]:
+        if wrong := schema.misfit(entry, ENTRY):
+            raise ValueError(f"an entry: {wrong}")
+    return [BadNode(**{name: entry[name] for name in ENTRY}) for entry in record["nodes"]]
 
 
 def known(profile: ClusterProfile) -> list[BadNode]:
@@ -107,13 +129,11 @@ def _changing(profile: ClusterProfile) -> Iterator[dict[str, BadNode]]:
     file = path(profile)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.parent / f".{FILE}.lock"
-        lock.touch()
-        with files.locked(lock):  # on a file system without locks the last writer wins
+        with files.locked_shared(file.parent / f".{FILE}.lock"):  # without locks the last writer wins
             entries = {entry.node: entry for entry in read(profile)}
             yield entries
             nodes = [asdict(entry) for _, entry in sorted(entries.items())]
-            files.write_json(file, {"schema": SCHEMA, "nodes": nodes})
+            files.write_shared(file, {"schema": SCHEMA, "nodes": nodes})
             profile.host.put(file)
     except OSError as error:
         raise Fault(f"{file}: {error.strerror}") from error

@@ -8,6 +8,7 @@ import re
 import shlex
 import unicodedata
 
+from launcher.common import printable
 from launcher.errors import UsageError
 
 LONGEST = 16_384  # bytes; a longer value is a mistake, and Slurm copies every directive into its state file
@@ -27,7 +28,7 @@ class Quoted(str):
 def checked(value: str, field: str) -> str:
     """`value` itself; `UsageError` naming `field` for control characters and excess length."""
     for character in value:
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or printable.clean(character) != character:
             raise UsageError(f"{field}: the character {character!a} can't be part of a script; remove it")
     return short(value, field)
 

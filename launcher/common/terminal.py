@@ -1,20 +1,22 @@
 """What people see in the terminal: one place for colour, tables and progress.
 
 rich leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing that came from users is read as
-markup.
+markup. Everything that is printed passes here, and loses the characters that would steer the terminal.
 """
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from launcher.common import printable
 
 ENOUGH = 20  # characters of a note that tell something
 BAD = ("FAILED", "TIMEOUT", "PREEMPTED", "BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -22,12 +24,21 @@ STYLES = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "CANCELL
 STYLES |= dict.fromkeys(BAD, "red")  # of the states that Slurm knows
 
 
+class _Clean(Console):
+    """rich's console, whose texts are cleaned after they are laid out and before they are coloured."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(
+            part if part.control else part._replace(text=printable.clean(part.text)) for part in buffer
+        )
+
+
 @functools.cache
 def console() -> Console:
     """The terminal. A pipe gets whole lines, never wrapped ones."""
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    terminal = Console(**plain)
-    return terminal if terminal.is_terminal else Console(**plain, width=10_000)
+    terminal = _Clean(**plain)
+    return terminal if terminal.is_terminal else _Clean(**plain, width=10_000)
 
 
 def say(text: str, style: str = "") -> None:
@@ -90,7 +101,7 @@ def grid(
         cells = []
         for place in widths:
             style = STYLES.get(row[place].split(" ")[0], "dim" if place == len(columns) - 1 else "")
-            cells.append(Text(row[place], style=style, no_wrap=True, overflow="ellipsis"))
+            cells.append(Text(printable.line(row[place]), style=style, no_wrap=True, overflow="ellipsis"))
         grid.add_row(*cells)
     return grid
 
@@ -112,13 +123,13 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequen
 
 def as_json(value: Any) -> None:
     """What programs read: JSON, indented, in full."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    printable.out(printable.as_json(value, indent=2))
 
 
 def code(text: str, language: str) -> None:
     """A script or a configuration, coloured on a terminal and exactly itself elsewhere."""
     if not console().is_terminal:
-        print(text, end="" if text.endswith("\n") else "\n")
+        printable.out(text, end="" if text.endswith("\n") else "\n")
         return
     from rich.syntax import Syntax  # with pygments, which takes as long as all the rest
 

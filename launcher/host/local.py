@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.common import processes
+from launcher.common import processes, shared_files
 from launcher.errors import Fault
 from launcher.host import ssh
 from launcher.host.base import INTERRUPTED, LOOPBACK, TIMEOUT
@@ -107,7 +107,7 @@ class Local:
         return str(path)
 
     def read(self, path: Path) -> bytes:
-        return path.read_bytes()
+        return shared_files.read(path)
 
     def put(self, path: Path) -> None:
         pass

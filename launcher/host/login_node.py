@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.common import printable
 from launcher.errors import Fault
 from launcher.host import copies, ssh
 from launcher.host.base import INTERRUPTED, TIMEOUT, LostError
@@ -103,7 +104,7 @@ class LoginNode:
         if files and (done := ssh.run(self.login, f"exec mkdir -p {shlex.join(folders)}")).code:
             raise Fault(f"{folders[0]} on {self.name}: {done.said}")
         for file, there in files:
-            print(f"bringing {file} to {self.name}", file=sys.stderr)
+            printable.out(f"bringing {file} to {self.name}", err=True)
             slash = "/" if file.is_dir() else ""
             ssh.rsync(self.login, "-rt", "--partial", f"{file}{slash}", ssh.far(self.login, f"{there}{slash}"))
 

@@ -6,11 +6,11 @@ The only part of planning that reads files; it writes none.
 import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 
 from launcher.cluster import paths as places
 from launcher.cluster.profile import ClusterProfile
+from launcher.common import printable
 from launcher.errors import Fault, UsageError
 from launcher.planning import uploads
 from launcher.planning.plan import Input, JobPlan
@@ -32,7 +32,7 @@ def shape(profile: ClusterProfile, model: str) -> MixtralShape | None:
             with contextlib.suppress(SpecError, ValueError, TypeError, AttributeError, RecursionError):
                 return MixtralShape.from_hf(json.loads(text))
     except Fault as fault:
-        print(f"note: {fault}\n  the model's shape isn't known and goes unchecked", file=sys.stderr)
+        printable.out(f"note: {fault}\n  the model's shape isn't known and goes unchecked", err=True)
     return None
 
 

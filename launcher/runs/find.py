@@ -1,12 +1,11 @@
 """Runs are found by name, prefix, job id, path or as the newest one, in the folders where they may lie."""
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launcher.cluster import catalog, profile
-from launcher.common import words
+from launcher.common import printable, words
 from launcher.errors import Fault, MixlaunchError, UsageError
 from launcher.host import login_node
 from launcher.runs import record
@@ -54,7 +53,7 @@ def _pull(roots: Sequence[Path]) -> None:
         except Fault as fault:
             if len(roots) == 1:
                 raise
-            print(f"warning: {fault}\n  its runs are shown as they were", file=sys.stderr)
+            printable.out(f"warning: {fault}\n  its runs are shown as they were", err=True)
 
 
 def run(reference: str, roots: Iterable[Path]) -> Run:
