@@ -1,15 +1,18 @@
 """Slurm's way to write many names in one: `gpu[01-04,7],login` and back to single names, and together again (pure).
 
-Only what squeue, sacct and people write: one pair of brackets a name, numbers in it with or without leading zeros.
+Only what squeue, sacct and people write: pairs of brackets, numbers in them with or without leading zeros.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
 from launcher.common import quoting
 from launcher.errors import UsageError
 
-PART = re.compile(r"(?P<head>[^\[\],\s]*)(?:\[(?P<ranges>[\d,\s-]+)\](?P<tail>[^\[\],\s]*))?")
+PLAIN, RANGES = r"[^\[\],\s]", r"\[[\d,\s-]+\]"
+PART = re.compile(rf"{PLAIN}*({RANGES}{PLAIN}*)?|{PLAIN}+({RANGES}{PLAIN}*)+")
+BRACKETS = re.compile(r"\[([^\]]*)\]")
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 MOST = 100_000
 
@@ -18,12 +21,10 @@ def expand(text: str) -> list[str]:
     """Single names, in order and each once; `UsageError` for what isn't a list of hosts."""
     names: list[str] = []
     for part in _parts(text):
-        match = PART.fullmatch(part)
-        if match is None:
+        if not PART.fullmatch(part):
             raise UsageError(f"{text!r}: {part!r} isn't a host or hosts; such as gpu07 or gpu[01-04,7]")
-        head, ranges, tail = match["head"], match["ranges"], match["tail"] or ""
-        for number in _numbers(ranges, text) if ranges else [""]:
-            names.append(f"{head}{number}{tail}")
+        for name in _names(part, text):
+            names.append(name)
             if len(names) > MOST:
                 raise UsageError(f"{quoting.shown(text)}: more than {MOST} nodes")
     for name in names:
@@ -61,6 +62,13 @@ def spans(numbers: Iterable[int]) -> str:
 def _parts(text: str) -> list[str]:
     """At the commas that aren't in brackets."""
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+def _names(part: str, text: str) -> Iterator[str]:
+    """Every name of `rack[0-1]-node[1-2]`, the last pair of brackets running first."""
+    pieces = BRACKETS.split(part)  # what is between brackets, and every other one what is in them
+    ranges = [[piece] if place % 2 == 0 else list(_numbers(piece, text)) for place, piece in enumerate(pieces)]
+    return map("".join, itertools.product(*ranges))
 
 
 def _numbers(ranges: str, text: str) -> Iterator[str]:

@@ -17,6 +17,8 @@ from launcher.slurm import hostlist
         ("a[1,3-4],b,c[7]-ib", ["a1", "a3", "a4", "b", "c7-ib"]),
         ("a, b ,a", ["a", "b"]),
         ("", []),
+        ("rack[0-1]_blade[0-1]", ["rack0_blade0", "rack0_blade1", "rack1_blade0", "rack1_blade1"]),
+        ("c[301,303]-[001-002]a[7]", ["c301-001a7", "c301-002a7", "c303-001a7", "c303-002a7"]),
     ],
 )
 def test_a_list_is_taken_apart(text, names):
@@ -25,11 +27,30 @@ def test_a_list_is_taken_apart(text, names):
 
 @pytest.mark.parametrize(
     "text",
-    ["gpu[3-1]", "gpu[a-b]", "gpu[1", "gpu[1-9999999]", "a;b", "$(x)", "-x", "a b", "é", "a\nb", "[1-2][1-2]"],
+    [
+        "gpu[3-1]",
+        "gpu[a-b]",
+        "gpu[1",
+        "gpu[1-9999999]",
+        "a;b",
+        "$(x)",
+        "-x",
+        "a b",
+        "é",
+        "a\nb",
+        "[1-2][1-2]",
+        "r[1-2][",
+        "r[0-1]_b[2-1]",
+    ],
 )
 def test_what_is_no_list_is_refused(text):
     with pytest.raises(UsageError, match=r"isn't"):
         hostlist.expand(text)
+
+
+def test_two_dimensions_have_a_bound():
+    with pytest.raises(UsageError, match="more than"):
+        hostlist.expand("a[0-9999]-[0-9999]")
 
 
 def test_it_is_put_together_short():
