@@ -176,7 +176,7 @@ class _Queue:
         self._asked, state = time.monotonic(), states.of_run(self._run)
         text = state.state.lower()
         if state.state == "PENDING":
-            text = f"in the queue: {reasons.find(state.reason).words}" if state.reason else "in the queue"
+            text = f"in the queue: {reasons.in_words(state.reason)}" if state.reason else "in the queue"
         elif state.state == "RUNNING":
             text = f"starting on {state.nodes}" if state.nodes else "starting"
         said, self._told = self._told, text

@@ -55,7 +55,7 @@ def of(run: Run, state: State) -> dict[str, Any]:
         "active": state.active,
         "source": state.source,
         "reason": state.reason or None,
-        "reason_in_words": reasons.find(state.reason).words if pending and state.reason else None,
+        "reason_in_words": reasons.in_words(state.reason) if pending and state.reason else None,
         "starts": (state.start or None) if pending else None,
         "started": None if pending else state.start or None,
         "time_left_s": seconds(state.time_left),
