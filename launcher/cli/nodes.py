@@ -103,9 +103,10 @@ def _known(cluster: ClusterProfile, wanted: list[str]) -> None:
         raise UsageError(f"{cluster.name}: its jobs run only on this machine; there are no nodes to exclude")
     arguments = ("--noheader", "--Node", "--format=%N")
     try:
-        there = cluster.host.call("sinfo", *arguments).split()
+        lines = cluster.host.call("sinfo", *arguments).splitlines()
     except Fault:
         return
+    there = [line.strip() for line in lines if hostlist.NAME.fullmatch(line.strip())]  # a notice is no node
     if missing := [name for name in wanted if name not in there]:
         near = words.nearest(missing[0], there, most=3) or there[:3]
         raise UsageError(f"{missing[0]}: no node of {cluster.name}; nearest: {', '.join(near)}")

@@ -164,8 +164,8 @@ def _down(nodes: Sequence[str], host: Host) -> dict[str, str]:
         return {}
     found = {}
     for line in answer.splitlines():
-        node, state, why = line.split("|", 2)
-        if DOWN.search(state):
+        node, state, why = (*line.split("|", 2), "", "")[:3]
+        if node in nodes and DOWN.search(state):
             found[node] = f"{node} is {state} now{f': {why}' if why not in ('none', '') else ''}"
     return found
 

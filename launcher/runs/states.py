@@ -196,7 +196,7 @@ def find_job(script: Path, host: Host) -> str | None:
     """The id of the job of `script` that its run doesn't know yet, if Slurm has one; `Fault` if it's silent."""
     path, known = str(host.original(script)), _recorded(script, host)
     queue = client.queue(host, timeout=LOOK_TIMEOUT).values()
-    found = [job.id for job in queue if job.command == path and job.id not in known]
+    found = [job.id for job in queue if job.command == path and job.id.isdecimal() and job.id not in known]
     return max(found, key=int, default=None)
 
 
