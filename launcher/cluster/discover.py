@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -16,13 +17,16 @@ import yaml
 from launcher.cluster import catalog, profile
 from launcher.cluster.containers import RUNTIMES
 from launcher.common import processes, quoting
-from launcher.errors import Fault, UsageError
+from launcher.errors import Fault, ProfileError, UsageError
 from launcher.host.local import Local
 from launcher.slurm import inventory, sbatch_options
-from launcher.slurm.inventory import Inventory, Kind, Partition
+from launcher.slurm.inventory import Association, Inventory, Kind, Partition
 
 DAY = 24 * 60  # minutes; the longest limit that a first profile asks for
 STYLES = {"gpus-per-node": "--gpus-per-node=", "gres": "--gres=gpu:", "gpus-per-task": "--gpus-per-task="}
+TRIED = 5  # partitions that sbatch is asked about
+CALLED_AFTER_GPUS = re.compile(r"gpu|[ahv]100|[hb]200", re.IGNORECASE)
+WRONG_LINE = re.compile(r":(\d+): (.*)")
 GPU_MEMORY = {
     "h100": 80,
     "h200": 141,
@@ -33,6 +37,10 @@ GPU_MEMORY = {
     "a40": 48,
     "a10": 24,
     "l4": 24,
+    "4090": 24,
+    "3090": 24,
+    "2080ti": 11,
+    "1080ti": 11,
 }
 SHARED = ("SCRATCH", "WORK", "PROJECT")  # variables by which clusters name their large shared file systems
 HERE = Local()  # the environment's own Slurm: SLURM_CONF, if any, is in it
@@ -45,6 +53,17 @@ class Style:
     name: str
     typed: bool
     why: str
+    accepted: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The partition that the profile is for, those of its nodes that it describes, and how it asks for them."""
+
+    partition: Partition
+    kind: Kind | None  # none where the partition has no nodes
+    style: Style
+    refused: tuple[str, ...] = ()  # partitions that sbatch refused before
 
 
 def write(name: str | None, output: Path | None) -> Path:
@@ -56,6 +75,7 @@ def write(name: str | None, output: Path | None) -> Path:
     if given := output or (catalog.own_folder() / f"{name}.yaml" if name else None):
         _refuse_existing(given)  # before anybody is asked
     cluster = inventory.ask(HERE)
+    _require_version(cluster.version)
     called = name or (output.stem if output else re.sub(r"[^A-Za-z0-9._-]", "-", cluster.name) or "cluster")
     path = given or catalog.own_folder() / f"{quoting.name(called, 'NAME')}.yaml"
     _refuse_existing(path)
@@ -72,13 +92,38 @@ def _put(path: Path, text: str) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
             draft = Path(folder) / path.name
             draft.write_text(text)
-            profile.read(draft)
+            _leave_out_mistakes(draft)
             path.hardlink_to(draft)
     except FileExistsError:
         _refuse_existing(path)
         raise
     except OSError as error:
         raise Fault(f"{path}: {error.strerror}") from error
+
+
+def _leave_out_mistakes(draft: Path) -> None:
+    """Make comments of the lines that a profile can't hold, whatever a site may have said; they say why."""
+    for _ in draft.read_text().splitlines():
+        try:
+            profile.read(draft)
+            return
+        except ProfileError as error:
+            mistake = WRONG_LINE.search(str(error))
+            lines = draft.read_text().splitlines()
+            if (
+                mistake is None
+                or not 0 < int(mistake[1]) <= len(lines)
+                or lines[int(mistake[1]) - 1].startswith("#")
+            ):
+                raise
+            wrong = int(mistake[1]) - 1
+            lines[wrong] = f"# left out: {lines[wrong].strip()}  # {mistake[2]}"
+            draft.write_text("\n".join(lines) + "\n")
+
+
+def _require_version(version: str) -> None:
+    if (0, 0) < sbatch_options.number(version) < sbatch_options.number(sbatch_options.OLDEST):
+        raise Fault(f"this cluster runs Slurm {version}; mixlaunch needs {sbatch_options.OLDEST} or newer")
 
 
 def _refuse_existing(path: Path) -> None:
@@ -93,11 +138,10 @@ def called(path: Path) -> str:
 
 
 def _lines(cluster: Inventory, name: str, reference: str) -> Iterator[str]:
-    partition = _choose(cluster)
+    choice = _choose(cluster)
+    partition, kind, style = choice.partition, choice.kind, choice.style
     kinds = cluster.of(partition.name)
-    kind = max(kinds, key=lambda k: (k.gpus > 0, k.nodes * k.gpus, k.nodes))
-    none = Style(name="none", typed=False, why="Slurm counts no GPUs here")
-    style = _style(partition, _charged(cluster), kind.gpu_type) if kind.gpus else none
+    major, minor = sbatch_options.number(cluster.version)
     yield f"# {name}: written by `mixlaunch clusters new` from what Slurm {cluster.version} says about itself."
     yield "# Read it through, mend what it couldn't know, then: mixlaunch clusters check " + reference
     yield "# Every key there is: mixlaunch clusters show example, clusters/example.yaml."
@@ -105,11 +149,11 @@ def _lines(cluster: Inventory, name: str, reference: str) -> Iterator[str]:
     yield "scheduler: slurm"
     if conf := os.environ.get("SLURM_CONF"):
         yield _key("slurm_conf", conf)
-    yield _key("slurm_version", ".".join(cluster.version.split(".")[:2]) or sbatch_options.OLDEST)
+    yield _key("slurm_version", f"{major}.{minor:02}" if major else sbatch_options.OLDEST)
     yield ""
-    yield from _request(cluster, partition, kinds, style)
+    yield from _request(cluster, choice)
     yield ""
-    yield from _nodes(kind, kinds, style)
+    yield from _nodes(kind, kinds, cluster, partition, style) if kind else ("# node: the partition has none now",)
     yield ""
     yield from _software()
     yield ""
@@ -124,22 +168,53 @@ def _key(name: str, value: object, comment: str = "", *, indent: str = "") -> st
     return f"{indent}{text}{f'  # {comment}' if comment else ''}"
 
 
-def _choose(cluster: Inventory) -> Partition:
-    """The default partition if it has GPUs, else the one with most of them; what is down comes last."""
-
-    def worth(partition: Partition) -> tuple[bool, int, bool, int]:
-        gpus = sum(kind.nodes * kind.gpus for kind in cluster.of(partition.name))
-        rank = gpus if not partition.default else 10**9 * bool(gpus)
-        return partition.state == "UP", rank, partition.default, partition.nodes
-
-    if not cluster.partitions:
+def _choose(cluster: Inventory) -> Choice:
+    """The first of the likely partitions for which sbatch accepts a job; the likeliest where it accepts none."""
+    refused: list[Choice] = []
+    for partition in sorted(cluster.partitions, key=lambda partition: _worth(cluster, partition), reverse=True):
+        choice = _choice(cluster, partition)
+        if choice.style.accepted or len(refused) == TRIED:
+            return replace(choice, refused=tuple(one.partition.name for one in refused))
+        refused.append(choice)
+    if not refused:
         raise Fault("this Slurm shows no partition to you")
-    return max(cluster.partitions, key=worth)
+    return refused[0]
 
 
-def _described(partition: Partition, kind: Kind) -> str:
-    gpus = f"{kind.gpus} x {kind.gpu_type.upper() or 'GPU'} a node" if kind.gpus else "no GPUs"
-    return f"{partition.nodes} nodes, {gpus}"
+def _worth(cluster: Inventory, partition: Partition) -> tuple[bool, bool, bool, int, bool, int]:
+    """The default partition if it has GPUs, else the one with most of them; closed and hidden ones come last."""
+    gpus = sum(kind.nodes * kind.gpus for kind in cluster.of(partition.name))
+    rank = gpus if not partition.default else 10**9 * bool(gpus)
+    is_open = not cluster.is_closed(partition)
+    return partition.state == "UP", is_open, not partition.hidden, rank, partition.default, partition.nodes
+
+
+def _choice(cluster: Inventory, partition: Partition) -> Choice:
+    kinds = cluster.of(partition.name)
+    shapes = Counter[object]()
+    for kind in kinds:
+        shapes[_shape(kind)] += kind.nodes
+
+    def worth(kind: Kind) -> tuple[bool, bool, int, int]:
+        nodes = shapes[_shape(kind)]
+        return kind.gpus > 0, not kind.is_slice, nodes * kind.gpus, nodes
+
+    chosen = max(kinds, key=worth, default=None)
+    if chosen is None or not chosen.gpus:
+        none = Style(name="none", typed=False, why="Slurm counts no GPUs here")
+        return Choice(partition=partition, kind=chosen, style=none)
+    return Choice(partition=partition, kind=chosen, style=_style(cluster, partition, chosen))
+
+
+def _shape(kind: Kind) -> tuple[object, ...]:
+    return kind.gpus, kind.gpu_type, kind.cpus, kind.memory_gb
+
+
+def _described(partition: Partition, kind: Kind | None) -> str:
+    if kind is None or not kind.gpus:
+        return f"{partition.nodes} nodes, no GPUs"
+    called = kind.gpu_type if kind.is_slice else kind.gpu_type.upper()
+    return f"{partition.nodes} nodes, {kind.gpus} x {called or 'GPU'} a node"
 
 
 def _others(chosen: str, every: Sequence[str], what: str) -> str:
@@ -147,39 +222,71 @@ def _others(chosen: str, every: Sequence[str], what: str) -> str:
     return f"{what}: {', '.join(rest)}" if rest else ""
 
 
-def _request(cluster: Inventory, partition: Partition, kinds: list[Kind], style: Style) -> Iterator[str]:
-    with_gpus = [p.name for p in cluster.partitions if any(kind.gpus for kind in cluster.of(p.name))]
-    yield _key("partition", partition.name, _others(partition.name, with_gpus, "also with GPUs"))
-    yield from _account(cluster)
+def _request(cluster: Inventory, choice: Choice) -> Iterator[str]:
+    partition, kinds = choice.partition, cluster.of(choice.partition.name)
+    yield _key("partition", partition.name, _other_partitions(cluster, choice))
+    yield from _account(cluster, partition)
     yield _key(
         "time", _limit(partition), "the partition's longest" if _bounded(partition) else "--time overrides it"
     )
+    if partition.max_nodes:
+        yield f"# A job of this partition gets {partition.max_nodes} nodes at most."
     if partition.whole_nodes:
         yield _key("exclusive", True, "the partition gives whole nodes only")
     else:
         yield _key("exclusive", False, "true asks for whole nodes, with all their memory")
-    features = sorted({feature for kind in kinds for feature in kind.features})
-    if features:
-        yield f"# constraint: {features[0]}  # features of these nodes: {', '.join(features)}"
-    yield _key("gpu_request", style.name, style.why)
+    if choice.kind and choice.kind.features:
+        shown = ", ".join(sorted(choice.kind.features))
+        yield f"# constraint: {_feature(choice.kind, kinds)}  # features of these nodes: {shown}"
+    yield _key("gpu_request", choice.style.name, choice.style.why)
 
 
-def _account(cluster: Inventory) -> Iterator[str]:
-    """The user's default account and QoS, where accounting tells."""
-    mine, account = cluster.associations, _charged(cluster)
+def _other_partitions(cluster: Inventory, choice: Choice) -> str:
+    """Those that the profile might have been for."""
+    open_ones = [p for p in cluster.partitions if not cluster.is_closed(p) and p.name not in choice.refused]
+    with_gpus = [p.name for p in open_ones if any(kind.gpus for kind in cluster.of(p.name))]
+    if with_gpus:
+        return _others(choice.partition.name, with_gpus, "also with GPUs")
+    called = [p.name for p in open_ones if CALLED_AFTER_GPUS.search(p.name)]
+    return _others(choice.partition.name, called, "may have GPUs that Slurm doesn't count")
+
+
+def _feature(kind: Kind, kinds: Sequence[Kind]) -> str:
+    """A feature that tells nodes of this kind from the partition's others, if there is one."""
+    foreign = {feature for other in kinds if _shape(other) != _shape(kind) for feature in other.features}
+    telling = sorted(kind.features - foreign) or sorted(kind.features)
+    return kind.gpu_type if kind.gpu_type in telling else telling[0]
+
+
+def _account(cluster: Inventory, partition: Partition) -> Iterator[str]:
+    """The user's default account, and a QoS that the partition takes, where accounting tells."""
+    mine = cluster.associations
     if not mine:
         yield "# account: my_project  # Slurm's accounting didn't tell; leave it out where none is needed"
         return
-    yield _key("account", account, _others(account, [a.account for a in mine], "also yours"))
-    found = next((a for a in mine if a.account == account), mine[0])
-    if found.default_qos:
-        yield _key("qos", found.default_qos, _others(found.default_qos, found.qos, "also allowed"))
-    elif found.qos:
-        yield f"# qos: {found.qos[0]}  # allowed: {', '.join(found.qos)}"
+    found = _charged(cluster)
+    accounts = list(dict.fromkeys(a.account for a in mine))
+    yield _key("account", found.account, _others(found.account, accounts, "also yours"))
+    allowed = [qos for qos in found.qos if not partition.qos or qos in partition.qos]
+    if qos := _qos(cluster, partition):
+        yield _key("qos", qos, _others(qos, allowed, "also allowed"))
+    elif allowed:
+        yield f"# qos: {allowed[0]}  # allowed: {', '.join(allowed)}"
 
 
-def _charged(cluster: Inventory) -> str:
-    return cluster.default_account or next((a.account for a in cluster.associations or ()), "")
+def _charged(cluster: Inventory) -> Association:
+    mine = cluster.associations or ()
+    return next(association for association in mine if association.account == cluster.charged)
+
+
+def _qos(cluster: Inventory, partition: Partition) -> str:
+    """The user's default QoS if the partition takes it, else one that it does take; empty where Slurm decides."""
+    if not cluster.associations:
+        return ""
+    found = _charged(cluster)
+    if not partition.qos or found.default_qos in partition.qos:
+        return found.default_qos
+    return next((qos for qos in found.qos if qos in partition.qos), found.default_qos)
 
 
 def _bounded(partition: Partition) -> bool:
@@ -191,34 +298,45 @@ def _limit(partition: Partition) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:00" if minutes < DAY else "1-00:00:00"
 
 
-def _style(partition: Partition, account: str, gpu_type: str) -> Style:
-    """The first way of asking for a GPU that sbatch accepts; with the GPU's type only if it must be."""
+def _style(cluster: Inventory, partition: Partition, kind: Kind) -> Style:
+    """The first way of asking for a GPU that sbatch accepts; by type if it must be, or if there are several."""
+    asked = ["--test-only", f"--partition={partition.name}", "--nodes=1", "--ntasks=1", "--wrap=true"]
+    asked += [f"--account={cluster.charged}"] if cluster.charged else []
+    asked += [f"--qos={qos}"] if (qos := _qos(cluster, partition)) else []
+    typed = f"{kind.gpu_type}:1"
+    counts = [count for count in ("1", typed) if count != ":1"]
     refusals = []
-    for kind in filter(None, ("1", gpu_type and f"{gpu_type}:1")):
+    for count in reversed(counts) if _has_several_types(cluster.of(partition.name)) else counts:
         for name, option in STYLES.items():
-            asked = ("--test-only", f"--partition={partition.name}", "--nodes=1", "--ntasks=1", "--wrap=true")
-            charged = (f"--account={account}",) if account else ()
             try:
-                HERE.call("sbatch", *charged, *asked, f"{option}{kind}")
+                HERE.call("sbatch", *asked, f"{option}{count}")
             except Fault as fault:
-                refusals.append(f"{option}{kind}: {' '.join(str(fault).split())}")
+                refusals.append(f"{option}{count}: {' '.join(str(fault).split())}")
             else:
                 why = f"sbatch refused {refusals[0]}" if refusals else "sbatch accepts it"
-                return Style(name=name, typed=kind != "1", why=why)
-    return Style(name="gpus-per-node", typed=False, why=f"sbatch --test-only accepted none; {refusals[0]}")
+                return Style(name=name, typed=count == typed, why=why)
+    why = f"sbatch --test-only accepted none; {refusals[0]}"
+    return Style(name="gpus-per-node", typed=False, why=why, accepted=False)
 
 
-def _nodes(kind: Kind, kinds: list[Kind], style: Style) -> Iterator[str]:
-    shapes = {(k.gpus, k.gpu_type, k.cpus, k.memory_gb) for k in kinds}
+def _has_several_types(kinds: Sequence[Kind]) -> bool:
+    return len({gpu_type for kind in kinds for gpu_type, _ in kind.counted}) > 1
+
+
+def _nodes(kind: Kind, kinds: list[Kind], cluster: Inventory, partition: Partition, style: Style) -> Iterator[str]:
+    shapes = {_shape(k) for k in kinds}
     if len(shapes) > 1:
         yield f"# The partition has {len(shapes)} kinds of nodes; this is the one with most GPUs in all."
+    if kind.others:
+        yield f"# These nodes also have {', '.join(f'{count} x {gpu_type}' for gpu_type, count in kind.others)}."
     yield "node:"
     yield _key("gpus", kind.gpus, indent="  ")
     if kind.gpu_type:
         line = _key("gpu_type", kind.gpu_type, "asked for by name" if style.typed else "", indent="  ")
         yield line if style.typed else f"  # {line.strip()}  # sbatch doesn't ask for it"
-    yield _key("cpus", kind.cpus, "as Slurm counts them; a rank gets its share", indent="  ")
-    yield _key("memory_gb", kind.memory_gb, indent="  ")
+    cpus = min(kind.cpus, partition.max_cpus or kind.cpus)
+    yield _key("cpus", cpus, _why_cpus(kind, cpus), indent="  ")
+    yield _memory(kind, cpus, cluster, partition)
     memory = _gpu_memory(kind.gpu_type)
     if memory:
         yield _key(
@@ -226,12 +344,36 @@ def _nodes(kind: Kind, kinds: list[Kind], style: Style) -> Iterator[str]:
         )
     elif kind.gpus:
         yield "  # gpu_memory_gb: 80  # nvidia-smi on a node tells; plans are held against it"
-    if kind.gpus:
+    if kind.gpus and not kind.is_slice:
         yield f"  # nvlink_domain: {kind.gpus}  # GPUs that NVLink joins, if not all of a node: nvidia-smi topo -m"
+
+
+def _why_cpus(kind: Kind, cpus: int) -> str:
+    if cpus < kind.cpus:
+        return f"the most that the partition gives of {kind.cpus}"
+    kept = f", without {kind.kept_cpus} for the system" if kind.kept_cpus else ""
+    return f"as Slurm counts them{kept}; a rank gets its share"
+
+
+def _memory(kind: Kind, cpus: int, cluster: Inventory, partition: Partition) -> str:
+    """What a job may ask for; a comment where this Slurm gives no memory, and so refuses one that asks."""
+    if not kind.memory_gb:
+        return "  # memory_gb: left out; Slurm doesn't know the nodes' memory and refuses a job that asks for some"
+    if not cluster.counts_memory:
+        return (
+            f"  # memory_gb: {kind.memory_gb}  # left out; this Slurm doesn't count memory (SelectTypeParameters)"
+        )
+    of_cpus = (partition.max_memory_mb_per_cpu or 0) * cpus
+    limits = [limit // 1024 for limit in (partition.max_memory_mb, of_cpus) if limit]
+    most = max(1, min([kind.memory_gb, *limits]))
+    return _key(
+        "memory_gb", most, "the most that the partition gives" if most < kind.memory_gb else "", indent="  "
+    )
 
 
 def _gpu_memory(gpu_type: str) -> int | None:
     """GB of a GPU whose type tells it: nvidia_h100_80gb_hbm3, or one that comes in one size only."""
+    gpu_type = gpu_type.lower()
     if told := re.search(r"(?<![0-9])(\d+)gb", gpu_type):
         return int(told[1])
     return next((size for name, size in GPU_MEMORY.items() if name in re.split(r"[^a-z0-9]", gpu_type)), None)
@@ -276,8 +418,8 @@ def _base() -> tuple[str, str]:
     )
 
 
-def _environment(kind: Kind) -> Iterator[str]:
-    threads = max(1, min(8, kind.cpus // max(1, kind.gpus)))
+def _environment(kind: Kind | None) -> Iterator[str]:
+    threads = max(1, min(8, kind.cpus // max(1, kind.gpus))) if kind else 1
     yield "# Exported to every rank. The fabric is yours to fill in; ibdev2netdev and `ip addr` on a node tell."
     yield "environment:"
     yield _key("NCCL_DEBUG", "WARN", indent="  ")

@@ -67,9 +67,9 @@ class Node(Part):
     """One node's shape. `gpus: 0` means that ranks run on processors and any number of them fits."""
 
     gpus: int = Field(default=0, ge=0, le=10_000, description="GPUs a node")
-    gpu_type: str | None = Field(
+    gpu_type: Text | None = Field(
         default=None,
-        pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
         description="as in gpu:a100:8, where one must say it",
     )
     cpus: int | None = Field(default=None, ge=1, description="cores a node; a rank gets its share")

@@ -75,11 +75,10 @@ def _of_slurm(profile: ClusterProfile, cluster: Inventory) -> Iterator[ProfileFi
         partition = cluster.partition(name)
         yield _partition(name, partition, cluster)
         if partition:
-            yield from _node(profile, cluster.of(partition.name), partition)
+            yield from _node(profile, cluster, partition)
             yield _time(profile, partition)
     yield _account(profile, cluster)
-    if profile.qos:
-        yield _qos(profile, cluster)
+    yield from _qos(profile, cluster)
     if profile.reservation:
         yield _reservation(profile.reservation, profile)
     if profile.constraint:
@@ -88,12 +87,16 @@ def _of_slurm(profile: ClusterProfile, cluster: Inventory) -> Iterator[ProfileFi
 
 def _version(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     what = "Slurm version"
-    ours, theirs = sbatch_options.number(profile.slurm_version), sbatch_options.number(cluster.version or "0.0")
-    if not cluster.version:
+    ours, theirs = sbatch_options.number(profile.slurm_version), sbatch_options.number(cluster.version)
+    if theirs == (0, 0):
         return _unknown(what, "the controller doesn't say")
+    if theirs < sbatch_options.number(sbatch_options.OLDEST):
+        return _failed(
+            what, f"the cluster runs {cluster.version}; mixlaunch needs {sbatch_options.OLDEST} or newer"
+        )
     if ours > theirs:
         return _failed(what, f"the cluster runs {cluster.version}; slurm_version {profile.slurm_version} is newer")
-    gone = sorted(set(profile.extra) - sbatch_options.known_options(".".join(cluster.version.split(".")[:2])))
+    gone = sorted(set(profile.extra) - sbatch_options.known_options(cluster.version))
     if gone:
         return _failed(what, f"sbatch {cluster.version} has no --{gone[0]}, which `extra` asks for")
     older = "" if ours == theirs else f"; slurm_version {profile.slurm_version} is older than the cluster"
@@ -111,37 +114,81 @@ def _partition(name: str | None, found: Partition | None, cluster: Inventory) ->
         return _failed("partition", f"there is no {name!r}; {_near(name, _names(cluster))}")
     if found.state != "UP":
         return _failed("partition", f"{found.name} is {found.state}")
-    return _ok("partition", f"{found.name}, {found.nodes} nodes{'' if name else ' (the default)'}")
+    if cluster.is_closed(found):
+        return _failed("partition", f"{found.name} takes jobs of {', '.join(found.groups) or 'root'} alone")
+    most = f", at most {found.max_nodes} for a job" if found.max_nodes else ""
+    return _ok("partition", f"{found.name}, {found.nodes} nodes{most}{'' if name else ' (the default)'}")
 
 
 def _names(cluster: Inventory) -> list[str]:
     return [partition.name for partition in cluster.partitions]
 
 
-def _node(profile: ClusterProfile, kinds: list[Kind], partition: Partition) -> Iterator[ProfileFinding]:
+def _node(profile: ClusterProfile, cluster: Inventory, partition: Partition) -> Iterator[ProfileFinding]:
     """Whether some nodes have all the GPUs, cores and memory that the profile says a node has."""
-    node = profile.node
+    node, kinds = profile.node, cluster.of(partition.name)
     where = partition.name
-    most = max((kind.gpus for kind in kinds), default=0)
-    if profile.gpu_request == "none" and node.gpus and not most:
-        yield _unknown("GPUs a node", f"Slurm counts none in {where}; gpu_request none asks for none")
-    elif most < node.gpus:
-        yield _failed("GPUs a node", f"nodes of {where} have {most} at most; node.gpus is {node.gpus}")
-    elif node.gpus:
-        fitting = [kind for kind in kinds if kind.gpus >= node.gpus]
-        rest = f"; others have {most}" if most > node.gpus else ""
-        yield _ok("GPUs a node", f"{node.gpus} on {sum(k.nodes for k in fitting)} nodes of {where}{rest}")
-        types = {kind.gpu_type for kind in fitting}
-        if node.gpu_type and node.gpu_type.lower() not in types:
-            yield _failed(
-                "GPU type", f"{where} has no {node.gpu_type}; {_near(node.gpu_type, filter(None, types))}"
-            )
-    fitting = [kind for kind in kinds if kind.gpus >= node.gpus or profile.gpu_request == "none"]
-    yield from _enough("cores a node", node.cpus, [kind.cpus for kind in fitting], where, "node.cpus")
+    if not kinds:
+        yield _unknown("nodes", f"{where} has none now")
+        return
+    yield from _gpus(profile, kinds, where)
+    fitting = [kind for kind in kinds if _has_gpus(kind, profile)]
+    cpus = [min(kind.cpus, partition.max_cpus or kind.cpus) for kind in fitting]
+    yield from _enough("cores a node", node.cpus, cpus, where, "node.cpus")
     if not profile.exclusive:  # whole nodes come with all they have
-        yield from _enough("memory a node", node.memory_gb, [k.memory_gb for k in fitting], where, "node.memory_gb")
+        yield from _memory(profile, fitting, cluster, partition)
     if fitting and not any(kind.usable for kind in fitting):
         yield _failed("nodes", f"all nodes of {where} that fit are down or drained")
+
+
+def _has_gpus(kind: Kind, profile: ClusterProfile) -> bool:
+    """Whether these nodes have the GPUs that the profile asks for."""
+    if profile.gpu_request == "none" or not profile.node.gpus:
+        return True
+    return any(
+        count >= profile.node.gpus for gpu_type, count in kind.counted if profile.node.gpu_type in (None, gpu_type)
+    )
+
+
+def _gpus(profile: ClusterProfile, kinds: list[Kind], where: str) -> Iterator[ProfileFinding]:
+    node = profile.node
+    counted = [(gpu_type, count, kind.nodes) for kind in kinds for gpu_type, count in kind.counted]
+    most = max((count for _, count, _ in counted), default=0)
+    if not node.gpus:
+        return
+    if profile.gpu_request == "none" and not most:
+        yield _unknown("GPUs a node", f"Slurm counts none in {where}; gpu_request none asks for none")
+        return
+    if most < node.gpus:
+        yield _failed("GPUs a node", f"nodes of {where} have {most} at most; node.gpus is {node.gpus}")
+        return
+    there = sum(kind.nodes for kind in kinds if any(count >= node.gpus for _, count in kind.counted))
+    rest = f"; others have {most}" if most > node.gpus else ""
+    yield _ok("GPUs a node", f"{node.gpus} on {there} nodes of {where}{rest}")
+    types = sorted({gpu_type for gpu_type, count, _ in counted if count >= node.gpus and gpu_type})
+    if node.gpu_type and node.gpu_type not in types:
+        yield _failed("GPU type", f"{where} has no {node.gpu_type}; {_near(node.gpu_type, types)}")
+    elif not node.gpu_type and len(types) > 1:
+        yield _unknown(
+            "GPU type", f"a job may get any of {', '.join(types)}, or several; node.gpu_type asks for one"
+        )
+
+
+def _memory(
+    profile: ClusterProfile, kinds: list[Kind], cluster: Inventory, partition: Partition
+) -> Iterator[ProfileFinding]:
+    asked, what, key = profile.node.memory_gb, "memory a node", "node.memory_gb"
+    if asked is None or not kinds:
+        return
+    most = max(kind.memory_gb for kind in kinds)
+    if not most:
+        yield _failed(what, f"Slurm doesn't know the memory of {partition.name}'s nodes; leave {key} out")
+        return
+    if not cluster.counts_memory and asked <= most:
+        yield _ok(what, f"{asked} of {most} GB, though this Slurm doesn't count memory")
+        return
+    limit = (partition.max_memory_mb or most * 1024) // 1024
+    yield from _enough(what, asked, [min(most, limit)], partition.name, key)
 
 
 def _enough(what: str, asked: int | None, there: list[int], where: str, key: str) -> Iterator[ProfileFinding]:
@@ -165,7 +212,7 @@ def _account(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     found = cluster.associations
     if found is None:
         return _unknown("account", "the cluster's accounting can't be asked")
-    name = profile.account or cluster.default_account
+    name = profile.account or cluster.charged
     mine = [a for a in found if a.account == name]
     if not mine:
         verdict = _failed if cluster.enforced else _unknown
@@ -176,25 +223,41 @@ def _account(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
     if "" not in bound and wanted and not wanted & bound:
         return _failed("account", f"{name} may use {', '.join(sorted(bound))}, not {profile.partition}")
     for partition in filter(None, (cluster.partition(p) for p in wanted)):
-        if (partition.accounts and name not in partition.accounts) or name in partition.denied:
+        if _is_barred(name, partition, cluster, profile):
             return _failed("account", f"{name} may not use {partition.name}")
     return _ok("account", name if profile.account else f"{name} (your default)")
 
 
-def _qos(profile: ClusterProfile, cluster: Inventory) -> ProfileFinding:
-    assert profile.qos is not None
-    if cluster.associations is None:
-        return _unknown("QoS", "the cluster's accounting can't be asked")
-    account = profile.account or cluster.default_account
-    allowed = {qos for a in cluster.associations if a.account == account for qos in a.qos}
-    if profile.qos not in allowed:
-        return _failed(
-            "QoS", f"{account or 'your account'} may not use {profile.qos!r}; {_near(profile.qos, allowed)}"
-        )
+def _is_barred(account: str, partition: Partition, cluster: Inventory, profile: ClusterProfile) -> bool:
+    """Whether the partition refuses the account; a list of accounts holds for those below them too."""
+    if account in partition.denied:
+        return True
+    if not partition.accounts or account in partition.accounts:
+        return False
+    return not set(inventory.parents(account, cluster.name, profile.host)) & set(partition.accounts)
+
+
+def _qos(profile: ClusterProfile, cluster: Inventory) -> Iterator[ProfileFinding]:
     partition = cluster.partition(profile.partition)
-    if partition and partition.qos and profile.qos not in partition.qos:
-        return _failed("QoS", f"{partition.name} takes {', '.join(partition.qos)}")
-    return _ok("QoS", profile.qos)
+    account = profile.account or cluster.charged
+    mine = [a for a in cluster.associations or () if a.account == account]
+    allowed = {qos for a in mine for qos in a.qos}
+    if not profile.qos:
+        defaults = {a.default_qos for a in mine if a.default_qos}
+        if partition and partition.qos and defaults and not defaults & set(partition.qos):
+            usable = sorted(allowed & set(partition.qos))
+            hint = f"; give qos: {' or '.join(usable)}" if usable else ""
+            said = f"{partition.name} takes {', '.join(partition.qos)}, not your default {min(defaults)}"
+            yield _failed("QoS", f"{said}{hint}")
+    elif cluster.associations is None:
+        yield _unknown("QoS", "the cluster's accounting can't be asked")
+    elif profile.qos not in allowed:
+        near = _near(profile.qos, allowed)
+        yield _failed("QoS", f"{account or 'your account'} may not use {profile.qos!r}; {near}")
+    elif partition and partition.qos and profile.qos not in partition.qos:
+        yield _failed("QoS", f"{partition.name} takes {', '.join(partition.qos)}")
+    else:
+        yield _ok("QoS", profile.qos)
 
 
 def _reservation(name: str, profile: ClusterProfile) -> ProfileFinding:
@@ -216,10 +279,16 @@ def _reservation(name: str, profile: ClusterProfile) -> ProfileFinding:
 def _constraint(text: str, cluster: Inventory, names: list[str | None]) -> ProfileFinding:
     chosen = [p.name for p in (cluster.partition(name) for name in names) if p]
     there = {feature for name in chosen for kind in cluster.of(name) for feature in kind.features}
-    for feature in re.findall(r"[A-Za-z_][\w.-]*", text):
+    for feature in _features(text):
         if feature not in there:
             return _failed("constraint", f"no node of {', '.join(chosen)} has {feature!r}; {_near(feature, there)}")
     return _ok("constraint", text)
+
+
+def _features(constraint: str) -> list[str]:
+    """The names in a constraint: what stands between Slurm's signs, without a count such as in `rack1*2`."""
+    pieces = re.split(r"[&|,()\[\]]", constraint)
+    return [name for piece in pieces if (name := re.sub(r"\*\d+$", "", piece.strip()))]
 
 
 def _paths(profile: ClusterProfile) -> Iterator[ProfileFinding]:

@@ -3,6 +3,8 @@
 After SchedMD's change logs and manual pages; tests/slurm holds the table to the sbatch that is installed.
 """
 
+import re
+
 OLDEST = "22.05"
 NEWEST = "25.05"
 SLURM_22_05 = """
@@ -38,5 +40,6 @@ def known_options(slurm_version: str) -> frozenset[str]:
 
 
 def number(version: str) -> tuple[int, ...]:
-    """`23.11.4` as (23, 11): what decides capabilities."""
-    return tuple(int(part) for part in version.split(".")[:2])
+    """`23.11.4` as (23, 11), which decides capabilities; (0, 0) for what is no version."""
+    match = re.match(r"(\d+)\.(\d+)", version, re.ASCII)
+    return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -29,9 +29,20 @@ def test_partitions():
     [
         ("gpu:8", 8, ""),
         ("gpu:a100:8(S:0-7)", 8, "a100"),
-        ("gpu:H100:4(S:0),gpu:H100:4(S:1)", 8, "h100"),
+        ("gpu:H100:4(S:0),gpu:H100:4(S:1)", 8, "H100"),
         ("gpu:nvidia_h100_80gb_hbm3:8", 8, "nvidia_h100_80gb_hbm3"),
-        ("gpu:a100_3g.20gb:2,gpu:a100_1g.5gb:7", 9, "a100_3g.20gb"),
+        ("gpu:a100_3g.20gb:2,gpu:a100_1g.5gb:7", 2, "a100_3g.20gb"),
+        ("gpu:2080ti:4(S:0-1)", 4, "2080ti"),
+        ("gpu:3090:4", 4, "3090"),
+        ("gpu:1080ti", 1, "1080ti"),
+        ("gpu:3", 3, ""),
+        ("gpu", 1, ""),
+        ("gpu:1g.10gb:56(S:0-1)", 56, "1g.10gb"),
+        ("gpu:2g.20gb:12,gpu:a100l:4", 4, "a100l"),
+        ("gpu:a100l:4(S:0,1),gpu:2g.20gb:12(S:0,1)", 4, "a100l"),
+        ("gpu:v100:2,gpu:A100:4", 4, "A100"),
+        ("gpu:tesla:no_consume:4", 4, "tesla"),
+        ("shard:a100:8,gpu:a100:4", 4, "a100"),
         ("craynetwork:4,gpu:gh200:4,nvme:1", 4, "gh200"),
         ("(null)", 0, ""),
         ("nvme:1", 0, ""),
@@ -42,6 +53,53 @@ def test_kinds_of_gpus(gres, gpus, kind):
     assert (found.partition, found.nodes, found.gpus, found.gpu_type) == ("gpu", 12, gpus, kind)
     assert (found.cpus, found.memory_gb, found.usable) == (256, 1006, True)
     assert found.features == {"a100", "ib"}
+
+
+def test_other_gpus_of_the_same_nodes_are_kept_apart():
+    (found,) = inventory.kinds("gpu|2|gpu:2g.20gb:12,gpu:a100l:4|64|1024000|mixed|(null)\n")
+    assert found.counted == (("a100l", 4), ("2g.20gb", 12))
+    assert not found.is_slice
+    assert inventory.gpus("gpu:H100:4,gpu:h100:4") == {"H100": 4, "h100": 4}
+
+
+NODE = (
+    "NodeName=n1 Arch=x86_64 CoresPerSocket=8 CPUAlloc=0 CPUEfctv=14 CPUTot=16 Gres=gpu:a100:4 RealMemory=192000 "
+    "CoreSpecCount=2 MemSpecLimit=4096 ThreadsPerCore=1 Partitions=gpu,debug Comment=CPUEfctv=1 is text"
+)
+CPUS = "n2 CPUTot=32 CoreSpecCount=2 ThreadsPerCore=2 RealMemory=1000 Partitions=gpu"
+
+
+def test_what_is_kept_for_the_system_is_nothing_that_a_job_gets():
+    kept = inventory.kept(f"NOTICE: CPUEfctv=3\n{NODE}\nmore of a comment\nNodeName={CPUS}\nNodeName=\n")
+    assert kept["gpu", 16, 192000] == kept["debug", 16, 192000] == inventory.Kept(cpus=2, memory_mb=4096)
+    assert kept["gpu", 32, 1000] == inventory.Kept(cpus=4, memory_mb=0)  # two cores of two threads
+    (found,) = inventory.kinds("gpu|1|gpu:a100:4|16|192000|idle|(null)\n", kept)
+    assert (found.cpus, found.kept_cpus, found.memory_gb) == (14, 2, 183)
+
+
+LIMITS = (
+    "PartitionName=x AllowGroups=chem,bio AllowAccounts=ALL AllowQos=ALL Hidden=YES RootOnly=NO MaxNodes=2 "
+    "MaxCPUsPerNode=24 MaxMemPerNode=64000 TotalNodes=much"
+)
+
+
+def test_limits_of_a_partition():
+    (found,) = inventory.partitions(LIMITS)
+    assert (found.max_nodes, found.max_cpus, found.max_memory_mb, found.nodes) == (2, 24, 64000, 0)
+    assert (found.groups, found.hidden, found.root_only) == (("chem", "bio"), True, False)
+
+
+def test_what_is_no_record_is_none():
+    noise = "CLUSTER: uni\n\nMaintenance on Monday | see motd\nmotd|1|2\n"
+    assert (
+        list(inventory.kinds(noise))
+        == list(inventory.partitions(noise))
+        == list(inventory.associations(noise))
+        == []
+    )
+    assert len(list(inventory.kinds(f"{noise}gpu|1|gpu:8|64|512000|idle|(null)\n"))) == 1
+    told = list(inventory.associations(f"{noise}lab||normal,long|normal\nlab||normal,long|normal\n"))
+    assert [(one.account, one.qos, one.default_qos) for one in told] == [("lab", ("normal", "long"), "normal")]
 
 
 @pytest.mark.parametrize(
