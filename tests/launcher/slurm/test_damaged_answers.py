@@ -177,7 +177,7 @@ COMMANDS = (
     ("status", "--json"),
     ("explain",),
     ("explain", "--json"),
-    ("logs", "--rank", "batch"),
+    ("logs", "--batch"),
     ("cancel",),
 )
 
