@@ -24,6 +24,7 @@ from launcher.planning.plan import (
     FINETUNE_ON_SLURM,
     LOOPBACK,
     PRESETS,
+    SERVE_BY_NVLINK,
     SERVE_ON_SLURM,
     Ask,
     Axes,
@@ -216,9 +217,8 @@ def plan_serve(
     """An HTTP server on the job's first rank. Beyond this machine it asks for a key, which the script makes."""
     chosen = _with_base(profile, _chosen("serve", values))
     by_vllm = chosen.get("engine") == vllm.ENGINE
-    preset = Layout() if profile.is_local else SERVE_ON_SLURM
-    layout = vllm.layout(profile, axes) if by_vllm else axes.over(preset)
     known = shape or published(model)
+    layout = vllm.layout(profile, axes) if by_vllm else axes.over(_serve_preset(profile, axes, known))
     work = ServingWork.of(chosen, known)
     outlook = suggest.outlook(Request(cluster=profile, layout=layout, nodes=ask.nodes, shape=known, work=work))
     weights = vllm.weights(profile, model) if by_vllm else paths.weights(profile, model)
@@ -310,3 +310,16 @@ def _with_base(profile: ClusterProfile, chosen: dict[str, Any]) -> dict[str, Any
 
 def _gpus(profile: ClusterProfile, placement: Placement) -> int:
     return placement.tasks_per_node if profile.node.gpus else 0
+
+
+def _serve_preset(profile: ClusterProfile, axes: Axes, shape: MixtralShape | None) -> Layout:
+    """Pipeline stages, unless nothing was asked for and NVLink joins two GPUs that can share every matrix."""
+    if profile.is_local:
+        return Layout()
+    joined = (profile.node.nvlink_domain or profile.node.gpus) > 1
+    cut = (
+        (shape.num_key_value_heads % 2, shape.num_attention_heads % 2, shape.intermediate_size % 128)
+        if shape
+        else ()
+    )
+    return SERVE_BY_NVLINK if axes == Axes() and joined and cut and not any(cut) else SERVE_ON_SLURM

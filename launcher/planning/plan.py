@@ -18,6 +18,7 @@ PRESETS = {  # of `convert`, by what the weights are for
 }
 FINETUNE_ON_SLURM = PRESETS["train"]
 SERVE_ON_SLURM = PRESETS["inference"]
+SERVE_BY_NVLINK = Layout(tensor=2, expert_tensor=2)  # on an H200 two to three times as fast as two stages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,10 @@ if [ ! -e "$MIXLAUNCH_RUN/config.yaml" ]; then
   cat >"$MIXLAUNCH_RUN/config.yaml" <<'END_OF_CONFIG' || exit 1
 model: /shared/models/Mixtral-8x7B-v0.1-megatron
 layout:
-  tensor: 1
-  pipeline: 2
+  tensor: 2
+  pipeline: 1
   expert: 1
-  expert_tensor: 1
+  expert_tensor: 2
   context: 1
 host: 0.0.0.0
 port: 5000

@@ -127,7 +127,7 @@ def test_presets(cluster):
     assert layout(jobs.plan_convert(cluster, preset="train")) == (1, 8, 4)
     assert layout(jobs.plan_convert(cluster, preset="inference")) == (1, 1, 2)
     assert layout(jobs.plan_finetune(cluster)) == (1, 8, 4)
-    assert layout(jobs.plan_serve(cluster)) == (1, 1, 2)
+    assert layout(jobs.plan_serve(cluster)) == (2, 1, 1)
     assert layout(jobs.plan_finetune(profile.load("local"))) == (1, 1, 1)
 
 

@@ -16,6 +16,7 @@ LAYOUTS = {  # name -> ranks, layout, and which of the model's two forms on disk
     "PP2": (2, {"pipeline": 2}, MEGATRON),
     "EP2": (2, {"expert": 2}, HUB),
     "TP2": (2, {"tensor": 2}, MEGATRON),
+    "TP2 ETP2": (2, {"tensor": 2, "expert_tensor": 2}, MEGATRON),
     "DP2": (2, {}, HUB),
     "PP2EP2": (4, {"pipeline": 2, "expert": 2}, HUB),
 }
