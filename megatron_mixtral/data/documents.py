@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.tokenization import chat
 
-INSTRUCT = chat.Instruct()
 RANGE_BYTES = 8 << 20  # one unit of parallel work
 ZSTD_BYTES = 16 << 10  # decompressed at a time
 ZSTD_WINDOW = 1 << 31  # the largest window, `zstd --long=31`; memory depends on the file's own window
@@ -50,10 +49,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Text, or a conversation's turns; `opens` and `closes` mark the first and last part of a text file."""
+    """Text, or a conversation's ids and mask; `opens` and `closes` mark the first and last part of a text file."""
 
     text: str = ""
-    turns: tuple[chat.Turn, ...] = ()
+    written: chat.Written | None = None
     opens: bool = True
     closes: bool = True
 
@@ -106,8 +105,8 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
     return cut
 
 
-def read(piece: Piece, fields: Fields, form: chat.Form = INSTRUCT) -> Iterator[Document | Bad]:
-    """The documents that begin in `piece`, in order; `form` makes the turns of a conversation."""
+def read(piece: Piece, fields: Fields, form: chat.Form | None = None) -> Iterator[Document | Bad]:
+    """The documents that begin in `piece`, in order; conversations as `form` writes them."""
     try:
         if _is_jsonl(piece.file):
             yield from _objects(piece, fields, form)
@@ -199,29 +198,26 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
-def _objects(piece: Piece, fields: Fields, form: chat.Form) -> Iterator[Document | Bad]:
+def _objects(piece: Piece, fields: Fields, form: chat.Form | None) -> Iterator[Document | Bad]:
     for number, line in enumerate(lines(piece), start=1):
         if not line.strip():
             continue
         try:
-            found = document(json.loads(line), fields, form)
-            for text in (found.text, *(content for _, content in found.turns)):
-                text.encode()  # JSON can encode half a character, which isn't text
-            yield found
+            yield document(json.loads(line), fields, form)
         except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
             yield Bad(line=number, reason=str(error)[:LONGEST_REASON])
 
 
-def document(value: Any, fields: Fields, form: chat.Form) -> Document:
+def document(value: Any, fields: Fields, form: chat.Form | None) -> Document:
     """One JSON object as a document; `ValueError` lists the fields that it needs."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object on each line, got {type(value).__name__}")
     value = {name: one for name, one in value.items() if one is not None}
     if fields.messages in value:
-        return Document(turns=tuple(form.from_messages(value[fields.messages])))
+        return _conversation(value[fields.messages], value, form)
     if fields.prompt in value and fields.completion in value:
         pair = [("user", value[fields.prompt]), ("assistant", value[fields.completion])]
-        return Document(turns=tuple(form.from_messages([{"role": r, "content": c} for r, c in pair])))
+        return _conversation([{"role": role, "content": content} for role, content in pair], value, form)
     text = value.get(fields.text)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{fields.text!r} is {type(text).__name__}, not text")
@@ -232,7 +228,14 @@ def document(value: Any, fields: Fields, form: chat.Form) -> Document:
         )
     if not text.strip():
         raise ValueError(f"{fields.text!r} is empty")
+    text.encode()  # JSON can write half a character, which is no text
     return Document(text=text)
+
+
+def _conversation(messages: Any, row: dict[str, Any], form: chat.Form | None) -> Document:
+    assert form is not None, "a caller that reads conversations says how they are written"
+    json.dumps(messages, ensure_ascii=False).encode()
+    return Document(written=form.example(messages, row.get("tools")))
 
 
 def _texts(piece: Piece) -> Iterator[Document | Bad]:

@@ -3,6 +3,7 @@
 Shapes: B sequences of S tokens; packed ones are laid end to end, [1, B * S], with the segments in `packed`.
 """
 
+import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_mixtral.mcore import ranks
 from megatron_mixtral.spec import checks
 from megatron_mixtral.spec.jobs import FinetuneConfig
 from megatron_mixtral.spec.shape import MixtralShape
-from megatron_mixtral.tokenization import chat_template, tokenizer
+from megatron_mixtral.tokenization import chat, own_templates, tokenizer
 
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -41,14 +42,12 @@ class Corpus:
     forms: frozenset[str | None] = frozenset()  # chat templates of the conversations; None is Mixtral's
 
     def assets(self, source: Path) -> dict[str, bytes]:
-        """The chat template that goes with the trained weights, so `serve` uses it; nothing if `source` has the
-        same.
-        """
-        words = tokenizer.find(source) if self.forms else None
-        for template in self.forms:
-            if words and template != chat_template.form(words).source:
-                return {"chat_template.jinja": (template or chat_template.CHAT_TEMPLATE).encode()}
-        return {}
+        """What goes with the trained weights so that they are asked as they learnt; nothing where `source` does."""
+        words = tokenizer.find(source)
+        if words is None:
+            return {}
+        template = {"chat_template.jinja": _template(words, next(iter(self.forms)))} if self.forms else {}
+        return {name: text.encode() for name, text in template.items() if text} | _ends(words, source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +130,31 @@ def _forms(prefix: Path) -> frozenset[str | None]:
     return frozenset({described.get("chat_template")} if described.get("masked") else ())
 
 
+def _template(words: tokenizer.Tokenizer, learnt: str | None) -> str | None:
+    """The chat template that `learnt` stands for, where the tokenizer's own isn't it; None: Mistral's own form."""
+    own = words.chat_template
+    if learnt is not None:
+        return None if learnt == own else learnt
+    if own is None or own_templates.writes(own, words, chat.own(words)):
+        return None
+    return own_templates.source(words)
+
+
+def _ends(words: tokenizer.Tokenizer, source: Path) -> dict[str, bytes]:
+    """The two files that tell transformers where to stop, where they don't name each end token that is learnt."""
+    changed = {}
+    for name in ("config.json", "generation_config.json"):
+        file = source / name
+        said = json.loads(file.read_bytes()) if file.is_file() else {}
+        if name == "config.json" and not said:
+            return {}
+        value = said.get("eos_token_id")
+        if words.eos not in (value if isinstance(value, list) else [value]):
+            ends = list(words.ends) if len(words.ends) > 1 else words.eos
+            changed[name] = json.dumps(said | {"eos_token_id": ends}, indent=2).encode() + b"\n"
+    return changed
+
+
 def _blended(config: FinetuneConfig, parts: list[Corpus], weights: list[float]) -> Corpus:
     """All parts as one; its identity has the parts' identities and weights."""
     held = [(p.validation, w) for p, w in zip(parts, weights, strict=True) if p.validation]
@@ -196,9 +220,13 @@ def _check_tokenizer(prefix: Path, shape: MixtralShape, source: Path) -> str:
         )
     words = tokenizer.find(source)
     if not words:
-        return f"{source} has no tokenizer, so the data's tokenizer isn't checked"
-    if described["tokenizer"] != tokenizer.digest(words):
-        raise InputError(f"{prefix}: prepared with a tokenizer that differs from the model's in {source}")
+        return f"{source} has no tokenizer: whether it is the data's isn't checked"
+    rendered = described.get("chat_template") is not None
+    known = described.get("ids")  # data that was prepared before has the table's digest alone
+    if described["tokenizer"] != tokenizer.digest(words) or (
+        known is not None and known != tokenizer.ids_digest(words, rendered=rendered)
+    ):
+        raise InputError(f"{prefix}: prepared with another tokenizer than the model's in {source}")
     return ""
 
 

@@ -56,14 +56,17 @@ def prepare(config: PrepareConfig, run_dir: Path) -> None:
         completion=config.completion_key,
     )
     form = chat_template.form(words, config.chat_template)
-    key = _key(files, fields, tokenizer.digest(words), form.source)
+    ids = tokenizer.ids_digest(words, rendered=form.source is not None)
+    key = _key(files, fields, ids, form.source)
     events = EventLog(run_dir / "events.jsonl")
+    for note in words.notes:
+        _say(events, f"note: {note}")
     done, there = _done(prefix, key, config.max_bad), " (there already)"
     if not done:
         work, there = _work_folder(prefix, key), ""
         cut = documents.pieces(files)
         parts = _convert(config, cut, fields, work, events)
-        done = _assemble(prefix, work, parts, {"key": key, "chat_template": form.source}, words, files)
+        done = _assemble(prefix, work, parts, {"key": key, "chat_template": form.source, "ids": ids}, words, files)
         shutil.rmtree(work)
     _say(
         events,
@@ -187,7 +190,7 @@ def convert_piece(
         base.with_suffix(".mask").open("wb") as masks,
         base.with_suffix(".len").open("wb") as lengths,
     ):
-        part = _encode(documents.read(piece, fields, form), words, form, tokens, masks, lengths)
+        part = _encode(documents.read(piece, fields, form), words, tokens, masks, lengths)
     half = done.with_suffix(".half")
     half.write_text(json.dumps(asdict(part)))
     half.replace(done)
@@ -203,7 +206,6 @@ def _loaded(path: str, template: str | None) -> tuple[tokenizer.Tokenizer, chat.
 def _encode(
     read: Iterator[Document | Bad],
     words: tokenizer.Tokenizer,
-    form: chat.Form,
     tokens: BinaryIO,
     masks: BinaryIO,
     lengths: BinaryIO,
@@ -218,19 +220,18 @@ def _encode(
             if len(named) < NAMED_BAD:
                 named.append(item)
             continue
-        ids, mask = _ids(item, words, form)
+        ids, mask = _ids(item, words)
         tokens.write(np.asarray(ids, dtype=dtype).tobytes())
         masks.write(mask)
         lengths.write(np.int32(len(ids)).tobytes())
         count, total, learnt = count + 1, total + len(ids), learnt + mask.count(1)
-        masked += bool(item.turns)
+        masked += item.written is not None
     return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad, named=named)
 
 
-def _ids(item: Document, words: tokenizer.Tokenizer, form: chat.Form) -> tuple[list[int], bytes]:
-    if item.turns:
-        ids, mask = form.encode(words, list(item.turns))
-        return ids, bytes(mask)
+def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:
+    if item.written is not None:
+        return item.written[0], bytes(item.written[1])
     ids = words.encode(item.text)
     if item.opens:
         ids.insert(0, words.bos)  # in place, so a book in one line isn't held three times

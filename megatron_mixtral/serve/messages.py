@@ -26,7 +26,7 @@ class Request:
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None  # how many alternatives beside each token's own; None gives neither
     prompt_logprobs: bool = False
-    stop_token: int = -1  # ends the text, is part of the answer's ids; -1 for none
+    stop_tokens: tuple[int, ...] = ()  # any of them ends the text, and is part of the answer's ids
     json: bool = False  # the text is a JSON object
 
     def to_json(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Request:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Request":
         bias = {int(token): float(value) for token, value in raw["logit_bias"].items()}
-        return cls(**{**raw, "logit_bias": bias})
+        return cls(**{**raw, "logit_bias": bias, "stop_tokens": tuple(raw["stop_tokens"])})
 
 
 @dataclass(frozen=True, slots=True)

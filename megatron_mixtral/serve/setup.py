@@ -66,6 +66,8 @@ def checked(config: ServeConfig) -> Setup:
     config.layout.check(shape)
     config = within_context(config, shape)
     form = chat_template.form(words)
+    for note in words.notes if rank == 0 else ():
+        print(f"note: {note}", flush=True)
     return Setup(config=config, folder=folder, shape=shape, words=words, form=form, rank=rank, world=world, key=key)
 
 

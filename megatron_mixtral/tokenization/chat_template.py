@@ -1,31 +1,33 @@
-"""Conversations by a Jinja chat template, as transformers renders it, with a mask of what the assistant says.
+"""Conversations by a Jinja chat template: transformers' ids, with a mask of what the assistant says.
 
 Learnt is what an assistant's turn adds to the prompt before it, up to its end token; or, in a template that has
-them, what stands between `{% generation %}` and `{% endgeneration %}`. Nobody's words become control tokens.
+them, what stands between `{% generation %}` and `{% endgeneration %}`. Nobody's words become control tokens: they
+are encoded as transformers' `sanitize_control_tokens` does.
 """
 
 import itertools
 import json
 import re
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 
 from megatron_mixtral.errors import InputError
-from megatron_mixtral.tokenization import chat
-from megatron_mixtral.tokenization.chat import Turn
-from megatron_mixtral.tokenization.tokenizer import Tokenizer
+from megatron_mixtral.tokenization import chat, jinja_world
+from megatron_mixtral.tokenization import messages as checks
+from megatron_mixtral.tokenization.chat import Tools, Written
+from megatron_mixtral.tokenization.jinja_world import BEGIN, END
+from megatron_mixtral.tokenization.messages import Message
+from megatron_mixtral.tokenization.settings import DEFAULT, WITH_TOOLS
+from megatron_mixtral.tokenization.tokenizer import Spans, Tokenizer, names_pattern
 
-# Characters that no text has: the first breaks a control token's name in somebody's words, two enclose answers.
-GUARD, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
+# Characters that no text has: around a control token's name in somebody's words.
+OPEN, CLOSE = "\ufdd0", "\ufdd3"
+MARKS = (OPEN, CLOSE, BEGIN, END)
 OWN = "mistral"  # the name of the form that needs no template
-ROLES = (*chat.ROLES, "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 
 # Mixtral-8x7B-Instruct's format, equal to mistral-common's token for token: `[INST] question [/INST] answer</s>`.
 CHAT_TEMPLATE = (
@@ -39,168 +41,220 @@ CHAT_TEMPLATE = (
 )
 
 
-def form(tokenizer: Tokenizer, asked: str | None = None) -> "Template | chat.Instruct":
+def form(tokenizer: Tokenizer, asked: str | None = None) -> chat.Form:
     """How conversations are written: as `asked` (a file, or `mistral`), else by the tokenizer's own template.
 
     A tokenizer without one, or with one that writes Mixtral's `[INST]`, is served by mistral-common's form.
     """
     if asked == OWN:
-        return chat.Instruct()
+        return chat.own(tokenizer)
     if asked:
         try:
-            return Template(Path(asked).expanduser().read_text(), tokenizer, where=asked)
+            return Template({DEFAULT: Path(asked).expanduser().read_text()}, tokenizer, where=asked)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{asked}: {error}") from error
-    if not tokenizer.chat_template:
-        return chat.Instruct()
-    found = Template(tokenizer.chat_template, tokenizer, where="the tokenizer's chat template")
-    return chat.Instruct() if found.writes_inst() else found
+    if not tokenizer.templates:
+        return chat.own(tokenizer)
+    if DEFAULT not in tokenizer.templates:
+        raise InputError(
+            f"the tokenizer's chat templates are {', '.join(tokenizer.templates)}, none of them default: "
+            "give one as a file, or mistral"
+        )
+    found = Template(tokenizer.templates, tokenizer, where="the tokenizer's chat template")
+    return chat.own(tokenizer) if found.writes_inst() else found
 
 
 class Template:
-    """One template, with the control tokens of one tokenizer."""
+    """One template, or one for talks with tools beside it, with the control tokens of one tokenizer."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, where: str) -> None:
-        self.source = source
-        self._tokenizer, self._control = tokenizer, tokenizer.control
-        names = sorted(map(re.escape, self._control), key=len, reverse=True)
-        self._names = re.compile(f"({'|'.join(names)})")
-        world = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        world.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
-        world.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    name = "a chat template"
+
+    def __init__(self, sources: dict[str, str], tokenizer: Tokenizer, *, where: str) -> None:
+        self.source = sources[DEFAULT]
+        self._tokenizer = tokenizer
         try:
-            self._template = world.from_string(source)
+            self._templates = {name: jinja_world.compiled(source) for name, source in sources.items()}
         except jinja2.TemplateError as error:
             raise InputError(f"{where}: {error}") from error
+        written = "\0".join(map(jinja_world.literals, sources.values()))
+        self._control = {
+            name: tokenizer.added[name]
+            for name, special in tokenizer.matched.items()
+            if special or name in tokenizer.control or (name in written and not name.isspace())
+        }
+        self._names = names_pattern(list(self._control))
+        self._marked = re.compile(f"{OPEN}({self._names.pattern}){CLOSE}|[{OPEN}{CLOSE}]")
 
-    def from_messages(self, messages: Any) -> list[Turn]:
-        """Stretches of its text, the learnt ones as the assistant's; `ValueError` says what is wrong."""
-        _check(messages)
-        whole = self._rendered(messages)
+    def example(self, messages: Any, tools: Any = None) -> Written:
+        talk, offered = self._checked(messages, tools)
+        checks.require_answers(talk)
+        whole = self._rendered(talk, offered)
         if BEGIN in whole:
-            return _enclosed(whole)
-        return list(self._added(messages, whole))
+            text, spans = _enclosed(whole)
+            self._check_ends(text, spans)
+            spans = _learnt(spans, talk)
+        else:
+            text, spans = whole, list(self._added(talk, offered, whole))
+        self._check_used(talk, offered, whole)
+        ids, places = self._encode(text)
+        return ids, _mask(places, spans)
 
-    def question(self, messages: list[dict[str, Any]]) -> list[Turn]:
-        """The text up to where the assistant speaks."""
-        _check(messages)
-        return [("user", self._rendered(messages, prompt=True).replace(BEGIN, "").replace(END, ""))]
-
-    def encode(self, tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[int]]:
-        """Ids and mask; text between two control tokens is encoded as a whole, as transformers does."""
-        whole = "".join(text for _, text in turns)
-        ends = list(itertools.accumulate(len(text) for _, text in turns))
-        ids: list[int] = []
-        cuts: list[int] = []  # how many ids belong to the stretches up to each one's end
-        at = 0
-        for part in self._names.split(whole):
-            inside = [end - at for end in ends[len(cuts) :] if end - at <= len(part)]
-            if part in self._control:
-                cuts += [len(ids) + (cut > 0) for cut in inside]
-                ids.append(self._control[part])
-            else:
-                new = self._text_ids(tokenizer, part)
-                cuts += [len(ids) + self._count(tokenizer, new, part, cut) for cut in inside]
-                ids += new
-            at += len(part)
-        mask = [0] * len(ids)
-        for (role, _), begin, end in zip(turns, [0, *cuts], cuts, strict=False):
-            mask[begin:end] = [int(role == "assistant")] * (end - begin)
-        return ids, mask
+    def prompt(self, messages: Any, tools: Any = None) -> list[int]:
+        talk, offered = self._checked(messages, tools, blank=True)
+        whole = self._rendered(talk, offered, prompt=True)
+        self._check_used(talk, offered, whole, prompt=True)
+        return self._encode(whole.replace(BEGIN, "").replace(END, ""))[0]
 
     def writes_inst(self) -> bool:
         """Whether this is Mixtral's own form, which mistral-common knows token for token."""
         talk = [("user", "a"), ("assistant", "b"), ("user", "c")]
         try:
-            text = self._rendered([{"role": role, "content": content} for role, content in talk])
+            text = self._rendered([{"role": role, "content": content} for role, content in talk], None)
         except ValueError:
             return False
-        return "".join(self._names.sub("", text).split()) == "[INST]a[/INST]b[INST]c[/INST]"
+        words = self._tokenizer
+        for index in (words.bos, words.eos):
+            text = text.replace(words.piece(index), "")
+        return "".join(text.split()) == "[INST]a[/INST]b[INST]c[/INST]"
 
-    def _rendered(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        t = self._tokenizer
-        tokens = {"bos_token": t.piece(t.bos), "eos_token": t.piece(t.eos)}
+    def _checked(self, messages: Any, tools: Any, *, blank: bool = False) -> tuple[list[Message], Tools]:
+        talk, offered = checks.checked(messages, blank=blank), checks.tools_of(tools)
+        if any(mark in json.dumps([talk, offered], ensure_ascii=False) for mark in MARKS):
+            raise ValueError("a character that Unicode keeps out of text (U+FDD0 to U+FDD3)")
+        return talk, offered
+
+    def _rendered(self, talk: list[Message], tools: Tools, *, prompt: bool = False) -> str:
+        name = WITH_TOOLS if tools is not None and WITH_TOOLS in self._templates else DEFAULT
+        given = {"messages": [self._shown(m) for m in talk], "tools": self._guarded(tools), "documents": None}
         try:
-            return self._template.render(messages=self._guarded(messages), add_generation_prompt=prompt, **tokens)
+            return self._templates[name].render(add_generation_prompt=prompt, **given, **self._tokenizer.named)
         except Exception as error:  # whatever its expressions come to with these words
             raise ValueError(f"the chat template: {error or type(error).__name__}") from error
 
+    def _shown(self, message: Message) -> Message:
+        """What a template sees of a message, as transformers shows it."""
+        shown = {key: value for key, value in message.items() if key not in checks.WEIGHTS}
+        if (thought := next((shown[key] for key in REASONING if key in shown), None)) is not None:
+            shown = {"thinking": thought, **shown, "reasoning_content": thought}
+        return self._guarded(shown)
+
     def _guarded(self, value: Any) -> Any:
-        """`value` with every control token's name in its words broken by a character that `encode` takes out."""
+        """`value` with every control token's name in its words between marks, which `_encode` heeds."""
         if isinstance(value, dict):
             return {key: self._guarded(one) for key, one in value.items()}
         if isinstance(value, list):
             return [self._guarded(one) for one in value]
         if not isinstance(value, str):
             return value
-        return self._names.sub(lambda found: found[0][0] + GUARD + found[0][1:], value)
+        return self._names.sub(lambda found: OPEN + found[0] + CLOSE, value)
 
-    def _added(self, messages: list[dict[str, Any]], whole: str) -> Iterator[Turn]:
-        """What each of the assistant's turns adds to the text before it, and what lies between."""
-        done = 0
-        for index, message in enumerate(messages):
+    def _check_used(self, talk: list[Message], tools: Tools, whole: str, *, prompt: bool = False) -> None:
+        """`ValueError` for what the template leaves out: it would be learnt, or answered, without a word of it."""
+        if tools is not None and self._rendered(talk, None, prompt=prompt) == whole:
+            raise ValueError("tools: the chat template doesn't write them")
+        for index, message in enumerate(talk):
+            content = message.get("content", "")
+            others: dict[str, Any] = {"tool_calls": []} if "tool_calls" in message else {}
+            if self._guarded(content).strip() not in whole:
+                others["content"] = f"{content} x"
+            for key, value in others.items():
+                other = [*talk[:index], message | {key: value}, *talk[index + 1 :]]
+                if self._rendered(other, tools, prompt=prompt) == whole:
+                    raise ValueError(
+                        f"messages[{index}]: the chat template doesn't write the {message['role']}'s {key}"
+                    )
+
+    def _added(self, talk: list[Message], tools: Tools, whole: str) -> Iterator[tuple[int, int]]:
+        """Where each learnt answer stands: what it adds to the text before it, up to its end token."""
+        for index, message in enumerate(talk):
             if message["role"] != "assistant":
                 continue
-            before, after = self._rendered(messages[:index], prompt=True), self._rendered(messages[: index + 1])
+            before = self._rendered(talk[:index], tools, prompt=True) if index else ""
+            after = self._rendered(talk[: index + 1], tools)
             if not (whole.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"messages[{index}]: the chat template writes it otherwise when more follows; mark what is "
                     "learnt in the template by {% generation %}"
                 )
-            named = list(self._names.finditer(after, len(before)))
-            if not named or self._control[named[-1][0]] != self._tokenizer.eos:
-                eos = self._tokenizer.piece(self._tokenizer.eos)
+            named = [
+                found for found in self._names.finditer(after, len(before)) if after[found.start() - 1] != OPEN
+            ]
+            if not named or self._control[named[-1][0]] not in self._tokenizer.ends:
+                raise ValueError(f"messages[{index}]: the chat template doesn't end it with {self._ends()}")
+            if checks.is_learnt(message):
+                yield len(before), named[-1].end()
+
+    def _check_ends(self, text: str, spans: list[tuple[int, int]]) -> None:
+        ends = tuple(self._tokenizer.piece(index) for index in self._tokenizer.ends)
+        for begin, end in spans:
+            if not text[begin:end].rstrip().endswith(ends):
                 raise ValueError(
-                    f"messages[{index}]: the chat template doesn't end it with {eos}, where servers stop"
+                    f"what the chat template marks by {{% generation %}} doesn't end with {self._ends()}"
                 )
-            yield "user", whole[done : len(before)]
-            done = named[-1].end()
-            yield "assistant", whole[len(before) : done]
-        yield "user", whole[done:]
 
-    def _count(self, tokenizer: Tokenizer, ids: list[int], text: str, cut: int) -> int:
-        """How many of `ids`, which are `text`'s, are whole before `cut`."""
-        if cut == len(text):
-            return len(ids)
-        before = self._text_ids(tokenizer, text[:cut])
-        return next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), len(before))
+    def _ends(self) -> str:
+        words = self._tokenizer
+        return f"{' or '.join(words.piece(index) for index in words.ends)}, where servers stop"
 
-    def _text_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        return tokenizer.encode(text.replace(GUARD, "")) if text else []
+    def _encode(self, text: str) -> tuple[list[int], Spans]:
+        """Ids and places of what was rendered; what stands between marks is characters."""
+        ids: list[int] = []
+        places: Spans = []
+        for at, piece, spelt in self._pieces(text):
+            new, spans = self._tokenizer.rendered(piece) if at == 0 else self._inside(piece, spelt=spelt)
+            ids += new
+            places += [(begin + at, end + at) for begin, end in spans]
+        return ids, places
 
+    def _pieces(self, text: str) -> Iterator[tuple[int, str, bool]]:
+        """(begin, piece, whether it is a control token's name in somebody's words); the first one may be empty."""
+        at = 0
+        for found in self._marked.finditer(text):
+            if at == 0 or found.start() > at:
+                yield at, text[at : found.start()], False
+            if found[1] is not None:
+                yield found.start(1), found[1], True
+            at = found.end()
+        if at == 0 or at < len(text):
+            yield at, text[at:], False
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: what stands in it is the assistant's."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = [jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in (BEGIN, END)]
-        return [marks[0], *body, marks[1]]
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _check(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages isn't a non-empty list")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"messages[{index}] isn't an object with a `role` of {', '.join(ROLES)}")
-    if any(mark in json.dumps(messages, ensure_ascii=False) for mark in (GUARD, BEGIN, END)):
-        raise ValueError("a character that Unicode keeps out of text (U+FDD0 to U+FDD2)")
+    def _inside(self, piece: str, *, spelt: bool) -> tuple[list[int], Spans]:
+        """Ids of a piece in the midst of a text: behind a line's end, so that no space is put before it."""
+        encode, line = (
+            self._tokenizer.spelt if spelt else self._tokenizer.rendered,
+            self._tokenizer.rendered("\n")[0],
+        )
+        ids, spans = encode(f"\n{piece}")
+        if ids[: len(line)] != line:
+            return encode(piece)
+        return ids[len(line) :], [(max(begin - 1, 0), end - 1) for begin, end in spans[len(line) :]]
 
 
-def _enclosed(text: str) -> list[Turn]:
-    """The stretches of `text` in and out of the marks."""
-    stretches = []
-    for part in re.split(f"({BEGIN}[^{END}]*{END})", text):
-        inside = part.startswith(BEGIN)
-        stretches.append(("assistant" if inside else "user", part.strip(BEGIN + END) if inside else part))
-    return stretches
+def _enclosed(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """`text` without the marks of `{% generation %}`, and what stood between them."""
+    parts = re.split(f"([{BEGIN}{END}])", text)
+    ends = list(itertools.accumulate(len(part) for part in parts[::2]))
+    begins = [end for end, mark in zip(ends, parts[1::2], strict=False) if mark == BEGIN]
+    closes = [end for end, mark in zip(ends, parts[1::2], strict=False) if mark == END]
+    return "".join(parts[::2]), list(zip(begins, closes, strict=False))
+
+
+def _learnt(spans: list[tuple[int, int]], talk: list[Message]) -> list[tuple[int, int]]:
+    """Those of answers that are to be learnt."""
+    answers = [message for message in talk if message["role"] == "assistant"]
+    if all(map(checks.is_learnt, answers)):
+        return spans
+    if len(answers) != len(spans):
+        raise ValueError("weight: the chat template marks by {% generation %} other stretches than the answers")
+    return [span for span, message in zip(spans, answers, strict=True) if checks.is_learnt(message)]
+
+
+def _mask(places: Spans, spans: list[tuple[int, int]]) -> list[int]:
+    """1 for each token that has a character of a span."""
+    mask, left = [], iter(spans)
+    span = next(left, None)
+    for begin, end in places:
+        while span is not None and begin >= span[1]:
+            span = next(left, None)
+        mask.append(int(span is not None and end > span[0]))
+    return mask

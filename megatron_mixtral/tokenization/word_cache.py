@@ -30,20 +30,34 @@ class SentencePiece(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def serves(model: SentencePiece) -> bool:
+def serves(model: SentencePiece, apart: "Words | None" = None) -> bool:
     """Whether words can be encoded apart: by the vocabulary, and by what is done to text before it is looked up."""
     pieces = (model.id_to_piece(index) for index in range(model.vocab_size()))
     if any(SPACE in piece.lstrip(SPACE) or "\n" in piece for piece in pieces):
         return False
-    apart = Words(model)
+    apart = apart or Words(model)
     return all(apart.encode(text) == model.encode(text) for text in PROBES)
 
 
-class Words:
-    """`encode` as `model.encode`, for one that `serves`."""
+def spaced(text: str) -> str:
+    """With the space that SentencePiece puts before every text."""
+    return f" {text}"
 
-    def __init__(self, model: SentencePiece) -> None:
+
+class Words:
+    """`encode` as `model.encode`, for one that `serves`.
+
+    `inside` encodes a part in the midst of a text; `opening` is what the model makes of a text's begin.
+    """
+
+    def __init__(
+        self,
+        model: SentencePiece,
+        inside: Callable[[str], list[int]] | None = None,
+        opening: Callable[[str], str] = spaced,
+    ) -> None:
         self._encode: Callable[[str], list[int]] = model.encode
+        self._inside, self._opening = inside or self._between, opening
         self._line = len(model.encode("\n"))
         self._known: dict[str, list[int]] = {}
 
@@ -51,25 +65,28 @@ class Words:
         """Ids of `text`."""
         ids: list[int] = []
         known = self._known
-        spaced = f" {text}".replace(SPACE, " ")  # the same to SentencePiece
-        for stretch in _stretches(spaced) if text else ():
+        begun = self._opening(text).replace(SPACE, " ") if text else ""  # the same to SentencePiece
+        for stretch in _stretches(begun) if text else ():
             for part in PARTS.findall(stretch):
                 found = known.get(part)
                 ids += self._learn(part) if found is None else found
         return ids
 
     def _learn(self, part: str) -> list[int]:
-        if part[0] != " ":  # nothing joins it with the end of the line before
-            ids = self._encode("\n" + part)[self._line :]
-        elif part.strip(" "):
-            ids = self._encode(part[1:])  # whose first space SentencePiece puts there
-        else:
-            ids = self._encode("a" + part)[1:]
+        ids = self._inside(part)
         if len(part) <= LONGEST:
             if len(self._known) >= LIMIT:
                 self._known.clear()
             self._known[part] = ids
         return ids
+
+    def _between(self, part: str) -> list[int]:
+        """By a model that puts a space before every text."""
+        if part[0] != " ":  # nothing joins it with the end of the line before
+            return self._encode("\n" + part)[self._line :]
+        if part.strip(" "):
+            return self._encode(part[1:])  # whose first space SentencePiece puts there
+        return self._encode("a" + part)[1:]
 
 
 def _stretches(text: str) -> Iterator[str]:

@@ -4,27 +4,42 @@ An answer's tokens are those that come with it: what is up to the question is en
 """
 
 import functools
+from pathlib import Path
+from typing import Any
 
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+import mistral_common
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from megatron_mixtral.jobs import tiny
 
-KINDS = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+KINDS = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
+V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 
 
 @functools.cache
-def _reference(mode: ValidationMode) -> MistralTokenizer:
-    return MistralTokenizer.from_file(tiny.mixtral_sentencepiece(), mode=mode)
+def _reference(mode: ValidationMode, file: Path) -> MistralTokenizer:
+    return MistralTokenizer.from_file(file, mode=mode)
 
 
 def ids(talk: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, as a request when it ends with a question, as an example when with an answer."""
+    return _ids(talk, tiny.mixtral_sentencepiece())
+
+
+def v3_ids(talk: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """The same by Mixtral 8x22B's rules."""
+    return _ids(talk, V3, tools=[Tool.from_openai(tool) for tool in tools or []] or None)
+
+
+def _ids(talk: list[dict[str, Any]], file: Path, **more: Any) -> list[int]:
     mode = ValidationMode.finetuning if talk[-1]["role"] == "assistant" else ValidationMode.test
-    request = ChatCompletionRequest(messages=[KINDS[turn["role"]](content=turn["content"]) for turn in talk])
-    return _reference(mode).encode_chat_completion(request).tokens
+    messages = [KINDS[turn["role"]](**{k: v for k, v in turn.items() if k != "role"}) for turn in talk]
+    request = ChatCompletionRequest(messages=messages, **more)
+    return _reference(mode, file).encode_chat_completion(request).tokens
 
 
 def ids_and_mask(talk: list[dict[str, str]]) -> tuple[list[int], list[int]]:

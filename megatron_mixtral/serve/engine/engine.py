@@ -147,12 +147,18 @@ class Engine(DynamicInferenceEngine):
             self.stop_word_finished_request_ids.add(request)
 
     def _get_and_clear_stop_word_finished_ids(self, active_request_ids: list[int]) -> set[int]:
-        """A prompt that is still being read in parts can't be ended before its last part."""
+        """Those that met a stop token as well; a prompt that is still read in parts can't be ended yet."""
         partial = {self.context.chunked_prefill_request_id} & self.stop_word_finished_request_ids
         self.stop_word_finished_request_ids -= partial
         ended = super()._get_and_clear_stop_word_finished_ids(active_request_ids)
         self.stop_word_finished_request_ids |= partial
-        return ended
+        sampler = self.controller.sampler
+        stopped = {
+            request
+            for request, choice in self.controller.drawn
+            if request in sampler and choice.token in sampler[request].request.stop_tokens
+        }
+        return ended | (stopped & set(active_request_ids))
 
 
 class _NoTokenizer:
@@ -215,8 +221,9 @@ class Upstream:
 
     def add(self, request: Request) -> None:
         self._controller.sampler.add(request)
+        first = next(iter(request.stop_tokens), -1)  # upstream knows one such token; `Engine` sees to the others
         settings = SamplingParams(
-            num_tokens_to_generate=request.max_tokens, termination_id=request.stop_token, top_k=1, top_p=0.0
+            num_tokens_to_generate=request.max_tokens, termination_id=first, top_k=1, top_p=0.0
         )
         self._engine.add_request(request.id, list(request.prompt), settings)
 
@@ -257,7 +264,7 @@ class Upstream:
         asked = self._controller.sampler[request].request
         if asked.max_tokens == 0:  # the engine always draws one
             return Token(request, None, finish="length")
-        finish: Finish | None = None if not ended else "stop" if choice.token == asked.stop_token else "length"
+        finish: Finish | None = None if not ended else "stop" if choice.token in asked.stop_tokens else "length"
         return Token(request, choice.token, choice.logprob, choice.top, finish)
 
 

@@ -149,14 +149,14 @@ def _in_character(state: State, byte: int) -> State | None:
 class Writer:
     """One answer on its way: told every token, asked about the next."""
 
-    def __init__(self, tokens: Sequence[bytes | None], end: int) -> None:
-        self._tokens, self._end = tokens, end
+    def __init__(self, tokens: Sequence[bytes | None], ends: Sequence[int]) -> None:
+        self._tokens, self._ends = tokens, ends
         self.state = State()
 
     def fits(self, token: int) -> bool:
-        """The end token once the object is closed, and nothing else then."""
+        """An end token once the object is closed, and nothing else then."""
         if self.state.complete:
-            return token == self._end
+            return token in self._ends
         return self._after(token) is not None
 
     def take(self, token: int) -> None:
@@ -177,7 +177,7 @@ class Writer:
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """What each token adds to the text; None for those that are no text."""
-    silent = {tokenizer.bos, tokenizer.eos}
+    silent = tokenizer.silent
     pieces = range(tokenizer.vocab_size)
     return [
         None if n in silent or _is_control(tokenizer.piece(n)) else bytes(token_text.token_bytes(tokenizer, n))

@@ -176,7 +176,7 @@ class Runner:
             self._sequences.pop(request.id, None)
         if request.max_tokens == 0:  # one is always drawn
             return Token(request.id, None, finish="length")
-        finish: Finish | None = None if not ended else "stop" if choice.token == request.stop_token else "length"
+        finish: Finish | None = None if not ended else "stop" if choice.token in request.stop_tokens else "length"
         return Token(request.id, choice.token, choice.logprob, choice.top, finish)
 
     def _drawn_here(self, plan: Plan) -> list[Event]:

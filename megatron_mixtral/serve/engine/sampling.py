@@ -65,7 +65,7 @@ class Sampler:
         self._vocabulary = vocabulary
 
     def add(self, request: Request) -> None:
-        writer = Writer(self._vocabulary(), request.stop_token) if request.json else None
+        writer = Writer(self._vocabulary(), request.stop_tokens) if request.json else None
         self._draws[request.id] = Draws(request, random.Random(request.seed), writer=writer)
 
     def drop(self, request: int) -> None:

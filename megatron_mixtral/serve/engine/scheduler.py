@@ -122,7 +122,7 @@ class Scheduler:
     def took(self, sequence: Sequence, token: int) -> bool:
         """A token that was drawn for it; whether that is the last one."""
         sequence.tokens.append(token)
-        if not sequence.missing or token == sequence.request.stop_token:
+        if not sequence.missing or token in sequence.request.stop_tokens:
             self.end(sequence)
         return sequence.ended
 

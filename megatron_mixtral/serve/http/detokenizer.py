@@ -44,7 +44,7 @@ class Detokenizer:
 
 def readable(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """Without control tokens, and without the ids that only pad the model's vocabulary."""
-    return [i for i in ids if i < tokenizer.vocab_size and i not in (tokenizer.bos, tokenizer.eos)]
+    return [i for i in ids if i < tokenizer.vocab_size and i not in tokenizer.silent]
 
 
 @dataclass(slots=True)

@@ -110,7 +110,7 @@ async def _requests(body: GenerateBody, model: ServedModel, service: Service) ->
                 top_p=body.top_p or 1.0,
                 logprobs=body.top_n_logprobs if body.logprobs else None,
                 prompt_logprobs=body.logprobs,
-                stop_token=model.tokenizer.eos if body.stop_token is None else body.stop_token,
+                stop_tokens=model.tokenizer.ends if body.stop_token is None else (body.stop_token,),
             )
         )
     if not all(r.prompt for r in made):

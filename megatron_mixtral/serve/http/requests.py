@@ -69,12 +69,11 @@ async def chat_prompt(body: ChatBody, model: ServedModel) -> list[int]:
     if messages[-1]["role"] != "user":
         raise Problem(400, "the last message must be the user's", param="messages")
     try:
-        turns = model.form.question(messages)
+        if sum(len(message["content"]) for message in messages) < LONG:
+            return model.form.prompt(messages)
+        return await asyncio.to_thread(model.form.prompt, messages)
     except ValueError as error:
         raise Problem(400, str(error), param="messages") from error
-    if sum(len(content) for _, content in turns) < LONG:
-        return model.form.encode(model.tokenizer, turns)[0]
-    return (await asyncio.to_thread(model.form.encode, model.tokenizer, turns))[0]
 
 
 def requests(
@@ -113,7 +112,7 @@ def requests(
                     logit_bias=_bias(body, model),
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
-                    stop_token=-1 if body.ignore_eos else model.tokenizer.eos,
+                    stop_tokens=() if body.ignore_eos else model.tokenizer.ends,
                     json=isinstance(body, ChatBody) and body.as_json,
                 )
             )

@@ -159,13 +159,13 @@ def test_a_damaged_compressed_file_is_named(tmp_path, tokenizer_folder, name, co
 
 
 def test_conversations_are_token_for_token_mistral_commons(words):
-    ids, mask = chat.encode(words, chat.from_messages(TALK))
+    ids, mask = chat.V1(words).example(TALK)
     assert (ids, mask) == mistral_reference.ids_and_mask(TALK)
     learnt = [i for i, m in zip(ids, mask, strict=True) if m]
     assert learnt == [*words.encode("Hi there"), 2, *words.encode("A mixture."), 2]
     parts = [{"type": "text", "text": text} for text in ("Look", "at this.")]
     talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes"}]
-    assert chat.encode(words, chat.from_messages(talk)) == mistral_reference.ids_and_mask(talk)
+    assert chat.V1(words).example(talk) == mistral_reference.ids_and_mask(talk)
 
 
 def test_any_order_of_turns_is_written_or_refused_as_mistral_common_does(words):
@@ -183,7 +183,7 @@ def test_any_order_of_turns_is_written_or_refused_as_mistral_common_does(words):
         except MistralCommonException:
             wanted = None
         try:
-            found = chat.encode(words, chat.from_messages(talk))
+            found = chat.V1(words).example(talk)
         except ValueError:
             found = None
         assert found == wanted, talk
@@ -195,7 +195,7 @@ def test_conversations_carry_their_mask(tmp_path, tokenizer_folder, words):
     file = write_jsonl(tmp_path / "in.jsonl", [{"messages": TALK}, {"prompt": "2+2?", "completion": "4"}])
     prefix = prepare(tmp_path, tokenizer_folder, file)
     (_, first), (ids, mask) = stored(prefix)
-    assert first == chat.encode(words, chat.from_messages(TALK))[1]
+    assert first == chat.V1(words).example(TALK)[1]
     assert ids == [1, *words.encode("[INST] 2+2? [/INST]"), *words.encode("4"), 2]
     assert mask == [0] * (len(ids) - len(words.encode("4")) - 1) + [1] * (len(words.encode("4")) + 1)
     described = json.loads((tmp_path / "out.json").read_text())

@@ -36,8 +36,11 @@ AWKWARD = [
 
 
 def written(source, words, talk):
-    template = Template(source, words, where="x")
-    return template.encode(words, template.from_messages(talk))
+    return template(source, words).example(talk)
+
+
+def template(source, words):
+    return Template({"default": source}, words, where="x")
 
 
 @pytest.mark.parametrize("source", [ROUNDS, PLAIN, chat_template.CHAT_TEMPLATE])
@@ -46,8 +49,7 @@ def test_ids_are_those_of_transformers(words, tokenizer_folder, source):
     talk = TALK[1:] if source == chat_template.CHAT_TEMPLATE else TALK
     wanted = reference.apply_chat_template(talk, chat_template=source, return_dict=False)
     assert written(source, words, talk)[0] == wanted
-    template = Template(source, words, where="x")
-    asked = template.encode(words, template.question(talk[:-1]))[0]
+    asked = template(source, words).prompt(talk[:-1])
     prompt = {"chat_template": source, "return_dict": False, "add_generation_prompt": True}
     assert asked == reference.apply_chat_template(talk[:-1], **prompt)
     assert asked == wanted[: len(asked)]
@@ -69,13 +71,13 @@ def test_exactly_the_answers_are_learnt_each_with_its_end(words, source, talk):
 
 
 def test_which_form_is_taken(words, tokenizer_folder, tmp_path):
-    assert isinstance(chat_template.form(words), chat.Instruct)  # the folder's own template writes [INST]
+    assert isinstance(chat_template.form(words), chat.V1)  # the folder's own template writes [INST]
     (tmp_path / "chat_template.jinja").write_text(ROUNDS)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tokenizer_folder / name).read_bytes())
     other = tokenizer.load(tmp_path)
     assert chat_template.form(other).source == ROUNDS
-    assert isinstance(chat_template.form(other, "mistral"), chat.Instruct)
+    assert isinstance(chat_template.form(other, "mistral"), chat.V1)
     assert chat_template.form(words, str(tmp_path / "chat_template.jinja")).source == ROUNDS
 
 
@@ -105,7 +107,7 @@ def test_prepare_writes_by_a_template_and_says_so(tmp_path, tokenizer_folder, wo
     assert stored(prefix)[0] == written(ROUNDS, words, TALK)
     assert json.loads((tmp_path / "out.json").read_text())["chat_template"] == ROUNDS
     prepare(tmp_path, tokenizer_folder, file)
-    assert stored(prefix)[0] == chat.encode(words, chat.from_messages(TALK))
+    assert stored(prefix)[0] == chat.V1(words).example(TALK)
 
 
 def test_the_form_goes_with_the_weights_where_theirs_is_another(tokenizer_folder, tmp_path):
@@ -119,9 +121,7 @@ def test_the_form_goes_with_the_weights_where_theirs_is_another(tokenizer_folder
     assert assets(ROUNDS, tokenizer_folder) == {"chat_template.jinja": ROUNDS}
     assert assets(None, tokenizer_folder) == assets(None, tmp_path) == {}
     (tmp_path / "chat_template.jinja").write_text(ROUNDS)
-    tokenizer._settings.cache_clear()
     assert assets(ROUNDS, tmp_path) == {}
     assert isinstance(chat_template.form(tokenizer.load(tmp_path)), Template)
     (tmp_path / "chat_template.jinja").write_text(assets(None, tmp_path)["chat_template.jinja"])
-    tokenizer._settings.cache_clear()
-    assert isinstance(chat_template.form(tokenizer.load(tmp_path)), chat.Instruct)
+    assert isinstance(chat_template.form(tokenizer.load(tmp_path)), chat.V1)

@@ -65,7 +65,7 @@ def test_neither_depth_nor_blanks_go_on_for_ever():
 def test_a_token_may_close_the_object_but_say_no_more():
     tokens = [b"{", b'"a":', b"1}", b"}}", b" {", None, b""]
     end = 5
-    writer = Writer(tokens, end)
+    writer = Writer(tokens, [end])
     assert [t for t in range(9) if writer.fits(t)] == [0, 4]
     writer.take(0)
     writer.take(1)

@@ -119,7 +119,7 @@ def test_each_request_gets_as_many_alternatives_as_it_asked_for():
 def test_requests_and_events_survive_the_wire():
     import json
 
-    asked = request(4, logit_bias={5: 1.5}, stop_token=2, logprobs=3)
+    asked = request(4, logit_bias={5: 1.5}, stop_tokens=(2,), logprobs=3)
     assert Request.from_json(json.loads(json.dumps(asked.to_json()))) == asked
     for event in (
         Token(1, 5, -0.5, [(5, -0.5)], "stop"),

@@ -9,7 +9,7 @@ from megatron_mixtral.serve.messages import Request
 
 
 def request(number, prompt, answer, stop=-1):
-    return Request(id=number, prompt=list(range(prompt)), max_tokens=answer, seed=0, stop_token=stop)
+    return Request(id=number, prompt=list(range(prompt)), max_tokens=answer, seed=0, stop_tokens=(stop,))
 
 
 def made(**changes):
@@ -51,7 +51,7 @@ def answer_of(asked):
     tokens = list(asked.prompt)
     for _ in range(max(asked.max_tokens, 1)):
         tokens.append(follower(tokens))
-        if tokens[-1] == asked.stop_token:
+        if tokens[-1] in asked.stop_tokens:
             break
     return tokens
 
