@@ -5,15 +5,20 @@ with an unknown ending is JSONL if it begins like an object, so a model never le
 """
 
 import codecs
+import csv
 import gzip
 import io
 import json
+import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_mixtral.data import formats
+from megatron_mixtral.data.formats import Fields, Row
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.tokenization import chat
 
@@ -23,18 +28,17 @@ ZSTD_WINDOW = 1 << 31  # the largest window, `zstd --long=31`; memory depends on
 TEXT_BYTES = 16 << 10  # about the size of a document of plain text
 COMPRESSED = ("", ".gz", ".zst")
 JSONL = tuple(kind + how for how in COMPRESSED for kind in (".jsonl", ".ndjson", ".json"))
+TABLES = (".csv", ".tsv", ".parquet", *(kind + how for how in (".gz", ".zst") for kind in (".csv", ".tsv")))
+WHOLE = ("array", "csv", "parquet")  # kinds that aren't cut into ranges
+BLOCK = 1 << 20  # characters of an array that are read at a time
+BETWEEN = re.compile(r"[\s,]*")
+# A data set's description, which isn't data.
+CARD = re.compile(
+    r"(readme|license|licence|citation|changelog)(\..*)?|dataset_(infos?|dict)\.json|state\.json", re.I
+)
+SPLIT = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?=[-_./]|$)", re.I)
 LONGEST_REASON = 200  # characters of a bad line that an error shows
 TEXT = tuple(kind + how for how in COMPRESSED for kind in (".txt", ".md", ".rst"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """The keys of a JSON object; the first one that exists decides the kind of document."""
-
-    text: str = "text"
-    messages: str = "messages"
-    prompt: str = "prompt"
-    completion: str = "completion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class Piece:
 class Document:
     """Text, or a conversation's ids and mask; `opens` and `closes` mark the first and last part of a text file."""
 
+    format: str = "text"
     text: str = ""
     written: chat.Written | None = None
     opens: bool = True
@@ -79,19 +84,38 @@ def find(inputs: list[str]) -> list[Path]:
     return found
 
 
+def left_out(inputs: list[str]) -> list[str]:
+    """What `find` leaves out of folders: a data set's card, and its other splits where it has a training split."""
+    folders = [path for path in (Path(name).expanduser() for name in inputs) if path.is_dir()]
+    return [str(path.relative_to(folder)) for folder in folders for path in _divided(folder)[1]]
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if _is_input(p.relative_to(path)) and p.is_file())
+        inside = _divided(path)[0]
         if not inside:
-            raise InputError(f"{path}: no {', '.join((*JSONL, *TEXT))} in this folder")
+            raise InputError(f"{path}: no {', '.join((*JSONL, *TEXT, *TABLES))} in this folder, cards apart")
         return inside
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
     return [path]
 
 
+def _divided(folder: Path) -> tuple[list[Path], list[Path]]:
+    """A folder's files: those to read, and those that are left out."""
+    inside = sorted(p for p in folder.rglob("*") if _is_input(p.relative_to(folder)) and p.is_file())
+    cards = [p for p in inside if CARD.fullmatch(p.name)]
+    data = [p for p in inside if p not in cards]
+    splits = {p: found[1].lower() for p in data if (found := SPLIT.search(str(p.relative_to(folder))))}
+    if "train" not in splits.values():
+        return data, cards
+    others = [p for p, split in splits.items() if split != "train"]
+    return [p for p in data if p not in others], [*cards, *others]
+
+
 def _is_input(path: Path) -> bool:
-    return path.name.lower().endswith((*JSONL, *TEXT)) and not any(part.startswith(".") for part in path.parts)
+    known = path.name.lower().endswith((*JSONL, *TEXT, *TABLES))
+    return known and not any(part.startswith(".") for part in path.parts)
 
 
 def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
@@ -99,7 +123,7 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
     cut: list[Piece] = []
     for file in files:
         size = file.stat().st_size
-        step = size if _is_compressed(file) else range_bytes
+        step = size if _is_compressed(file) or _kind(file) in WHOLE else range_bytes
         starts = range(0, size, max(step, 1)) or range(1)
         cut += [Piece(file=file, start=s, end=min(s + max(step, 1), size), size=size) for s in starts]
     return cut
@@ -108,20 +132,30 @@ def pieces(files: list[Path], range_bytes: int = RANGE_BYTES) -> list[Piece]:
 def read(piece: Piece, fields: Fields, form: chat.Form | None = None) -> Iterator[Document | Bad]:
     """The documents that begin in `piece`, in order; conversations as `form` writes them."""
     try:
-        if _is_jsonl(piece.file):
-            yield from _objects(piece, fields, form)
-        else:
+        if _kind(piece.file) == "text":
             yield from _texts(piece)
+        else:
+            yield from _objects(piece, fields, form)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{piece.file}: damaged: {error}") from error
 
 
-def _is_jsonl(file: Path) -> bool:
+def _kind(file: Path) -> str:
+    """lines, array, csv, parquet or text: by the name, and by how a file of JSON or of no known name begins."""
     name = file.name.lower()
-    if name.endswith((*JSONL, *TEXT)):
-        return name.endswith(JSONL)
+    for suffix in (".gz", ".zst"):
+        name = name.removesuffix(suffix)
+    if name.endswith((".csv", ".tsv")):
+        return "csv"
+    if name.endswith(".parquet"):
+        return "parquet"
+    if name.endswith(TEXT):
+        return "text"
     with _open(file) as stream:
-        return stream.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+        begin = stream.read(1 << 10).removeprefix(codecs.BOM_UTF8).split()
+    if begin and begin[0].startswith(b"[") and b"".join(begin)[:2] in (b"[{", b"[]"):
+        return "array"
+    return "lines" if name.endswith(JSONL) or (begin and begin[0].startswith(b"{")) else "text"
 
 
 def _is_compressed(file: Path) -> bool:
@@ -199,43 +233,104 @@ class _Zstd(io.RawIOBase):
 
 
 def _objects(piece: Piece, fields: Fields, form: chat.Form | None) -> Iterator[Document | Bad]:
-    for number, line in enumerate(lines(piece), start=1):
-        if not line.strip():
-            continue
+    for number, row in rows(piece):
         try:
-            yield document(json.loads(line), fields, form)
+            yield document(json.loads(row) if isinstance(row, bytes) else row, fields, form)
         except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
             yield Bad(line=number, reason=str(error)[:LONGEST_REASON])
 
 
+def rows(piece: Piece) -> Iterator[tuple[int, Any]]:
+    """Each row with its line, or its number in a table: JSON that is still to be read as bytes, else the value."""
+    kind = _kind(piece.file)
+    if kind == "array":
+        yield from _array(piece.file)
+    elif kind == "csv":
+        yield from _table(piece.file)
+    elif kind == "parquet":
+        yield from _parquet(piece.file)
+    else:
+        yield from ((n, line) for n, line in enumerate(lines(piece), start=1) if line.strip())
+
+
+def _array(file: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array, each as soon as it is whole: the file is never held at once."""
+    decode, at, line, size = json.JSONDecoder().raw_decode, 0, 1, BLOCK
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="\n") as stream:
+        text = stream.read(size)
+        at = text.index("[") + 1
+        while True:
+            begin = BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing as well
+            line += text.count("\n", at, begin)
+            text, at = text[begin:], 0
+            try:
+                if text.startswith("]"):
+                    break
+                value, at = decode(text)
+                if at == len(text) and (more := stream.read(size)):  # a number may go on
+                    text, at = text + more, 0
+                    continue
+            except ValueError as error:
+                if more := stream.read(max(size, len(text))):
+                    text, at = text + more, 0
+                    continue
+                raise InputError(f"{file}:{line}: an array of JSON that can't be read: {error}") from error
+            yield line, value
+            line += text.count("\n", 0, at)
+        if (text[1:] + stream.read()).strip():
+            raise InputError(f"{file}:{line}: more text after the end of the array")
+
+
+def _table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of CSV whose first line names the columns; TSV by its name."""
+    tabs = ".tsv" in file.suffixes
+    csv.field_size_limit(sys.maxsize)
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if tabs else ",", strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{file}:{reader.line_num}: another number of columns than the first line names"
+                    )
+                yield reader.line_num, dict(row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{file}:{reader.line_num + 1}: {error}") from error
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{file}: reading parquet needs `pip install pyarrow`") from error
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: not parquet, or damaged: {error}") from error
+
+
 def document(value: Any, fields: Fields, form: chat.Form | None) -> Document:
-    """One JSON object as a document; `ValueError` lists the fields that it needs."""
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object on each line, got {type(value).__name__}")
-    value = {name: one for name, one in value.items() if one is not None}
-    if fields.messages in value:
-        return _conversation(value[fields.messages], value, form)
-    if fields.prompt in value and fields.completion in value:
-        pair = [("user", value[fields.prompt]), ("assistant", value[fields.completion])]
-        return _conversation([{"role": role, "content": content} for role, content in pair], value, form)
-    text = value.get(fields.text)
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{fields.text!r} is {type(text).__name__}, not text")
-    if text is None:
-        raise ValueError(
-            f"has none of: {fields.text!r} (text), {fields.messages!r}, {fields.prompt!r} with "
-            f"{fields.completion!r}; it has {', '.join(map(repr, list(value)[:8])) or 'nothing'}"
-        )
-    if not text.strip():
-        raise ValueError(f"{fields.text!r} is empty")
-    text.encode()  # JSON can write half a character, which is no text
-    return Document(text=text)
+    """One row as a document; `ValueError` lists the fields that it needs."""
+    row = formats.read(value, fields)
+    if row.messages is not None:
+        return _conversation(row, form)
+    if row.ids is not None:
+        learnt = row.learnt if row.learnt is not None else [1] * len(row.ids)
+        return Document(format=row.format, written=(row.ids, learnt))
+    assert row.text is not None
+    row.text.encode()  # JSON can encode half a character, which isn't text
+    return Document(format=row.format, text=row.text)
 
 
-def _conversation(messages: Any, row: dict[str, Any], form: chat.Form | None) -> Document:
+def _conversation(row: Row, form: chat.Form | None) -> Document:
     assert form is not None, "a caller that reads conversations says how they are written"
-    json.dumps(messages, ensure_ascii=False).encode()
-    return Document(written=form.example(messages, row.get("tools")))
+    json.dumps(row.messages, ensure_ascii=False).encode()
+    return Document(format=row.format, written=form.example(row.messages, row.tools))
 
 
 def _texts(piece: Piece) -> Iterator[Document | Bad]:

@@ -10,17 +10,19 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_mixtral.data import dataset, documents, indexed
-from megatron_mixtral.data.documents import Bad, Document, Fields, Piece
+from megatron_mixtral.data import dataset, documents, formats, indexed
+from megatron_mixtral.data.documents import Bad, Document, Piece
+from megatron_mixtral.data.formats import Fields
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import CopyProgress
@@ -29,6 +31,8 @@ from megatron_mixtral.tokenization import chat, chat_template, tokenizer
 
 FORMAT = 1
 NAMED_BAD = 10  # bad lines named in an error
+WRITTEN_OUT = ("[INST]", "</s>", "<|im_start|>")  # looked for in text, beside the tokenizer's own
+SOUGHT = 8  # names at most
 SHOWN = 256  # tokens that are shown from either end of a document
 
 
@@ -42,6 +46,8 @@ class Part:
     masked: int  # documents that are conversations
     bad: int  # lines that aren't a document
     named: list[Bad]  # the first of them
+    formats: dict[str, int] = field(default_factory=dict)  # how many rows of each
+    spelt: int = 0  # documents of text with control tokens written out
 
 
 def prepare(config: PrepareConfig, run_dir: Path) -> None:
@@ -54,18 +60,25 @@ def prepare(config: PrepareConfig, run_dir: Path) -> None:
         messages=config.messages_key,
         prompt=config.prompt_key,
         completion=config.completion_key,
+        format=config.format,
+        ignored=tuple(name.strip() for name in config.ignore_fields.split(",") if name.strip()),
     )
+    if fields.format not in (None, *formats.FORMATS):
+        raise InputError(f"format: {fields.format!r} isn't one of {', '.join(formats.FORMATS)}")
     form = chat_template.form(words, config.chat_template)
     ids = tokenizer.ids_digest(words, rendered=form.source is not None)
     key = _key(files, fields, ids, form.source)
     events = EventLog(run_dir / "events.jsonl")
     for note in words.notes:
         _say(events, f"note: {note}")
+    if others := documents.left_out(config.inputs):
+        _say(events, f"note: left out of the folder: {', '.join(others)}")
     done, there = _done(prefix, key, config.max_bad), " (there already)"
     if not done:
         work, there = _work_folder(prefix, key), ""
         cut = documents.pieces(files)
         parts = _convert(config, cut, fields, work, events)
+        _tell_formats(parts, events)
         done = _assemble(prefix, work, parts, {"key": key, "chat_template": form.source, "ids": ids}, words, files)
         shutil.rmtree(work)
     _say(
@@ -75,6 +88,17 @@ def prepare(config: PrepareConfig, run_dir: Path) -> None:
     )
     for sample in _samples(prefix, words, config.show):
         _say(events, sample)
+
+
+def _tell_formats(parts: list[Part], events: EventLog) -> None:
+    counts = sum((Counter(part.formats) for part in parts), Counter[str]())
+    _say(events, f"rows by format: {', '.join(f'{name} {count:,}' for name, count in counts.most_common())}")
+    if spelt := sum(part.spelt for part in parts):
+        _say(
+            events,
+            f"note: {spelt:,} documents have control tokens written out, such as </s> or [INST]: they are text, "
+            "and no token is made of them; conversations are read from messages",
+        )
 
 
 def _say(events: EventLog, text: str) -> None:
@@ -214,6 +238,8 @@ def _encode(
     dtype = indexed.token_dtype(words.vocab_size)
     count = total = learnt = masked = bad = 0
     named: list[Bad] = []
+    formats, spelt = Counter[str](), 0
+    written_out = [name for name in (*WRITTEN_OUT, *words.added) if len(name) > 2][:SOUGHT]
     for item in read:
         if isinstance(item, Bad):
             bad += 1
@@ -225,8 +251,11 @@ def _encode(
         masks.write(mask)
         lengths.write(np.int32(len(ids)).tobytes())
         count, total, learnt = count + 1, total + len(ids), learnt + mask.count(1)
-        masked += item.written is not None
-    return Part(documents=count, tokens=total, learnt=learnt, masked=masked, bad=bad, named=named)
+        masked += item.written is not None and 0 in mask
+        formats[item.format] += 1
+        spelt += any(name in item.text for name in written_out)
+    found = {"documents": count, "tokens": total, "learnt": learnt, "masked": masked, "bad": bad}
+    return Part(**found, named=named, formats=dict(formats), spelt=spelt)
 
 
 def _ids(item: Document, words: tokenizer.Tokenizer) -> tuple[list[int], bytes]:

@@ -65,6 +65,12 @@ class PrepareConfig:
     chat_template: str | None = option(
         None, help="Jinja file that writes conversations, or mistral; the model's own unless given."
     )
+    format: str | None = option(
+        None,
+        choices=("messages", "sharegpt", "alpaca", "prompt", "openorca", "text", "ids"),
+        help="Format of the rows; recognised unless given.",
+    )
+    ignore_fields: str = option("", help="Fields to leave out of every row, separated by commas.")
     max_bad: int = option(0, help="Bad lines to leave out before giving up.")
     show: int = option(0, help="Documents to print with their mask.")
 

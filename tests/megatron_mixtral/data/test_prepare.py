@@ -16,7 +16,7 @@ import zstandard
 from mistral_common.exceptions import MistralCommonException
 from prepared_data import TALK, prepare, stored, write_jsonl
 
-from megatron_mixtral.data import documents
+from megatron_mixtral.data import documents, formats
 from megatron_mixtral.data import prepare as data
 from megatron_mixtral.data.dataset import Documents
 from megatron_mixtral.errors import InputError, JobError
@@ -76,7 +76,7 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, size):
     text = "\n\n".join("A paragraph of one book, number " + "x" * (n % 300) for n in range(900))
     file.write_text(text)
     cut = documents.pieces([file], size)
-    found = [d for piece in cut for d in documents.read(piece, documents.Fields())]
+    found = [d for piece in cut for d in documents.read(piece, formats.Fields())]
     assert "".join(d.text for d in found) == text
     assert len(found) > 5
     assert [d.opens for d in found] == [True] + [False] * (len(found) - 1)
