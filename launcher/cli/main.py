@@ -30,6 +30,7 @@ SECTIONS = {
     "Before you submit": {
         "plan": ("plan", "Say whether a job fits, before the queue does."),
         "export": ("export", "Print a job's self-contained script, or write a folder with it."),
+        "tokens": ("tokens", "Show a conversation as a model's tokens."),
         "rehearse": ("rehearse", "Run a job's script on a private Slurm first."),
         "clusters": ("clusters", "List cluster profiles, show, check or make one."),
         "sandbox": ("sandbox", "Run a private, real Slurm on this machine."),

@@ -12,8 +12,9 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -238,6 +239,15 @@ def _objects(piece: Piece, fields: Fields, form: chat.Form | None) -> Iterator[D
             yield document(json.loads(row) if isinstance(row, bytes) else row, fields, form)
         except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
             yield Bad(line=number, reason=str(error)[:LONGEST_REASON])
+
+
+def values(piece: Piece) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """Each row with its line, and what reads it; a plain text is one row."""
+    if _kind(piece.file) == "text":
+        yield from ((1, partial(dict, text=d.text)) for d in _texts(piece) if isinstance(d, Document))
+        return
+    for number, row in rows(piece):
+        yield number, partial(json.loads, row) if isinstance(row, bytes) else partial(dict, row)
 
 
 def rows(piece: Piece) -> Iterator[tuple[int, Any]]:

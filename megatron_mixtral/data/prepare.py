@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,7 @@ from megatron_mixtral.errors import InputError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import CopyProgress
 from megatron_mixtral.spec.jobs import PrepareConfig
-from megatron_mixtral.tokenization import chat, chat_template, tokenizer
+from megatron_mixtral.tokenization import chat, chat_template, show, tokenizer
 
 FORMAT = 1
 NAMED_BAD = 10  # bad lines named in an error
@@ -307,19 +308,16 @@ def _samples(prefix: Path, words: tokenizer.Tokenizer, count: int) -> Iterator[s
     stored = dataset.Documents(prefix)
     for index in range(min(count, len(stored))):
         ids, mask = stored.read(index, 0, None)
-        shown = _marked(ids, mask, words)
-        if len(ids) > 2 * SHOWN:
-            ends = (slice(SHOWN), slice(-SHOWN, None))
-            shown = " ... ".join(_marked(ids[end], mask[end], words) for end in ends)
+        shown = _ends_of(show.pieces, words, ids, mask)
         yield f"document {index} ({len(ids)} tokens, {int(mask.sum())} learnt): {shown}"
+        yield f"ids of document {index}: {_ends_of(show.numbers, words, ids, mask)}"
 
 
-def _marked(ids: np.ndarray, mask: np.ndarray, words: tokenizer.Tokenizer) -> str:
-    shown, edges = "", np.flatnonzero(np.diff(mask, prepend=0, append=0))
-    for begin, end in zip([0, *edges], [*edges, len(ids)], strict=True):
-        text = " ".join(words.piece(int(i)) for i in ids[begin:end])
-        shown += f"«{text}»" if end > begin and mask[begin] else text
-    return shown
+def _ends_of(shown: Callable[..., str], words: tokenizer.Tokenizer, ids: np.ndarray, mask: np.ndarray) -> str:
+    """All of a document, or its begin and its end; in colours on a terminal."""
+    whole = [slice(None)] if len(ids) <= 2 * SHOWN else [slice(SHOWN), slice(-SHOWN, None)]
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return " ... ".join(shown(words, ids[part].tolist(), mask[part].tolist(), colour=colour) for part in whole)
 
 
 def _explain(bad: int, named: list[tuple[Piece, Bad]], allowed: int) -> str:
