@@ -18,6 +18,7 @@ import pytest
 import yaml
 from running import wait_until
 
+from launcher.host.local import Local
 from launcher.runs import find, logs, record, states
 from launcher.slurm import client
 
@@ -291,8 +292,9 @@ def test_an_exported_script_trains_by_plain_sbatch(chain):
     done = subprocess.run(["sbatch", script], env=environment, cwd=chain.home, capture_output=True, text=True)
     job = re.search(r"\d+", done.stdout)[0]
     run_dir = chain.home / "runs" / f"plain-{job}"
-    wait_until(lambda: not client.states([job], environment)[job].active, 120)
-    assert client.states([job], environment)[job].state == "COMPLETED", chain.stories()
+    host = Local(environment["SLURM_CONF"])
+    wait_until(lambda: not client.states([job], host)[job].active, 120)
+    assert client.states([job], host)[job].state == "COMPLETED", chain.stories()
     newest = logs.newest(run_dir)
     assert newest["step"]["step"] == 2
     assert newest["exit"]["code"] == 0

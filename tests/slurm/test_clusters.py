@@ -144,7 +144,7 @@ WRONG = [
     ("container.image=/no/image.sif", "image", "/no/image.sif isn't here"),
     ("container.mounts=[/no/data]", "mount /no/data", "/no/data isn't here"),
     ("container.runtime=pyxis", "pyxis", "srun has no --container-image"),
-    ("paths.models=/nowhere/models", "paths.models", "nothing of /nowhere/models is there"),
+    ("paths.models=/nowhere/models", "paths.models", "no folder of /nowhere/models exists"),
     ("paths.runs=/proc/runs", "paths.runs", "/proc isn't a folder that you can write in"),
     ("gpu_request=gpus-per-node", "sbatch --test-only", ""),
 ]
