@@ -14,6 +14,7 @@ from click.shell_completion import BashComplete, CompletionItem, FishComplete, S
 
 from launcher.cluster import catalog, yaml_layers
 from launcher.errors import MixlaunchError
+from megatron_mixtral.spec import rundir
 
 SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 PROGRAM = "mixlaunch"
@@ -50,7 +51,7 @@ def _profiles(incomplete: str) -> Iterable[str]:
 def runs(incomplete: str) -> Iterable[str]:
     """Runs by name, the newest first."""
     newest = sorted(
-        (record for folder in _runs_folders() for record in folder.glob(f"{glob(incomplete)}*/run.json")),
+        (record for folder in _runs_folders() for record in folder.glob(f"{glob(incomplete)}*/{rundir.RECORD}")),
         key=lambda record: record.parent.stat().st_mtime,
         reverse=True,
     )

@@ -14,6 +14,7 @@ import click
 
 from launcher.common import sample_text, terminal
 from launcher.errors import Fault, UsageError
+from megatron_mixtral.spec import rundir
 
 TEXT_BYTES = 2 << 20  # characters: enough text for the loss to fall, and tokenized within seconds
 LEAST_TEXT = 8000  # bytes: a batch, and the documents kept for validation
@@ -53,7 +54,7 @@ def run(text: Path | None, folder: Path) -> None:
     chain.step("A server with the trained model", "serve", "--model", trained, "--precision", "fp32", "--no-wait")
     server = newest(runs, "serve")
     try:
-        wait_for(server / "server.json", seconds=120)
+        wait_for(server / rundir.SERVER, seconds=120)
         chain.step("A question", "chat", server, *QUESTION)
     finally:
         chain.step("The server ends", "cancel", server.name)
@@ -64,7 +65,7 @@ def run(text: Path | None, folder: Path) -> None:
             ("weights as made", str(hub)),
             ("in Megatron's layout", str(converted)),
             ("the training run", str(trained)),
-            ("its checkpoints", str(trained / "checkpoints")),
+            ("its checkpoints", str(trained / rundir.CHECKPOINTS)),
             ("trained, for transformers", str(models / "tuned")),
             ("the server's run", str(server)),
         ]

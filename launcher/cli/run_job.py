@@ -15,6 +15,7 @@ from launcher.planning import describe, inputs
 from launcher.planning.plan import JobPlan
 from launcher.script import lint, render
 from launcher.submit import foreground, start
+from megatron_mixtral.spec import rundir
 
 
 def run(
@@ -70,10 +71,10 @@ def _show(plan: JobPlan, *, script: bool = True) -> None:
     terminal.heading(f"{plan.job}: what would run")
     outlook = describe.facts(plan.outlook) if plan.outlook else []
     terminal.facts([*describe.plan_facts(plan), *outlook, ("run", str(run_dir) if script else "")])
-    terminal.heading("config.yaml")
+    terminal.heading(rundir.CONFIG)
     terminal.code(render.config_text(plan), "yaml")
     if script:
-        terminal.heading("job.sbatch")
+        terminal.heading(rundir.SCRIPT)
         terminal.code(text, "bash")
 
 

@@ -14,6 +14,7 @@ from launcher.runs.logs import Leaver
 from launcher.runs.record import Run
 from launcher.runs.states import State
 from launcher.slurm import hostlist
+from megatron_mixtral.spec import rundir
 
 TAIL = 100_000  # bytes at the end of a log that are read
 COUNTED = 50_000_000
@@ -85,7 +86,7 @@ def _output(run: Run, attempt: int | None) -> tuple[Line, ...]:
     found: list[Line] = []
     for job in run.job_ids:
         current: int | None = None
-        for line in _tail(run.path / "logs" / f"slurm-{job}.out"):
+        for line in _tail(run.path / rundir.LOGS / f"slurm-{job}.out"):
             if match := ATTEMPT.match(line.text):
                 current = int(match[1])
             elif current == attempt:

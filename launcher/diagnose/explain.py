@@ -22,6 +22,7 @@ from launcher.runs import follow, logs, record, states
 from launcher.runs.record import Run
 from launcher.runs.states import State
 from launcher.slurm import reasons
+from megatron_mixtral.spec import rundir
 
 QUIET = 600  # seconds without output, after which a running job may hang
 DOWN = re.compile(r"down|drain|fail|error|unk|boot|powering|maint|[*]", re.I)
@@ -138,7 +139,7 @@ def _progress(run: Run) -> tuple[str, bool]:
 def _written(run: Run) -> Iterable[Path]:
     there = logs.attempts(run.path)
     newest = logs.path(run.path, there[-1], logs.BATCH).parent.glob("*.log") if there else []
-    return [path for path in (*newest, run.path / logs.EVENTS) if path.exists()]
+    return [path for path in (*newest, run.path / rundir.EVENTS) if path.exists()]
 
 
 def _finished(run: Run) -> str:

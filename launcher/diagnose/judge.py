@@ -16,6 +16,7 @@ from launcher.diagnose.evidence import Evidence, Line
 from launcher.errors import UsageError
 from launcher.planning import requeue
 from launcher.slurm import hostlist
+from megatron_mixtral.spec import rundir
 
 RECENT = 200  # lines at the end of a rank's log; the rank survived anything before them
 SHOWN = 8
@@ -25,14 +26,10 @@ FRAME = re.compile(r'^\s+File "')
 COMMAND = re.compile(r"\s+\(\s*trap .*")
 KILLED = re.compile(r"^\S*bash: line \d+:\s+\d+ \w")  # what the shell says of a rank that a signal ended
 SIGNALS = range(129, 160)
-ENDED_BY_OTHERS = (
-    0,
-    15,
-    137,
-    143,
-    85,
-)  # exit codes of ranks that were ended from outside; they say nothing about the cause
-TOLD_TO_LEAVE = (15, 85, 130, 143)  # all ranks were told to leave, so the first one to do it means nothing
+# Exit codes of ranks that were ended from outside; they say nothing about the cause.
+ENDED_BY_OTHERS = (rundir.DONE, 15, 137, 143, rundir.REQUEUE)
+# All ranks were told to leave with these, so the first one to do it means nothing.
+TOLD_TO_LEAVE = (15, rundir.REQUEUE, 130, 143)
 NOT_FIRST = ("time_limit", "preempted")  # a rank may have failed before one of these ended the job
 
 Symptom = tuple[int, Cause]  # the place of a line in a rank's log, and the cause it speaks of

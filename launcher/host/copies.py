@@ -14,10 +14,11 @@ from launcher.common import files, state_dir
 from launcher.host import ssh
 from launcher.host.base import MissingError
 from launcher.host.ssh import Login
+from megatron_mixtral.spec import rundir
 
 RECORD = ".login"
 LIST = (  # what a list of runs shows
-    *("/*/", "/*/run.json", "/*/server.json", "/*/events.jsonl"),
+    *("/*/", *(f"/*/{name}" for name in (rundir.RECORD, rundir.SERVER, rundir.EVENTS))),
     *(
         "/*/logs/",
         "/*/logs/slurm-*.out",
@@ -26,7 +27,7 @@ LIST = (  # what a list of runs shows
         "/*/logs/attempt_*/first_exit",
     ),
 )
-HEAVY = ("/checkpoints/", "/secrets.env", "/inputs/", "/submission/", "*.distcp", "*.safetensors")
+HEAVY = (f"/{rundir.CHECKPOINTS}/", f"/{rundir.SECRETS}", "/inputs/", "/submission/", "*.distcp", "*.safetensors")
 
 
 def place(login: Login, path: Path) -> Path:

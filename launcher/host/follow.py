@@ -15,6 +15,7 @@ from typing import IO
 from launcher.host import copies, ssh
 from launcher.host.base import LostError
 from launcher.host.ssh import Login
+from megatron_mixtral.spec import rundir
 
 POLL = 1  # seconds between two looks over there
 TRIES = 3  # of a stream that ends before it says anything
@@ -108,6 +109,6 @@ class Stream:
 
 def _script(run: Path) -> str:
     """Starts from what the copy holds."""
-    logs = [*run.glob("logs/attempt_*/*.log"), *run.glob("events.jsonl")]
+    logs = [*run.glob("logs/attempt_*/*.log"), *run.glob(rundir.EVENTS)]
     known = "\n".join(f"{path.stat().st_size} {path.relative_to(run)}" for path in logs)
     return SCRIPT.format(run=shlex.quote(str(copies.original(run))), known=shlex.quote(known), poll=POLL)

@@ -14,6 +14,7 @@ from launcher.common import printable
 from launcher.errors import Fault, UsageError
 from launcher.planning import uploads
 from launcher.planning.plan import Input, JobPlan
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.options import SpecError
 from megatron_mixtral.spec.shape import MixtralShape, published
 
@@ -53,7 +54,7 @@ def missing(plan: JobPlan) -> list[Input]:
 
 def is_converted(profile: ClusterProfile, folder: str) -> bool:
     """Whether `folder` holds finished weights in Megatron's layout, or a run that has some."""
-    marks = ("mixlaunch.json", "release/mixlaunch.json", "checkpoints/latest_checkpointed_iteration.txt")
+    marks = (rundir.MARKER, f"release/{rundir.MARKER}", f"{rundir.CHECKPOINTS}/{rundir.LATEST}")
     return any(profile.host.exist([f"{folder}/{mark}" for mark in marks]))
 
 

@@ -11,7 +11,6 @@ from launcher.common import quoting
 from launcher.errors import UsageError
 from launcher.planning.plan import JobPlan
 
-FILE = "secrets.env"
 # What a job makes use of by itself, where it is set.
 WELCOME = {"download": ("HF_TOKEN",), "serve": ("MIXLAUNCH_API_KEY",)}
 

@@ -9,7 +9,8 @@ from launcher.common import printable, words
 from launcher.errors import Fault, MixlaunchError, UsageError
 from launcher.host import login_node
 from launcher.runs import record
-from launcher.runs.record import RECORD, Run
+from launcher.runs.record import Run
+from megatron_mixtral.spec import rundir
 
 NEWEST = "newest"
 
@@ -37,7 +38,7 @@ def every(roots: Iterable[Path]) -> list[Run]:
     roots = list(roots)
     _pull(roots)
     found = []
-    for path in {path.resolve() for root in roots for path in root.glob(f"*/{RECORD}")}:
+    for path in {path.resolve() for root in roots for path in root.glob(f"*/{rundir.RECORD}")}:
         try:
             found.append(record.read(path.parent))
         except UsageError:

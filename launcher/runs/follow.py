@@ -13,6 +13,7 @@ from typing import Any
 from launcher.common import words
 from launcher.runs import logs, states
 from launcher.runs.record import Run
+from megatron_mixtral.spec import rundir
 
 ASK_SLURM_EVERY = 3.0
 ASK_HERE_EVERY = 0.5
@@ -63,7 +64,7 @@ def _all_lines(run: Run, attempt: int | None, follow: bool) -> Iterator[tuple[in
 
 def events(run: Run) -> Iterator[dict[str, Any]]:
     """Events as they are written, with an empty one whenever there is time to look up, until the run has ended."""
-    going_on, position, path = active(run), 0, run.path / logs.EVENTS
+    going_on, position, path = active(run), 0, run.path / rundir.EVENTS
     while True:
         going = going_on()
         with contextlib.suppress(OSError), path.open("rb") as stream:

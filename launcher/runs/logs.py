@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
+from megatron_mixtral.spec import rundir
 
-EVENTS = "events.jsonl"
 TAIL = 65_536  # bytes of events.jsonl that hold the newest of each kind
 BATCH = "batch"
 POLL = 0.3
@@ -30,13 +30,18 @@ class Leaver:
 
 def attempts(run_dir: Path) -> list[int]:
     """Numbers of the attempts that left logs, in order."""
-    names = (path.name.removeprefix("attempt_") for path in (run_dir / "logs").glob("attempt_*"))
+    names = (path.name.removeprefix(rundir.ATTEMPT) for path in (run_dir / rundir.LOGS).glob(f"{rundir.ATTEMPT}*"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def path(run_dir: Path, attempt: int, source: int | str = 0) -> Path:
     """The log of a rank, or of the batch script ("batch")."""
-    return run_dir / "logs" / f"attempt_{attempt}" / (f"{BATCH}.log" if source == BATCH else f"rank_{source}.log")
+    return (
+        run_dir
+        / rundir.LOGS
+        / f"{rundir.ATTEMPT}{attempt}"
+        / (f"{BATCH}.log" if source == BATCH else f"rank_{source}.log")
+    )
 
 
 def find(run_dir: Path, *, attempt: int | None = None, source: int | str = 0) -> Path:
@@ -70,7 +75,7 @@ def ranks(run_dir: Path, attempt: int) -> list[int]:
 def first_to_leave(run_dir: Path, attempt: int) -> Leaver | None:
     """Who left an attempt first; None while everyone is there, and where no rank came so far."""
     try:
-        code, rank, node = (path(run_dir, attempt).parent / "first_exit").read_text().split()
+        code, rank, node = (path(run_dir, attempt).parent / rundir.FIRST_EXIT).read_text().split()
         # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.
         return Leaver(code=TERMINATED if int(code) < 0 else int(code), rank=int(rank), node=node)
     except (OSError, ValueError):
@@ -157,7 +162,7 @@ class _Reader:
 def events(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The newest events, oldest first; lines that a crash cut in half are passed over."""
     try:
-        with (run_dir / EVENTS).open("rb") as stream:
+        with (run_dir / rundir.EVENTS).open("rb") as stream:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - TAIL))
             lines = stream.read().split(b"\n")

@@ -14,10 +14,9 @@ from launcher.common import files
 from launcher.errors import Fault, UncertainError, UsageError
 from launcher.host import login_node
 from launcher.host.base import Host
+from megatron_mixtral.spec import rundir
 
 SCHEMA = 1
-RECORD = "run.json"
-SCRIPT = "job.sbatch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +80,19 @@ class Run:
 def read(path: Path) -> Run:
     """The run in `path`; `UsageError` if it is none or made by a newer mixlaunch."""
     try:
-        record = json.loads((path / RECORD).read_text())
+        record = json.loads((path / rundir.RECORD).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path}: no run directory (it has no {RECORD})") from None
+        raise UsageError(f"{path}: no run directory (it has no {rundir.RECORD})") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path / RECORD}: {error}") from error
+        raise UsageError(f"{path / rundir.RECORD}: {error}") from error
     if not isinstance(record, dict):
-        raise UsageError(f"{path / RECORD}: not the record of a run")
+        raise UsageError(f"{path / rundir.RECORD}: not the record of a run")
     if record.get("schema") != SCHEMA:
         raise UsageError(
-            f"{path / RECORD}: schema {record.get('schema')}, this mixlaunch reads {SCHEMA}; update it"
+            f"{path / rundir.RECORD}: schema {record.get('schema')}, this mixlaunch reads {SCHEMA}; update it"
         )
     if not _whole(record):
-        raise UsageError(f"{path / RECORD}: not the record of a run")
+        raise UsageError(f"{path / rundir.RECORD}: not the record of a run")
     return Run(path=path, record=record)
 
 
@@ -120,7 +119,7 @@ def with_job(run: Run, job_id: str) -> Run:
     try:
         return changed(run, jobs=[*run.job_ids, job_id], submitting=False)
     except OSError as error:
-        path = run.path / RECORD
+        path = run.path / rundir.RECORD
         raise UncertainError(f"job {job_id} is submitted, but {path} can't say so: {error.strerror}") from error
 
 
@@ -129,10 +128,10 @@ def changed(run: Run, **values: Any) -> Run:
     changed = replace(run, record={**run.record, **values})
     write(changed)
     with contextlib.suppress(Fault):  # a login node that has gone silent keeps its own notes of the job
-        run.host.put(run.path / RECORD)
+        run.host.put(run.path / rundir.RECORD)
     return changed
 
 
 def write(run: Run) -> None:
     """Make the record of `run` what it says."""
-    files.write_json(run.path / RECORD, run.record)
+    files.write_json(run.path / rundir.RECORD, run.record)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from launcher.common import quoting
 from launcher.errors import Fault, MixlaunchError, UsageError
 from launcher.runs import find, record
+from megatron_mixtral.spec import rundir
 
 if TYPE_CHECKING:
     import httpx  # takes a tenth of a second to import, and only a question to a server needs it
 
-STATE = "server.json"
 KEY = "MIXLAUNCH_API_KEY"
 PROBE_SECONDS = 2.0
 LINE = re.compile(r"^mixlaunch_(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>[-+.\deE]+)$", re.M)
@@ -102,17 +102,17 @@ def of_run(run: record.Run) -> Server:
 def state_of(run: record.Run) -> dict[str, Any]:
     """What a run's server says of itself, asked where it says it; `UsageError` when it says nothing."""
     try:
-        return dict(json.loads(run.host.read(run.path / STATE)))
+        return dict(json.loads(run.host.read(run.path / rundir.SERVER)))
     except FileNotFoundError:
         hint = "it isn't a serve job" if run.job != "serve" else f"see `mixlaunch logs {run.name}`"
         raise UsageError(f"{run.name}: no server is ready there; {hint}") from None
     except (OSError, ValueError) as error:
-        raise Fault(f"{run.path / STATE}: {error}") from error
+        raise Fault(f"{run.path / rundir.SERVER}: {error}") from error
 
 
 def newest(roots: Iterable[Path]) -> Server:
     """The server that was started last; one that was killed left its word behind, so of several one must answer."""
-    ready = [run for run in find.every(roots) if (run.path / STATE).is_file()]
+    ready = [run for run in find.every(roots) if (run.path / rundir.SERVER).is_file()]
     if not ready:
         raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
     first, *others = ready
@@ -182,14 +182,14 @@ def how_to_ask(run: record.Run, url: str | None = None) -> list[tuple[str, str]]
     words = ["curl", endpoint, "-H", "Content-Type: application/json", "-d", body]
     key = ""
     if _key_of(run):
-        there = ["sed", "-n", f"s/^{KEY}=//p", str(run.host.original(run.path / "secrets.env"))]
+        there = ["sed", "-n", f"s/^{KEY}=//p", str(run.host.original(run.path / rundir.SECRETS))]
         key = f' -H "Authorization: Bearer $({run.host.typed(*there)})"'
     return [ready, ("ask", shlex.join(words) + key)]
 
 
 def _key_of(run: record.Run) -> str | None:
     """From the run's secrets, which only its owner can read."""
-    path = run.path / "secrets.env"
+    path = run.path / rundir.SECRETS
     try:
         lines = run.host.read(path).decode().splitlines()
     except FileNotFoundError:

@@ -15,8 +15,9 @@ from launcher.common import processes
 from launcher.errors import Fault, UsageError
 from launcher.host.base import Host
 from launcher.runs import logs, record
-from launcher.runs.record import RECORD, SCRIPT, Run
+from launcher.runs.record import Run
 from launcher.slurm import client
+from megatron_mixtral.spec import rundir
 
 MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, with the run directory as its value
 FAREWELL = 35  # seconds that a cancelled local run gets: its script gives the ranks thirty
@@ -130,7 +131,7 @@ def _adopted(run: Run) -> Run:
     try:
         noted = _noted(run)
         told = noted is not None and noted not in run.job_ids
-        job_id = noted if told else find_job(run.path / SCRIPT, run.host)
+        job_id = noted if told else find_job(run.path / rundir.SCRIPT, run.host)
     except Fault:
         return run
     return record.with_job(run, job_id) if job_id else run
@@ -138,7 +139,7 @@ def _adopted(run: Run) -> Run:
 
 def _noted(run: Run) -> str | None:
     """The job that sbatch told of where it ran, though we didn't hear it."""
-    match = SUBMITTED.search(run.host.noted(run.path / SCRIPT, len(run.job_ids)))
+    match = SUBMITTED.search(run.host.noted(run.path / rundir.SCRIPT, len(run.job_ids)))
     return match[1] if match else None
 
 
@@ -179,7 +180,7 @@ def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
 def from_output(run_dir: Path, job_id: str) -> str | None:
     """How Slurm ended the job's last attempt, from what it wrote into the job's own output; None if it didn't."""
     try:
-        text = (run_dir / "logs" / f"slurm-{job_id}.out").read_text(errors="replace")
+        text = (run_dir / rundir.LOGS / f"slurm-{job_id}.out").read_text(errors="replace")
     except OSError:
         return None
     if match := ENDED_BY_SLURM.search(text[text.rfind("mixlaunch: attempt") :]):
@@ -203,7 +204,7 @@ def find_job(script: Path, host: Host) -> str | None:
 def _recorded(script: Path, host: Host) -> list[str]:
     """The jobs in the record beside `script`, or beside its copy."""
     try:
-        return list(json.loads((host.place(script).parent / RECORD).read_text())["jobs"])
+        return list(json.loads((host.place(script).parent / rundir.RECORD).read_text())["jobs"])
     except (OSError, ValueError, KeyError):
         return []
 

@@ -27,6 +27,7 @@ from launcher.runs.record import Run
 from launcher.sandbox import lifecycle, rehearsal_plan
 from launcher.sandbox.record import Sandbox
 from launcher.submit import start
+from megatron_mixtral.spec import rundir
 
 STEPS = 3  # before the warning
 AFTER = 2  # after the resume
@@ -110,8 +111,8 @@ def _core(job: str, config: dict[str, Any], folder: Path) -> Fact:
     """Run one job of the core package and keep its output in a file."""
     place = folder / "jobs" / job
     place.mkdir()
-    (place / "config.yaml").write_text(yaml.safe_dump(config))
-    argv = [sys.executable, "-P", "-m", "megatron_mixtral", job, "--config", str(place / "config.yaml")]
+    (place / rundir.CONFIG).write_text(yaml.safe_dump(config))
+    argv = [sys.executable, "-P", "-m", "megatron_mixtral", job, "--config", str(place / rundir.CONFIG)]
     log = place / "log"
     with log.open("wb") as output:
         done = subprocess.run(
@@ -168,12 +169,12 @@ def _warn_and_requeue(run: Run) -> Iterator[Fact]:
     saved = _await(run, lambda e: e["event"] == "checkpoint", "the save after the early warning")
     yield ("early warning", f"saved step {saved['step']} in {saved['seconds']} s")
     # The resumed run is to end by itself, two steps further on.
-    config_file = run.path / "config.yaml"
+    config_file = run.path / rundir.CONFIG
     config = yaml.safe_load(config_file.read_text())
     config_file.write_text(yaml.safe_dump({**config, "steps": saved["step"] + AFTER}, sort_keys=False))
     left = _await(run, lambda e: e["event"] == "exit", "the ranks to leave")
-    if left["code"] != 85:
-        raise Failed(f"the ranks left with {left['code']} ({left['reason']}) instead of 85")
+    if left["code"] != rundir.REQUEUE:
+        raise Failed(f"the ranks left with {left['code']} ({left['reason']}) instead of {rundir.REQUEUE}")
 
 
 def _second_attempt(run: Run) -> Iterator[Fact]:
@@ -216,14 +217,18 @@ def _fault(run: Run) -> str:
     if not numbers:
         return ""
     first = logs.first_to_leave(run.path, numbers[-1])
-    return f"rank {first.rank} on {first.node} left with {first.code}" if first and first.code != 85 else ""
+    return (
+        f"rank {first.rank} on {first.node} left with {first.code}"
+        if first and first.code != rundir.REQUEUE
+        else ""
+    )
 
 
 def _tails(run: Run) -> str:
     """The end of the batch script's log and of the log of the rank that left first."""
     numbers = logs.attempts(run.path)
     if not numbers:
-        texts = [path for path in (run.path / "logs").glob("*.out")]
+        texts = [path for path in (run.path / rundir.LOGS).glob("*.out")]
     else:
         first = logs.first_to_leave(run.path, numbers[-1])
         sources = (logs.BATCH, first.rank if first else 0)

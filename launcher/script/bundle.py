@@ -13,9 +13,8 @@ from launcher.errors import Fault, UsageError
 from launcher.planning import requeue
 from launcher.planning.plan import JobPlan
 from launcher.script import lint, render
+from megatron_mixtral.spec.rundir import CONFIG, SCRIPT
 
-SCRIPT = "job.sbatch"
-CONFIG = "config.yaml"
 README = "README.md"
 
 

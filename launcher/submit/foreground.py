@@ -9,8 +9,7 @@ from launcher.errors import UsageError
 from launcher.planning import inputs, secrets
 from launcher.planning.plan import JobPlan
 from launcher.script import render
-
-CONFIG = "config.yaml"
+from megatron_mixtral.spec.rundir import CONFIG
 
 
 def run(plan: JobPlan) -> int:

@@ -10,16 +10,16 @@ from submitit.local import local
 
 from launcher.common import processes
 from launcher.planning.plan import JobPlan
-from launcher.runs.record import SCRIPT
 from launcher.runs.states import MARK
 from launcher.slurm import client
+from megatron_mixtral.spec import rundir
 
 
 def submit(plan: JobPlan, text: str, run_dir: Path, *, caller: Mapping[str, str]) -> str:
     """Start `text` as `run_dir`'s next job, in the environment `caller`; its process is its id."""
     seconds, lead = client.seconds(plan.time), plan.profile.signal_lead
     executor = DetachedExecutor(run_dir, text, caller, seconds=seconds, lead=lead)
-    return executor.submit(helpers.CommandFunction(["bash", str(run_dir / SCRIPT)])).job_id
+    return executor.submit(helpers.CommandFunction(["bash", str(run_dir / rundir.SCRIPT)])).job_id
 
 
 class DetachedExecutor(local.LocalExecutor):
@@ -35,7 +35,7 @@ class DetachedExecutor(local.LocalExecutor):
         self._lead = lead
 
     def _submit_command(self, command: str) -> local.LocalJob[Any]:
-        script = self._run_dir / SCRIPT
+        script = self._run_dir / rundir.SCRIPT
         script.write_text(self._text)
         environment = {
             **self._caller,
@@ -44,7 +44,7 @@ class DetachedExecutor(local.LocalExecutor):
             "SUBMITIT_LOCAL_NTASKS": "1",
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_LOCAL_NODEID": "0",
-            "SUBMITIT_LOCAL_COMMAND": f"bash {SCRIPT}",
+            "SUBMITIT_LOCAL_COMMAND": f"bash {rundir.SCRIPT}",
             "SUBMITIT_LOCAL_TIMEOUT_S": str(self._seconds),
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(self._lead),
             "SUBMITIT_LOCAL_WITH_SHELL": "",

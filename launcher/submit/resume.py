@@ -19,10 +19,11 @@ from launcher.planning import requeue
 from launcher.planning.layout import Placement
 from launcher.planning.plan import JobPlan
 from launcher.runs import record, states
-from launcher.runs.record import SCRIPT, Run
+from launcher.runs.record import Run
 from launcher.script import lint
 from launcher.slurm import hostlist
 from launcher.submit import answer, start
+from megatron_mixtral.spec.rundir import RECORD, SCRIPT
 
 
 def resume(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> Run:
@@ -41,7 +42,7 @@ def retry(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> 
 
 def _again(run: Run, how: str, *, time: str | None, exclude: Sequence[str]) -> Run:
     with _alone(run):
-        if not os.access(run.path / record.RECORD, os.W_OK):
+        if not os.access(run.path / RECORD, os.W_OK):
             raise UsageError(f"{run.name}: its run directory isn't yours to write; only its owner goes on with it")
         run = record.read(run.path)
         _require_ended(run, how)

@@ -14,8 +14,8 @@ from launcher.errors import SubmitError
 from launcher.host.base import Host
 from launcher.host.local import Local
 from launcher.planning.plan import JobPlan
-from launcher.runs.record import SCRIPT
 from launcher.submit import answer
+from megatron_mixtral.spec import rundir
 
 GRACE = 15
 
@@ -25,7 +25,7 @@ def submit(plan: JobPlan, text: str, run_dir: Path, *, host: Local, caller: Mapp
     host.require_conf()
     executor = VerbatimExecutor(plan, text, run_dir, host, caller)
     # What submitit records as the job's function: the script, run by hand.
-    return executor.submit(helpers.CommandFunction(["bash", str(run_dir / SCRIPT)])).job_id
+    return executor.submit(helpers.CommandFunction(["bash", str(run_dir / rundir.SCRIPT)])).job_id
 
 
 class VerbatimExecutor(slurm.SlurmExecutor):
@@ -37,7 +37,7 @@ class VerbatimExecutor(slurm.SlurmExecutor):
                 raise SubmitError(f"{program}: not found on PATH; submit from a login node of the cluster")
         (run_dir / "submitit").mkdir(exist_ok=True)
         super().__init__(run_dir / "submitit")
-        self._plan, self._text, self._script, self._host = plan, text, run_dir / SCRIPT, host
+        self._plan, self._text, self._script, self._host = plan, text, run_dir / rundir.SCRIPT, host
         self._variables = _environment(text, caller, host.environment)
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:

@@ -18,13 +18,13 @@ from launcher.host.login_node import LoginNode
 from launcher.host.ssh import Login
 from launcher.planning import requeue
 from launcher.runs import states
-from launcher.runs.record import RECORD, SCRIPT
 from launcher.submit import answer
+from megatron_mixtral.spec import rundir
 
 GRACE = 30  # seconds more than sbatch gets, for the way there and back
 GIVEN_UP, NO_SBATCH, UNDER_WAY = 75, 76, 77  # exit codes of ours
 NEVER, UNKNOWN = "never", "unknown"
-UPLOADS = ("run.json", "config.yaml", "job.sbatch", "secrets.env")
+UPLOADS = (rundir.RECORD, rundir.CONFIG, rundir.SCRIPT, rundir.SECRETS)
 
 MAKE = """
 mkdir -p {parent} || exit
@@ -80,9 +80,9 @@ def submit(host: LoginNode, text: str, run: Path, *, options: Sequence[str] = ()
     When a run's first submission comes to nothing, what was made over there is removed.
     """
     login = host.login
-    (run / SCRIPT).write_text(text)
+    (run / rundir.SCRIPT).write_text(text)
     there = copies.original(run)
-    record = json.loads((run / RECORD).read_text())
+    record = json.loads((run / rundir.RECORD).read_text())
     first = not record["jobs"] and not record["resubmissions"]
     try:
         if first:
@@ -93,7 +93,7 @@ def submit(host: LoginNode, text: str, run: Path, *, options: Sequence[str] = ()
     claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
     try:
         done = _sbatch(host, text, there, claim, options)
-        return answer.job_of(done.code, done.out, done.err, there / SCRIPT, host)
+        return answer.job_of(done.code, done.out, done.err, there / rundir.SCRIPT, host)
     except (Interrupted, UncertainError):
         raise
     except BaseException:
@@ -121,14 +121,14 @@ def _upload(login: Login, run: Path, there: Path, *, first: bool) -> None:
         if first:
             _remove(login, there)
         raise
-    (run / "secrets.env").unlink(missing_ok=True)
+    (run / rundir.SECRETS).unlink(missing_ok=True)
 
 
 def _remove(login: Login, there: Path) -> None:
     with contextlib.suppress(Fault):  # whatever failed before is what matters
         # The script first: whatever may still be under way over there finds nothing to submit.
         run = shlex.quote(str(there))
-        ssh.run(login, f"rm -f {run}/{SCRIPT}; exec rm -rf {run}")
+        ssh.run(login, f"rm -f {run}/{rundir.SCRIPT}; exec rm -rf {run}")
 
 
 def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequence[str]) -> Done:
@@ -145,7 +145,7 @@ def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequen
         exports=ssh.exports(host.environment),
         timeout=answer.SBATCH_TIMEOUT,
         options=shlex.join(options),
-        script=shlex.quote(str(there / SCRIPT)),
+        script=shlex.quote(str(there / rundir.SCRIPT)),
     )
     try:
         done = ssh.run(host.login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
@@ -153,7 +153,7 @@ def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequen
         return _settled(host, there, claim, str(lost))
     except KeyboardInterrupt:
         done = _settled(host, there, claim, "interrupted")
-        job_id = answer.job_of(done.code, done.out, done.err, there / SCRIPT, host)
+        job_id = answer.job_of(done.code, done.out, done.err, there / rundir.SCRIPT, host)
         raise answer.interrupted(job_id) from None
     if done.code == NO_SBATCH:
         raise SubmitError(f"sbatch: not found on the PATH of {host.name}, nor on that of a login shell there")
@@ -179,7 +179,7 @@ def _settled(host: LoginNode, there: Path, claim: str, why: str) -> Done:
         done = ssh.run(host.login, body, timeout=answer.SBATCH_TIMEOUT + GRACE)
         if done.out.strip() != UNKNOWN:
             found = None
-        elif (found := states.find_job(there / SCRIPT, host)) is None:
+        elif (found := states.find_job(there / rundir.SCRIPT, host)) is None:
             raise Fault(f"sbatch hasn't ended on {host.name}, and Slurm has no such job yet")
     except Fault as fault:
         raise UncertainError(

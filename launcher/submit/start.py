@@ -25,10 +25,11 @@ from launcher.host.login_node import LoginNode
 from launcher.planning import secrets, uploads
 from launcher.planning.plan import JobPlan
 from launcher.runs import record, states
-from launcher.runs.record import SCRIPT, Run
+from launcher.runs.record import Run
 from launcher.script import lint, render
 from launcher.slurm import hostlist
 from launcher.submit import answer, local, sbatch, sbatch_ssh
+from megatron_mixtral.spec import rundir
 
 TOO_FEW = re.compile(r"Invalid node name|node configuration is not available|More nodes requested", re.I)
 
@@ -56,7 +57,7 @@ def run(plan: JobPlan, *, asked: Sequence[str] = (), path: Path | None = None) -
 
 def _submitted(plan: JobPlan, text: str, run: Run) -> str:
     """The job of a run directory that has none yet; without one the directory is removed."""
-    (run.path / "config.yaml").write_text(render.config_text(plan))
+    (run.path / rundir.CONFIG).write_text(render.config_text(plan))
     try:
         write_secrets(plan, run.path)
         return submit(plan, text, run.path)
@@ -86,7 +87,7 @@ def job_after_all(run: Run) -> str | None:
     if run.is_local:
         states.cancel_local(run.path, "")
         return None
-    return states.find_job(run.path / SCRIPT, run.host)
+    return states.find_job(run.path / rundir.SCRIPT, run.host)
 
 
 def create(plan: JobPlan, path: Path, *, asked: Sequence[str] = ()) -> Run:
@@ -117,7 +118,7 @@ def create(plan: JobPlan, path: Path, *, asked: Sequence[str] = ()) -> Run:
     }
     try:
         path.mkdir(parents=True)
-        (path / "logs").mkdir()  # Slurm writes its own output there and makes no folders
+        (path / rundir.LOGS).mkdir()  # Slurm writes its own output there and makes no folders
     except OSError as error:
         raise Fault(f"run directory {path}: {error.strerror}") from error
     made = Run(path=path, record=facts)
@@ -155,17 +156,17 @@ def write_secrets(plan: JobPlan, run_dir: Path) -> None:
         return
     text = "".join(f"{name}={shlex.quote(os.environ[name])}\n" for name in names)
     try:
-        descriptor = os.open(run_dir / secrets.FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(run_dir / rundir.SECRETS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(os.fsencode(text))
     except OSError as error:
-        raise Fault(f"{run_dir / secrets.FILE}: {error.strerror}") from error
+        raise Fault(f"{run_dir / rundir.SECRETS}: {error.strerror}") from error
 
 
 def without_secrets(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
     """`environment` less the run's secrets: Slurm keeps what sbatch hands it in files of its own."""
     try:
-        lines = (run_dir / secrets.FILE).read_bytes().splitlines()
+        lines = (run_dir / rundir.SECRETS).read_bytes().splitlines()
     except OSError:
         return dict(environment)
     names = {os.fsdecode(line.partition(b"=")[0]) for line in lines}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_mixtral.checkpoint import digests, save_load
 from megatron_mixtral.model import fp8
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import merged
@@ -79,7 +80,7 @@ def start(chunks: list[Any], folder: Path) -> None:
     Adapters in `folder` are merged into their base.
     """
     if weights_folder.is_hub(folder) or merged.is_adapter(folder):
-        if weights_folder.is_hub(folder) and (folder / weights_folder.MARKER).is_file():
+        if weights_folder.is_hub(folder) and (folder / rundir.MARKER).is_file():
             digests.check(folder, weights_folder.read_marker(folder))
         for chunk in chunks:
             load(chunk, folder)

@@ -22,13 +22,12 @@ from megatron_mixtral import mcore
 from megatron_mixtral.checkpoint import digests, writer
 from megatron_mixtral.distributed import collectives
 from megatron_mixtral.errors import CheckpointError, SaveError
+from megatron_mixtral.spec.rundir import LATEST, MARKER
 from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights import tensors
 from megatron_mixtral.weights.folder import (
     FORMAT,
-    LATEST,
-    MARKER,
     hub_assets,
     read_marker,
     refuse_foreign,

@@ -27,6 +27,7 @@ from megatron_mixtral.data.formats import Fields
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import CopyProgress
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.jobs import PrepareConfig
 from megatron_mixtral.tokenization import chat, chat_template, show, tokenizer
 
@@ -69,7 +70,7 @@ def prepare(config: PrepareConfig, run_dir: Path) -> None:
     form = chat_template.form(words, config.chat_template)
     ids = tokenizer.ids_digest(words, rendered=form.source is not None)
     key = _key(files, fields, ids, form.source)
-    events = EventLog(run_dir / "events.jsonl")
+    events = EventLog(run_dir / rundir.EVENTS)
     for note in words.notes:
         _say(events, f"note: {note}")
     if others := documents.left_out(config.inputs):

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.jobs import DownloadConfig
 from megatron_mixtral.weights import hub
 
@@ -20,7 +21,7 @@ NOTES = Path(".cache", "huggingface")  # what huggingface_hub keeps in a folder 
 
 def run(config: DownloadConfig, run_dir: Path) -> None:
     output = Path(config.output).expanduser().absolute()
-    fetch(config.repo, output, config.revision, EventLog(run_dir / "events.jsonl"))
+    fetch(config.repo, output, config.revision, EventLog(run_dir / rundir.EVENTS))
     print(f"{output}: complete", flush=True)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import CopyProgress
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.jobs import VerifyConfig
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import verification
@@ -22,11 +23,11 @@ def run(config: VerifyConfig, run_dir: Path) -> None:
     if workers.rank == 0:
         verification.check_others(folder, marker)
         if folder.parent == given:
-            verification.check_latest(given / weights_folder.LATEST, folder.name)
+            verification.check_latest(given / rundir.LATEST, folder.name)
     mine = verification.share(folder, marker, workers)
     if workers.rank == 0:
         verification.check_around(folder, marker, mine.source)
-    events = EventLog(run_dir / "events.jsonl" if workers.rank == 0 else None)
+    events = EventLog(run_dir / rundir.EVENTS if workers.rank == 0 else None)
     progress = CopyProgress(mine.bytes, label=f"rank {workers.rank}", events=events)
     mine.check(progress.add)
     progress.finish()

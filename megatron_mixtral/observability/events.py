@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.spec import rundir
+
 
 class EventLog:
     """Appends to `path`; without a path it writes nothing, as on the other ranks."""
@@ -17,7 +19,7 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
-    def write(self, event: str, **fields: Any) -> None:
+    def write(self, event: rundir.EventKind, **fields: Any) -> None:
         if self._path is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **_finite(fields)})

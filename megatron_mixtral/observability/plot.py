@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.observability import events
+from megatron_mixtral.spec import rundir
 
 NAME = "plot.png"
 MARKS = " ▁▂▃▄▅▆▇█"
@@ -25,7 +26,7 @@ def draw(run_dir: Path, target: Path) -> Path:
         from matplotlib.figure import Figure  # optional, and slow: training imports this module at its start
     except ImportError as error:
         raise InputError("matplotlib isn't installed: pip install matplotlib") from error
-    told = events.read(run_dir / "events.jsonl")
+    told = events.read(run_dir / rundir.EVENTS)
     steps = events.last_of_each_step(told, "step")
     if not steps:
         raise InputError(f"{run_dir}: no step is done yet, so there is nothing to draw")
@@ -118,7 +119,7 @@ def loss_chart(run_dir: Path) -> str:
     """The training loss of the run in `run_dir`; of a step that was repeated after a restart, the last event
     counts.
     """
-    steps = events.last_of_each_step(events.read(run_dir / "events.jsonl"), "step")
+    steps = events.last_of_each_step(events.read(run_dir / rundir.EVENTS), "step")
     return chart([(e["step"], e["loss"]) for e in steps if isinstance(e.get("loss"), float)], title="training loss")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mixtral.observability.events import EventLog
+from megatron_mixtral.spec import rundir
 
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that mean all interfaces
 
@@ -29,7 +30,7 @@ class Address:
 
     @property
     def file(self) -> Path:
-        return self.run_dir / "server.json"
+        return self.run_dir / rundir.SERVER
 
     def announce(self, log: EventLog, *, model: str, weights: Path) -> None:
         """Write `server.json` and print a command to try; the key isn't printed."""

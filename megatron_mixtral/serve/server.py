@@ -24,6 +24,7 @@ from megatron_mixtral.serve.engine import json_grammar, leader, links
 from megatron_mixtral.serve.engine.replica import Replica, Sizes
 from megatron_mixtral.serve.http import app, bounds, requests, uvicorn_thread
 from megatron_mixtral.serve.setup import Setup, on_signal
+from megatron_mixtral.spec import rundir
 
 GRACE_SECONDS = 3.0  # between a rank's death and ours: clients and `/health` get to say so
 
@@ -76,7 +77,7 @@ class Server:
             wanted=setup.config.port,
             key=setup.key is not None,
         )
-        self._log = EventLog(run_dir / "events.jsonl")
+        self._log = EventLog(run_dir / rundir.EVENTS)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._http: Any = None
         self._lost = threading.Event()

@@ -18,7 +18,7 @@ from megatron_mixtral import signals
 from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.serve import announce, setup
-from megatron_mixtral.spec import checks
+from megatron_mixtral.spec import checks, rundir
 from megatron_mixtral.spec.jobs import ConvertConfig, ServeConfig
 from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
@@ -38,7 +38,7 @@ def run(config: ServeConfig, run_dir: Path) -> None:
     key = setup.checked_key(config)
     checks.check(config)
     found = weights_folder.find(Path(config.model))
-    log = EventLog(run_dir / "events.jsonl")
+    log = EventLog(run_dir / rundir.EVENTS)
     folder = found if weights_folder.is_hub(found) else exported(found, config, run_dir)
     config = setup.within_context(config, MixtralShape.from_folder(folder))
     listener = setup.listener(config)

@@ -26,7 +26,7 @@ from megatron_mixtral.errors import JobError, Requeue
 from megatron_mixtral.mcore import compat, ranks
 from megatron_mixtral.observability import plot
 from megatron_mixtral.observability.events import EventLog
-from megatron_mixtral.spec import checks
+from megatron_mixtral.spec import checks, rundir
 from megatron_mixtral.spec.jobs import FinetuneConfig
 from megatron_mixtral.training import megatron_options, meters, optimizer, recorders, replicas, setup
 from megatron_mixtral.training.report import Outcome, Reporter
@@ -68,7 +68,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replica, self.replicas = ranks.data_parallel()
         checks.micro_batches(config.layout, config, self.replicas)
-        self.events = EventLog(run_dir / "events.jsonl" if self.rank == 0 else None)
+        self.events = EventLog(run_dir / rundir.EVENTS if self.rank == 0 else None)
         self.started = setup.start(config, self.checkpoints, self.events)
         self.corpus, self.parts, self.progress = self.started.corpus, self.started.parts, self.started.progress
         self.train = Feed(self.corpus.train, config, self.replica, self.replicas)
@@ -126,7 +126,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
+        return self.run_dir / rundir.CHECKPOINTS
 
     def _leave_before_the_first_step(self) -> None:
         """A stop during loading: nothing is new, so nothing is saved."""

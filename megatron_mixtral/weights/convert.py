@@ -17,6 +17,7 @@ from megatron_mixtral import signals
 from megatron_mixtral.errors import CheckpointError, JobError, Requeue
 from megatron_mixtral.observability.events import EventLog
 from megatron_mixtral.observability.progress import CopyProgress
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.jobs import ConvertConfig
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy
@@ -42,7 +43,7 @@ def convert(config: ConvertConfig, run_dir: Path, *, compare: Callable[..., str]
         conversion=conversion,
         work=work,
         workers=workers,
-        events=EventLog(run_dir / "events.jsonl" if workers.rank == 0 and not there else None),
+        events=EventLog(run_dir / rundir.EVENTS if workers.rank == 0 and not there else None),
         leaving=Leaving(work.records, run_dir.name),
         compare=compare,
     )
@@ -179,7 +180,7 @@ class Task:
         if self.config.check_logits:
             self.events.write("note", text=self._compare_logits(folder))
         if conversion.subfolder:
-            weights_folder.replace_text(self.work.partial / weights_folder.LATEST, conversion.subfolder)
+            weights_folder.replace_text(self.work.partial / rundir.LATEST, conversion.subfolder)
         self.work.publish()
 
     def _marker(self, folder: Path) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def refuse_changed(conversion: Conversion, unit: Unit, written: dict[str, str]) 
 
 def is_other(path: Path, units: Collection[str]) -> bool:
     """Whether `path` is a file of the finished folder other than weights and the marker."""
-    return path.is_file() and path.name not in (*units, weights_folder.MARKER) and path.suffix != ".rough"
+    return path.is_file() and path.name not in (*units, rundir.MARKER) and path.suffix != ".rough"
 
 
 def identity(config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:

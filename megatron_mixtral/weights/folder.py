@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.spec.rundir import CHECKPOINTS, MARKER
 
-MARKER = "mixlaunch.json"
-LATEST = "latest_checkpointed_iteration.txt"  # what upstream Megatron reads to find a checkpoint
 FORMAT = 1
 
 
@@ -48,7 +47,7 @@ def resolve(path: Path) -> Path:
     """
     if (path / MARKER).is_file():
         return path
-    for root in (path / "checkpoints", path):
+    for root in (path / CHECKPOINTS, path):
         if found := complete(root):
             return found[-1]
     if not path.exists():
@@ -72,7 +71,7 @@ def is_hub(folder: Path) -> bool:
     """Whether a folder is in the hub's layout by its marker, or could be; weights aren't checked."""
     if (folder / MARKER).is_file():
         return bool(read_marker(folder).get("kind") == "hub")
-    return not complete(folder) and not complete(folder / "checkpoints")
+    return not complete(folder) and not complete(folder / CHECKPOINTS)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:

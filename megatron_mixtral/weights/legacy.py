@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron_mixtral.errors import CheckpointError, InputError, LayoutError
 from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.rundir import MARKER
 from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import tensors, torch_archive
 from megatron_mixtral.weights.copying import Files, RowRun, Target, Unit
-from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.hub import Stored
 from megatron_mixtral.weights.tensors import EXPERTS, ITEMSIZE, LAYER, Names, RowLink, Rows, links, megatron_axes
 from megatron_mixtral.weights.torch_archive import Call, Chunk, Tensor

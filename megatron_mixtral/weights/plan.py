@@ -12,12 +12,12 @@ from typing import Any
 from megatron_mixtral.errors import InputError
 from megatron_mixtral.spec import checks
 from megatron_mixtral.spec.jobs import ConvertConfig
+from megatron_mixtral.spec.rundir import MARKER
 from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub, legacy, merged, peft, tensors, torch_dist
 from megatron_mixtral.weights import lora as adapters
 from megatron_mixtral.weights.copying import RowRun, Source, Target, Unit
-from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.tensors import Names, RowLink, hub_shapes, links
 
 UNIT_BYTES = 1 << 30  # size of a unit, which a process writes as a whole, and again after a kill

@@ -12,9 +12,9 @@ from launcher.planning import jobs
 from launcher.runs import logs
 from launcher.submit import start
 from megatron_mixtral.jobs import convert as converter
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.jobs import ConvertConfig
 from megatron_mixtral.spec.shape import MixtralShape
-from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import hub
 from megatron_mixtral.weights.copying import Target
 from megatron_mixtral.weights.tensors import hub_shapes
@@ -35,6 +35,7 @@ DIES = """
 import os, pathlib, signal, sys, time
 from megatron_mixtral import __main__
 from megatron_mixtral.weights.copying import Copier
+from megatron_mixtral.spec import rundir
 write, files = Copier.write, []
 def once(self, unit, descriptor):
     files.append(unit)
@@ -138,5 +139,5 @@ def test_a_job_that_is_told_to_leave_does_so_between_two_files_and_goes_on_later
     assert finish(run, 90).state == "COMPLETED", story(run)
     assert "everything is saved; requeued" in logs.path(run.path, 0, "batch").read_text()
     assert contents(tmp_path / "models" / "out") == undisturbed(model, tmp_path / "alone")
-    assert (tmp_path / "models" / "out" / "release" / weights_folder.MARKER).exists()
+    assert (tmp_path / "models" / "out" / "release" / rundir.MARKER).exists()
     wait_until(lambda: not processes.marked(SLURM_JOB_ID=run.job_id), 15, run)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from launcher.diagnose.causes.cause import MARK, RESUME, RETRY, Cause
 from launcher.diagnose.causes.host import HOST
 from launcher.diagnose.causes.rank import RANK
+from megatron_mixtral.spec import rundir
 
 # What only the first exit code says.
 EXITS = (
@@ -17,7 +18,7 @@ EXITS = (
         title="it saved and asked to be requeued",
         meaning="The job was warned of its time limit or of a preemption, and saved everything.",
         advice=(RESUME,),
-        codes=(85,),
+        codes=(rundir.REQUEUE,),
     ),
     Cause(
         name="killed",

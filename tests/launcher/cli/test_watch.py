@@ -19,6 +19,7 @@ from launcher.runs import servers, states
 from launcher.runs.record import Run
 from launcher.runs.states import State
 from launcher.submit import start
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.shape import PUBLISHED
 
 KEY = "a-key-nobody-sees"
@@ -127,7 +128,7 @@ def test_of_several_servers_the_newest_that_answers_is_found(tmp_path):
                 "profile": {"name": "local", "scheduler": "local"},
                 "created": f"2026-01-0{number}T00:00:00Z",
             }
-            (folder / runs.RECORD).write_text(json.dumps(record))
+            (folder / rundir.RECORD).write_text(json.dumps(record))
             (folder / "server.json").write_text(json.dumps({"url": f"http://127.0.0.1:{port}", "model": "m"}))
         assert servers.choose(None, [tmp_path]).url == f"http://127.0.0.1:{alive.getsockname()[1]}"
 

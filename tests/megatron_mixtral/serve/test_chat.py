@@ -12,6 +12,7 @@ import small_server
 from launcher.cli import chat
 from launcher.errors import Fault, UsageError
 from launcher.runs import record, servers
+from megatron_mixtral.spec import rundir
 
 KEY = "chat-key"
 RECORD = {"schema": record.SCHEMA, "job": "serve", "profile": {"name": "local", "scheduler": "local"}, "jobs": []}
@@ -33,7 +34,7 @@ def running(served_model, root):
 
 def make_run(path, created):
     path.mkdir(exist_ok=True)
-    (path / record.RECORD).write_text(json.dumps(RECORD | {"name": path.name, "created": created}))
+    (path / rundir.RECORD).write_text(json.dumps(RECORD | {"name": path.name, "created": created}))
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from conversion import contents, run
 
 from megatron_mixtral import errors
 from megatron_mixtral.jobs import convert
+from megatron_mixtral.spec import rundir
 from megatron_mixtral.spec.jobs import ConvertConfig
 from megatron_mixtral.spec.layout import Layout
-from megatron_mixtral.weights import folder as weights_folder
 from megatron_mixtral.weights import shared_work
 from megatron_mixtral.weights.copying import Copier
 
@@ -132,7 +132,7 @@ def test_a_rank_killed_ends_the_others_and_the_next_attempt_finishes(source, tmp
         ended = [p.poll() for p in job.processes]
     assert not (tmp_path / "out").exists() or ended[0] == 0
     run_job.run("convert", config, tmp_path / "run", ranks=2)
-    assert (tmp_path / "out" / "release" / weights_folder.MARKER).exists()
+    assert (tmp_path / "out" / "release" / rundir.MARKER).exists()
     run(source / "hub", tmp_path / "alone", tmp_path)
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 

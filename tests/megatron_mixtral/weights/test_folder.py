@@ -6,8 +6,9 @@ import os
 import pytest
 
 from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.spec.rundir import MARKER
 from megatron_mixtral.weights import folder as weights_folder
-from megatron_mixtral.weights.folder import MARKER, newest, prune, refuse_foreign, resolve
+from megatron_mixtral.weights.folder import newest, prune, refuse_foreign, resolve
 
 
 def make(folder, complete=True):

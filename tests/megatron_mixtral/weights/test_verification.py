@@ -16,9 +16,9 @@ from megatron_mixtral.errors import CheckpointError, InputError
 from megatron_mixtral.jobs import verify
 from megatron_mixtral.spec.jobs import VerifyConfig
 from megatron_mixtral.spec.layout import Layout
+from megatron_mixtral.spec.rundir import MARKER
 from megatron_mixtral.spec.shape import MixtralShape
 from megatron_mixtral.weights import tensors
-from megatron_mixtral.weights.folder import MARKER
 from megatron_mixtral.weights.torch_dist import TorchDistFolder
 
 
