@@ -81,7 +81,8 @@ def _whole_model(outlook: Outlook) -> Facts:
         return []
     size = memory.BYTES["bf16"]
     whole = size * sum(memory.parameters(shape, Layout(), 0))
-    largest = size * max(sum(memory.parameters(shape, layout, stage)) for stage in range(layout.pipeline))
+    ranks = (sum(memory.parameters(shape, layout, stage, outlook.stages)) for stage in range(layout.pipeline))
+    largest = size * max(ranks)
     return [("weights", f"{whole / GIB:.1f} GiB in bf16, {largest / GIB:.1f} on the fullest rank of this layout")]
 
 

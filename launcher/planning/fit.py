@@ -91,6 +91,7 @@ def attempt(request: Request) -> Outlook:
     layout, shape, work = request.layout, request.shape, request.work
     if shape:
         layout.check(shape)
+    layouts.check_size(layout)
     stages = _stages(request)
     gpus = request.cluster.node.gpus
     if work is None:

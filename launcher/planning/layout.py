@@ -7,6 +7,7 @@ from launcher.errors import LayoutError
 from megatron_mixtral.spec.layout import Layout
 
 MOST_RANKS = 100_000  # beyond any cluster: a slip of the finger, and arithmetic over ranks that takes minutes
+MOST_STAGES = 1_000  # more than any model has layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,20 @@ class Placement:
         return max(island(first + size - 1) - island(first) + 1 for first in firsts)
 
 
+def check_size(layout: Layout) -> None:
+    """`LayoutError` for a layout that no cluster holds."""
+    if layout.unit > MOST_RANKS:
+        raise LayoutError(f"this layout: {layout.unit} ranks; at most {MOST_RANKS}")
+    if layout.pipeline > MOST_STAGES:
+        raise LayoutError(f"--pp: {layout.pipeline} pipeline stages; at most {MOST_STAGES}")
+
+
 def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:
     """Whole nodes when `nodes` is given, else the fewest ranks on the fewest nodes; 0 `gpus` is no limit."""
+    check_size(layout)
     unit = layout.unit
-    for what, ranks in ((f"{nodes} nodes x {gpus} GPUs", (nodes or 0) * gpus), ("this layout", unit)):
-        if ranks > MOST_RANKS:
-            raise LayoutError(f"{what}: {ranks} ranks; at most {MOST_RANKS}")
+    if (ranks := (nodes or 0) * gpus) > MOST_RANKS:
+        raise LayoutError(f"{nodes} nodes x {gpus} GPUs: {ranks} ranks; at most {MOST_RANKS}")
     if nodes is None:
         fewest = math.ceil(unit / gpus) if gpus else 1
         count = next(n for n in range(fewest, unit + 1) if unit % n == 0)

@@ -21,7 +21,7 @@ from megatron_mixtral.spec.options import LayoutSpecError
 SHOWN = 4
 ENOUGH = 3  # suggestions that need no further change beside them
 MOST_CHANGES = 3
-MOST_WORK = 50_000  # of a search, in combinations that are refused at once: less than a second
+MOST_WORK = 40_000  # of a search, in combinations that are refused at once: less than a second
 AN_OUTLOOK = 10  # as much work as so many of them, and one more for each stage whose memory is reckoned
 MOST_CHUNKS = 128  # of layers to suggest; no Mixtral has as many
 MOST_NODES, MOST_PARTS = 512, 64  # to suggest; parts are those of any axis
@@ -113,14 +113,11 @@ def _combinations(values: dict[str, list[Any]], count: int) -> Iterator[Changes]
 
 def apply(request: Request, changes: Changes) -> Request:
     """`request` with `changes` made."""
-    layout = {name: changes[name] for name in vars(request.layout) if name in changes}
-    work = {name: changes[name] for name in vars(request.work) if name in changes} if request.work else {}
-    return replace(
-        request,
-        nodes=changes.get("nodes", request.nodes),
-        layout=replace(request.layout, **layout),
-        work=replace(request.work, **work) if request.work else None,
-    )
+    parts: dict[str, Any] = {"nodes": changes["nodes"]} if "nodes" in changes else {}
+    for name, part in (("layout", request.layout), ("work", request.work)):
+        if part and (mine := {key: value for key, value in changes.items() if key in vars(part)}):
+            parts[name] = replace(part, **mine)
+    return replace(request, **parts)
 
 
 def _study(request: Request) -> Outlook | None:
