@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from launcher.cli import completion
-from megatron_mixtral.spec.jobs import JOBS, ConvertConfig, ServeConfig, flag_of
+from megatron_mixtral.spec.jobs import JOBS, ConvertConfig, ServeConfig
 from megatron_mixtral.spec.layout import Layout
 from megatron_mixtral.spec.options import Option, SpecError, options, own
 from megatron_mixtral.spec.shape import MODEL
@@ -114,7 +114,7 @@ class OptionType(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         try:
             return self.option.checked(value)
         except SpecError as error:
-            raise click.UsageError(error.said(flag_of), ctx=ctx) from None
+            raise click.UsageError(error.said(lambda _: self.option.flag), ctx=ctx) from None
 
 
 def job_command(

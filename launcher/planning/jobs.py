@@ -254,7 +254,7 @@ PLANS: dict[str, Callable[..., JobPlan]] = {
 def _chosen(job: str, values: Mapping[str, Any], **planned: Any) -> dict[str, Any]:
     """`values` in their options' types, unless one can't be or contradicts another; `planned` counts, too."""
     kind = JOBS[job]
-    with as_typed():
+    with as_typed(kind):
         chosen = checks.typed(kind, values)
         checks.check_options(checks.complete(kind, chosen | checks.typed(kind, planned)), chosen)
     for name, value in chosen.items():

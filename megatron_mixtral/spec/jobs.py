@@ -230,7 +230,10 @@ JOBS: dict[str, type] = {
 }
 
 
-def flag_of(field: str) -> str:
-    """The option of the command line that fills a field of any job, or of a layout; `--FIELD` for all others."""
-    known = next((options(kind)[field] for kind in (Layout, *JOBS.values()) if field in options(kind)), None)
+def flag_of(field: str, job: type | None = None) -> str:
+    """The option of the command line that fills a field of `job`, or of a layout or any job; else `--FIELD`."""
+    kinds = [job] if job else []
+    known = next(
+        (options(kind)[field] for kind in (*kinds, Layout, *JOBS.values()) if field in options(kind)), None
+    )
     return known.flag if known else "--" + field.replace("_", "-")

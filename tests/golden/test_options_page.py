@@ -34,14 +34,14 @@ def test_the_page_says_what_the_fields_say():
 
 
 def section(name, kind):
-    rows = "".join(f"| {' | '.join(cells(option))} |\n" for option in options(kind).values())
+    rows = "".join(f"| {' | '.join(cells(option, kind))} |\n" for option in options(kind).values())
     return f"## {name}\n\n{kind.__doc__}\n\n{COLUMNS}{rows}"
 
 
-def cells(option):
+def cells(option, job):
     """One row of the table."""
     values = ", ".join(f"`{choice}`" for choice in option.choices) or option.span
-    needs = f" It needs `{flag_of(option.needs[0])}`." if option.needs else ""
+    needs = f" It needs `{flag_of(option.needs[0], job)}`." if option.needs else ""
     return f"`{flag(option)}`", f"`{option.name}`", values or kind_of(option), default(option), option.help + needs
 
 
