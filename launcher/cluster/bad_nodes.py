@@ -1,6 +1,6 @@
-"""Nodes that a cluster's jobs keep off: a list with reasons and dates of expiry, in the cluster's runs folder.
+"""The cluster's list of bad nodes, with reasons and expiry dates, in the cluster's runs folder.
 
-It lies there because whoever shares the folder shares the nodes. It is replaced whole; what has expired is gone.
+Everybody who shares the folder shares the nodes. The file is replaced as a whole, without expired entries.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def path(profile: ClusterProfile) -> Path:
 
 
 def read(profile: ClusterProfile) -> list[BadNode]:
-    """The entries that hold now; `Fault` for a list that can't be read, so that none is taken for empty."""
+    """The entries that are valid now; `Fault` for a list that can't be read, so it doesn't pass as empty."""
     if profile.is_local:
         return []
     file = path(profile)
@@ -63,7 +63,7 @@ def read(profile: ClusterProfile) -> list[BadNode]:
     except OSError as error:
         raise Fault(f"{file}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise Fault(f"{file}: not a list of nodes ({error}); mend or remove it") from error
+        raise Fault(f"{file}: not a list of nodes ({error}); correct or remove it") from error
 
 
 def _entries(profile: ClusterProfile, file: Path) -> list[BadNode]:
@@ -87,7 +87,7 @@ def known(profile: ClusterProfile) -> list[BadNode]:
 
 
 def require_file_system(profile: ClusterProfile) -> None:
-    """`UsageError` where a list would lie on this machine's own disk, and nobody else would ever see it."""
+    """`UsageError` if the list would be on this machine's own disk, where nobody else sees it."""
     mount = Path(*Path(profile.paths.runs).parts[:2])
     if profile.host.known([str(mount)]) == [False]:
         raise UsageError(f"{mount} isn't on this machine; run this on a login node of {profile.name}")
@@ -119,7 +119,7 @@ def duration(text: str) -> datetime.timedelta | None:
         return None
     match = re.fullmatch(r"(\d{1,4})([mhdw])", text)
     if match is None or not int(match[1]):
-        raise UsageError(f"--for: {text!r} is no time; such as 12h, 7d, 2w or forever")
+        raise UsageError(f"--for: {text!r} isn't a duration, such as 12h, 7d, 2w or forever")
     return datetime.timedelta(**{UNITS[match[2]]: int(match[1])})
 
 

@@ -1,6 +1,6 @@
-"""Where profiles lie: the folders that are searched, the names they give, and the file that a name or a path means.
+"""Finds profiles: the folders that are searched, the names in them, and the file of a name or a path.
 
-It reads no profile, so that completing a name takes no longer than listing a few folders.
+It reads no profile, so completing a name costs only listing a few folders.
 """
 
 import os
@@ -57,7 +57,7 @@ def parent(reference: str, child: Path) -> Path:
         if not path.is_file():
             raise ProfileError(f"{path} doesn't exist")
         return path
-    # `extends: selene` in one's own selene.yaml means the one that it hides.
+    # `extends: selene` in your own selene.yaml means the profile that it hides.
     found = {path.stem: path for path in reversed(_every()) if path.resolve() != child.resolve()}
     if reference not in found:
         raise ProfileError(f"unknown cluster {quoting.shown(reference)}; {words.choices(reference, sorted(found))}")

@@ -1,6 +1,6 @@
-"""A first profile for the cluster that one stands on: what Slurm tells, and comments for what it can't tell.
+"""A first profile for the cluster of this login node: what Slurm reports, and comments for what it can't report.
 
-Nothing is guessed in silence: every choice that was made among several says which others there were.
+No choice is silent: a comment lists the alternatives of every choice.
 """
 
 import os
@@ -48,7 +48,7 @@ HERE = Local()  # the environment's own Slurm: SLURM_CONF, if any, is in it
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How sbatch lets itself be asked for a GPU."""
+    """A way of requesting GPUs from sbatch."""
 
     name: str
     typed: bool
@@ -86,7 +86,7 @@ def write(name: str | None, output: Path | None) -> Path:
 
 
 def _put(path: Path, text: str) -> None:
-    """Make `path`, whole, unless it is there or isn't a profile that reads."""
+    """Write `path` as a whole; refuse an existing file, and a text that isn't a valid profile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
@@ -143,7 +143,7 @@ def _lines(cluster: Inventory, name: str, reference: str) -> Iterator[str]:
     kinds = cluster.of(partition.name)
     major, minor = sbatch_options.number(cluster.version)
     yield f"# {name}: written by `mixlaunch clusters new` from what Slurm {cluster.version} says about itself."
-    yield "# Read it through, mend what it couldn't know, then: mixlaunch clusters check " + reference
+    yield "# Read it, fill in what Slurm couldn't tell, then run: mixlaunch clusters check " + reference
     yield "# Every key there is: mixlaunch clusters show example, clusters/example.yaml."
     yield _key("description", _described(partition, kind))
     yield "scheduler: slurm"
@@ -177,7 +177,7 @@ def _choose(cluster: Inventory) -> Choice:
             return replace(choice, refused=tuple(one.partition.name for one in refused))
         refused.append(choice)
     if not refused:
-        raise Fault("this Slurm shows no partition to you")
+        raise Fault("this Slurm shows you no partition")
     return refused[0]
 
 
@@ -262,7 +262,7 @@ def _account(cluster: Inventory, partition: Partition) -> Iterator[str]:
     """The user's default account, and a QoS that the partition takes, where accounting tells."""
     mine = cluster.associations
     if not mine:
-        yield "# account: my_project  # Slurm's accounting didn't tell; leave it out where none is needed"
+        yield "# account: my_project  # Slurm's accounting didn't say; not every cluster needs one"
         return
     found = _charged(cluster)
     accounts = list(dict.fromkeys(a.account for a in mine))
@@ -333,17 +333,17 @@ def _nodes(kind: Kind, kinds: list[Kind], cluster: Inventory, partition: Partiti
     yield _key("gpus", kind.gpus, indent="  ")
     if kind.gpu_type:
         line = _key("gpu_type", kind.gpu_type, "asked for by name" if style.typed else "", indent="  ")
-        yield line if style.typed else f"  # {line.strip()}  # sbatch doesn't ask for it"
+        yield line if style.typed else f"  # {line.strip()}  # sbatch doesn't need it"
     cpus = min(kind.cpus, partition.max_cpus or kind.cpus)
     yield _key("cpus", cpus, _why_cpus(kind, cpus), indent="  ")
     yield _memory(kind, cpus, cluster, partition)
     memory = _gpu_memory(kind.gpu_type)
     if memory:
         yield _key(
-            "gpu_memory_gb", memory, f"of the {kind.gpu_type.upper()}; nvidia-smi on a node tells", indent="  "
+            "gpu_memory_gb", memory, f"of the {kind.gpu_type.upper()}; nvidia-smi on a node shows it", indent="  "
         )
     elif kind.gpus:
-        yield "  # gpu_memory_gb: 80  # nvidia-smi on a node tells; plans are held against it"
+        yield "  # gpu_memory_gb: 80  # nvidia-smi on a node shows it; `plan` compares the job's memory with it"
     if kind.gpus and not kind.is_slice:
         yield f"  # nvlink_domain: {kind.gpus}  # GPUs that NVLink joins, if not all of a node: nvidia-smi topo -m"
 
@@ -372,7 +372,7 @@ def _memory(kind: Kind, cpus: int, cluster: Inventory, partition: Partition) -> 
 
 
 def _gpu_memory(gpu_type: str) -> int | None:
-    """GB of a GPU whose type tells it: nvidia_h100_80gb_hbm3, or one that comes in one size only."""
+    """GB of a GPU, if its type says so: nvidia_h100_80gb_hbm3, or one that comes in one size only."""
     gpu_type = gpu_type.lower()
     if told := re.search(r"(?<![0-9])(\d+)gb", gpu_type):
         return int(told[1])
@@ -384,7 +384,7 @@ def _software() -> Iterator[str]:
     yield "# Where the ranks' software comes from."
     for runtime, example in _runtimes():
         yield f"# container: {{runtime: {runtime}, image: {example}}}  # {runtime} is installed here"
-    yield _key("python", sys.executable, "this one; compute nodes must see it, or a container has its own")
+    yield _key("python", sys.executable, "this one; compute nodes must see it, unless a container has its own")
 
 
 def _runtimes() -> Iterator[tuple[str, str]]:
@@ -407,7 +407,7 @@ def _places() -> Iterator[str]:
 
 
 def _base() -> tuple[str, str]:
-    """A folder that compute nodes see as well, as far as this machine can know."""
+    """A folder that compute nodes probably see as well."""
     for variable in SHARED:
         folder = os.environ.get(variable, "")
         if folder.startswith("/") and os.access(folder, os.W_OK):
@@ -420,7 +420,7 @@ def _base() -> tuple[str, str]:
 
 def _environment(kind: Kind | None) -> Iterator[str]:
     threads = max(1, min(8, kind.cpus // max(1, kind.gpus))) if kind else 1
-    yield "# Exported to every rank. The fabric is yours to fill in; ibdev2netdev and `ip addr` on a node tell."
+    yield "# Exported to every rank. Fill in the fabric; ibdev2netdev and `ip addr` on a node show it."
     yield "environment:"
     yield _key("NCCL_DEBUG", "WARN", indent="  ")
     yield _key("OMP_NUM_THREADS", threads, indent="  ")

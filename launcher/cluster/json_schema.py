@@ -1,6 +1,6 @@
-"""The JSON schema of a profile, as editors take it to complete and check keys.
+"""The JSON schema of a profile, with which editors complete and check keys.
 
-It is what the model says, and what reading a file adds to that: `extends`, optional names, $VARIABLES, and null.
+It is the model's schema, plus what a file may have: `extends`, optional names, $VARIABLES, and null.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REFERENCE = {"type": "string", "pattern": r"\$"}  # `gpus: $GPUS` is a number when the profile is read
 EXTENDS = {
     "type": "string",
-    "description": "the profile that this one is laid over, by name or relative path: sections merge key by key",
+    "description": "the parent profile, by name or relative path: sections merge key by key",
 }
 
 
@@ -37,7 +37,7 @@ def schema() -> dict[str, Any]:
 
 
 def _told(value: dict[str, Any]) -> dict[str, Any]:
-    """A key's schema as a file may hold it: its value, a $VARIABLE, or null, which takes a parent's away."""
+    """A key's schema in a file: its value, a $VARIABLE, or null, which removes the parent's value."""
     if "$ref" in value:
         return value  # a section: its keys are what matters
     about = {name: told for name, told in value.items() if name in ("description", "default")}
@@ -51,6 +51,6 @@ def _kinds(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _emptied(kind: dict[str, Any]) -> dict[str, Any]:
-    """A mapping of names may hold null, too: it takes away a parent's."""
+    """A mapping of names may also hold null, which removes the parent's value."""
     values = kind.get("additionalProperties")
     return {**kind, "additionalProperties": {"anyOf": [values, {"type": "null"}]}} if values else kind

@@ -1,6 +1,6 @@
-"""What one cluster is and how its jobs must be asked for: YAML into a validated, frozen model.
+"""A cluster's profile: what the cluster is, and how its jobs are requested. YAML becomes a validated, frozen model.
 
-Everything a user can get wrong here is a `ProfileError` that names the file, the line and the nearest valid key.
+Every mistake in a profile is a `ProfileError` that names the file, the line and the nearest valid key.
 """
 
 import functools
@@ -26,7 +26,7 @@ from launcher.host.login_node import LoginNode
 from launcher.slurm import hostlist, sbatch_options
 
 TIME = re.compile(r"\d{1,8}|\d{1,8}:\d\d(:\d\d)?|\d{1,8}-\d\d?(:\d\d(:\d\d)?)?", re.ASCII)
-# What the launcher itself decides for every job; `extra` adds to these and never replaces them.
+# Options that the launcher sets for every job; `extra` adds to them and never replaces them.
 OWNED = frozenset(
     (
         *("job-name", "account", "partition", "qos", "reservation", "constraint", "comment", "time", "exclusive"),
@@ -41,12 +41,12 @@ CALLED = {  # names that an administrator gives, and features put together
     "constraint": (re.compile(r"[\w\[(][\w\[\]().&|*,:=+-]*"), "a100&ib or [rack1|rack2]"),
     "others": (re.compile(r"\w[\w.@:/+-]*(,\w[\w.@:/+-]*)*"), "nlp or gpu,debug"),
 }
-# Variables by which the script tells every rank its place.
+# Variables by which the script gives every rank its number.
 OF_RANKS = (
     *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"),
     *("SLURM_JOB_ID", "MIXLAUNCH_RUN", "MIXLAUNCH_LOGS", "MIXLAUNCH_ATTEMPT"),
 )
-KIND = re.compile(r"(function-\w+|literal)\[")  # how pydantic calls the alternatives of a union, behind a key
+KIND = re.compile(r"(function-\w+|literal)\[")  # pydantic's names for the alternatives of a union, after a key
 OF_BASH = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO")
 
 
@@ -65,7 +65,7 @@ class ClusterProfile(Part):
     time: Text = Field(default="04:00:00", description="limit of a job: minutes, HH:MM:SS or D-HH:MM:SS")
     exclusive: bool = Field(default=False, description="whole nodes, with all their memory")
     gpu_request: Literal["gres", "gpus-per-node", "gpus-per-task", "none"] = Field(
-        default="gpus-per-node", description="how GPUs are asked for; none where whole nodes come with theirs"
+        default="gpus-per-node", description="how GPUs are requested; none where a whole node comes with its GPUs"
     )
     node: Node = Field(default_factory=Node)
     binding: Binding = Field(default_factory=Binding)
@@ -75,13 +75,18 @@ class ClusterProfile(Part):
         default=(), description="variables of your environment whose values only go to the run's secrets.env"
     )
     python: str = Field(
-        default="python", description="the one with megatron_mixtral, in the container if there is one"
+        default="python", description="the Python that has megatron_mixtral, inside the container if there is one"
     )
     paths: Paths
-    slurm_version: Text = Field(default=sbatch_options.OLDEST, description="decides which sbatch options there are")
+    slurm_version: Text = Field(
+        default=sbatch_options.OLDEST, description="version of Slurm; it decides which sbatch options exist"
+    )
     slurm_conf: str | None = Field(default=None, description="SLURM_CONF for every call of Slurm's commands")
     signal_lead: int = Field(
-        default=300, ge=10, le=65535, description="seconds of warning before the limit: more than a save takes"
+        default=300,
+        ge=10,
+        le=65535,
+        description="seconds between the warning and the time limit; must be longer than a save",
     )
     health_check: bool = Field(
         default=False, description="look at every node before the ranks start; come back without one that isn't fit"
@@ -172,7 +177,7 @@ class ClusterProfile(Part):
                 )
         if twice := set(self.secrets) & set(self.environment):
             name = min(twice)
-            raise _mistake_at(f"{name} is a secret, and environment.{name} would show it", "environment", name)
+            raise _mistake_at(f"{name} is a secret, but environment.{name} would show it", "environment", name)
         if 0 < len(self.binding.numa) < self.node.gpus:  # more is fine: nodes of which a part is used
             message = f"{len(self.binding.numa)} NUMA nodes for {self.node.gpus} GPUs (node.gpus); give one a GPU"
             raise _mistake_at(f"binding.numa: {message}", "binding", "numa")
@@ -214,7 +219,7 @@ class ClusterProfile(Part):
 
     @property
     def runs_here(self) -> Path:
-        """Where this machine sees the run directories: the shared folder, or the copies of it."""
+        """The run directories on this machine: the shared folder, or its copies."""
         return self.host.place(Path(self.paths.runs))
 
 
@@ -230,7 +235,7 @@ def _option(option: str, value: str | bool) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
         raise ValueError(f"{option!r} isn't a long sbatch option without its dashes, such as mail-type")
     if option in OWNED:
-        raise ValueError(f"{option!r} is the launcher's own; the profile's keys decide it")
+        raise ValueError(f"{option!r} is set by the launcher; use the profile's keys")
     if isinstance(value, str):
         as_value_error(quoting.directive, value)
     if option == "exclude":
@@ -248,7 +253,7 @@ def _part(name: str, path: str) -> None:
 
 
 def _at(section: str, key: str, check: Callable[..., None], *values: Any) -> None:
-    """`check(*values)`, its refusal told at this key of the section rather than at the section."""
+    """`check(*values)`, with its error reported at this key and not at the section."""
     try:
         check(*values)
     except ValueError as error:
@@ -259,9 +264,9 @@ def _variable(name: str) -> None:
     """`ValueError` unless a profile may give the variable `name` a value."""
     as_value_error(quoting.variable, name)
     if name in OF_RANKS:
-        raise ValueError(f"{name} is the launcher's own: by it a rank knows its place")
+        raise ValueError(f"{name} is set by the launcher: it gives a rank its number")
     if name in OF_BASH:
-        raise ValueError(f"{name} is bash's own, which gives it no other value")
+        raise ValueError(f"{name} is set by bash, and can't have another value")
 
 
 def load(cluster: str | None = None, overrides: Sequence[str] = ()) -> ClusterProfile:
@@ -282,20 +287,20 @@ def read(path: Path, overrides: Sequence[str] = ()) -> ClusterProfile:
 
 
 def _template_paths(document: Document) -> Iterator[tuple[str, Any]]:
-    """A relative path starts from the folder of the file that it stands in, be that a parent's."""
+    """A relative path starts at the folder of the file that holds it, which may be a parent's."""
     for name, path in document.values["templates"].items():
         folder = document.origin(("templates", name)).folder
         yield name, os.path.normpath(folder / os.path.expanduser(path)) if isinstance(path, str) and path else path
 
 
 def _mistake_at(message: str, *location: str) -> PydanticCustomError:
-    """An error of several keys together, which pydantic gives no place of its own."""
+    """An error of several keys together; pydantic doesn't give it a place."""
     return PydanticCustomError("at", "{message}", {"message": message, "location": location})
 
 
 def _explain(document: Document, error: ValidationError) -> str:
     """One line per mistake, in the words of this module rather than pydantic's."""
-    lines: dict[Location, str] = {}  # the first of each key: a union has one for every kind that it might be
+    lines: dict[Location, str] = {}  # the first error of each key: a union has one for every type
     for found in error.errors(include_url=False):
         found["loc"] = tuple(part for part in found["loc"] if not KIND.match(str(part)))
         location = found["ctx"]["location"] if found["type"] == "at" else found["loc"]
@@ -318,7 +323,7 @@ def _mistake(error: Any) -> str:
 
 
 def _nearest(location: Location) -> str:
-    """A hint at the valid key that was probably meant, in this section or else in another."""
+    """Proposes the valid key that was probably meant, in this section or in another."""
     key = str(location[-1])
     nested = {leaf: f"{part}.{leaf}" for part in keys_at(()) for leaf in keys_at((part,))}
     near = words.nearest(key, keys_at(location[:-1]), cutoff=0.5)

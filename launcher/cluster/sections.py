@@ -1,6 +1,6 @@
-"""The sections of a cluster profile, each strict about its keys and values and immutable once read.
+"""The sections of a cluster profile. Each is strict about its keys and values, and immutable.
 
-What concerns two sections at once is checked by the profile that holds them.
+Rules over two sections are checked by the profile.
 """
 
 import fnmatch
@@ -28,9 +28,9 @@ from launcher.host import ssh
 
 
 def _text(value: Any) -> Any:
-    """Numbers are fine where text is meant; booleans aren't: 1, true and True differ in an environment."""
+    """Numbers are accepted as text. Booleans aren't, because 1, true and True differ in an environment."""
     if isinstance(value, bool):
-        raise ValueError(f"write {str(value).lower()!r} or 1 in quotes, as the variable should hold it")
+        raise ValueError(f"write {str(value).lower()!r} or 1 in quotes, exactly as the variable should be")
     return str(value) if isinstance(value, int | float) else value
 
 
@@ -42,7 +42,7 @@ BIND = re.compile(r"[a-z][a-z_]*([,:*][A-Za-z0-9_,:*.-]+)?")
 
 
 def _no_option(value: str | None) -> str | None:
-    """Refuse what a command would take for one of its options."""
+    """Refuse a value that a command would read as one of its options."""
     if value is not None and value.startswith("-"):
         raise ValueError(f"{quoting.shown(value)} would be read as an option")
     return value
@@ -70,29 +70,29 @@ class Node(Part):
     gpu_type: Text | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
-        description="as in gpu:a100:8, where one must say it",
+        description="as in gpu:a100:8, if the cluster needs it",
     )
     cpus: int | None = Field(default=None, ge=1, description="cores a node; a rank gets its share")
     memory_gb: int | None = Field(
-        default=None, ge=1, description="memory a node, GB; asked for unless nodes are exclusive"
+        default=None, ge=1, description="memory a node, GB; requested unless nodes are exclusive"
     )
     gpu_memory_gb: float | None = Field(default=None, gt=0, le=1_000_000, description="memory of one GPU, GB")
     nvlink_domain: int | None = Field(
         default=None, ge=1, description="GPUs that NVLink joins; the node's unless given"
     )
     fabric_gb_s: float | None = Field(
-        default=None, gt=0, description="what one GPU can send to other nodes, GB/s; for estimates alone"
+        default=None, gt=0, description="what one GPU can send to other nodes, GB/s; only for estimates"
     )
 
 
 class Binding(Part):
-    """Which cores, memory and GPUs a rank keeps to."""
+    """The cores, memory and GPUs that a rank is bound to."""
 
     cpu: str | None = Field(default=None, description="srun's --cpu-bind: cores, none, map_cpu:0,8,...")
     memory: str | None = Field(default=None, description="srun's --mem-bind: local, none, ...")
     gpu: str | None = Field(default=None, description="srun's --gpu-bind: none, closest, single:1, ...")
     distribution: str | None = Field(default=None, description="srun's --distribution: block:block, ...")
-    numa: NUMBERS = Field(default=(), description="NUMA node of each GPU; a rank keeps to its GPU's, by numactl")
+    numa: NUMBERS = Field(default=(), description="NUMA node of each GPU; numactl binds a rank to that of its GPU")
 
     @field_validator("cpu", "memory", "gpu", "distribution")
     @classmethod
@@ -113,7 +113,7 @@ class Container(Part):
 
     runtime: containers.Name = "none"
     image: str | None = Field(default=None, description="what the runtime takes: a registry reference or a file")
-    mounts: tuple[str, ...] = Field(default=(), description="HOST[:CONTAINER[:ro]]; paths.* come by themselves")
+    mounts: tuple[str, ...] = Field(default=(), description="HOST[:CONTAINER[:ro]]; paths.* are always mounted")
 
     @field_validator("mounts")
     @classmethod
@@ -159,14 +159,14 @@ class Paths(Part):
     @classmethod
     def _for_output(cls, path: str) -> str:
         if "\\" in path:
-            raise ValueError(f"{path!r} holds a backslash, and Slurm takes those out of the path of a job's output")
+            raise ValueError(f"{path!r} holds a backslash, which Slurm removes from the path of a job's output")
         return path
 
 
 class Serve(Part):
     """Where `serve` listens; no host is 127.0.0.1 on this machine, and on a cluster every interface, with a key."""
 
-    host: str | None = Field(default=None, description="address; beyond 127.0.0.1 the server asks for a key")
+    host: str | None = Field(default=None, description="address; beyond 127.0.0.1 the server requires a key")
     port: int = Field(default=5000, ge=1, le=65535)
 
 
@@ -196,7 +196,7 @@ class Login(Part):
 
     @property
     def node(self) -> ssh.Login | None:
-        """The login node to go through; None on the cluster itself."""
+        """The login node to use; None on the cluster itself."""
         if self.host is None:
             return None
         here = socket.gethostname()

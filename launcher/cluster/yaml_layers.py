@@ -1,6 +1,7 @@
-"""A profile's YAML as one mapping: its parents below, overrides above, variables expanded, every key's origin kept.
+"""Merges a profile's YAML: parents, the file, and overrides on top. Variables are expanded, and every key's origin
+is kept.
 
-Nothing here knows which keys there are; `profile` validates what comes out and asks `where` a mistake stands.
+It doesn't know which keys are valid. `profile` validates the result, and asks for the place of a mistake.
 """
 
 import functools
@@ -23,7 +24,7 @@ REFERENCE = re.compile(r"\$(?:\{(?P<braced>[A-Za-z_]\w*)\}|(?P<plain>[A-Za-z_]\w
 PARENT = "extends"
 OWN = ("name",)  # what a profile doesn't inherit
 NO_VALUE = (ValueError, LookupError, AttributeError, ArithmeticError)  # by PyYAML, for `!!int x` and such
-MOST_KEYS = 10_000  # a profile has some dozens; aliases of aliases make billions
+MOST_KEYS = 10_000  # a profile has some dozens; nested aliases can make billions
 DEEPEST = 100  # sections in sections
 STRUCTURED = ("[", "{", '"', "'")  # how an override's value begins that isn't plain text
 
@@ -55,7 +56,7 @@ class Document:
 
 
 class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the C one where there is one
-    """SafeLoader without YAML 1.1's surprises: only true, false, null and plain whole numbers aren't text.
+    """SafeLoader without YAML 1.1's surprises: everything is text except true, false, null and plain whole numbers.
 
     `12:00:00`, `no`, `08`, `1.50` and `2026-01-01` stay what was typed.
     """
@@ -76,7 +77,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def _lineage(path: Path, children: tuple[Path, ...]) -> list[Document]:
-    """The document in `path` and all that it extends, the eldest first."""
+    """The document in `path` and all that it extends, the most distant parent first."""
     document = _parsed(path)
     if PARENT not in document.values:
         return [document]
@@ -133,7 +134,7 @@ def _parsed(path: Path) -> Document:
 
 
 def _composed(text: str) -> tuple[Any, Any]:
-    """A loader and the node of all of `text`. libyaml composes by recursion without an end, and dies of it."""
+    """A loader, and the root node of `text`. libyaml recurses without a limit and would crash on deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=PlainLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -208,7 +209,7 @@ def _typed(text: str, source: Origin) -> Any:
 
 
 def _expanded(document: Document, value: Any, location: Location = ()) -> Any:
-    """Every string with its $VARIABLES replaced, so that what the script gets is what `clusters show` prints."""
+    """Every string with its $VARIABLES replaced, so `clusters show` prints exactly what the script gets."""
     if isinstance(value, dict):
         return {k: _expanded(document, v, (*location, k)) for k, v in value.items()}
     if isinstance(value, list):

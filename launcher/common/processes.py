@@ -1,7 +1,7 @@
-"""Own processes, told apart by one variable in the environment they were started with.
+"""Our own processes, found by one variable in the environment that they were started with.
 
-A pid alone can be a stranger's by now; a pid whose first environment holds our variable with our value can't. What
-we end is therefore looked up by that mark, which children inherit, and signalled through a pidfd taken before.
+A pid may belong to another program by now. A process whose first environment holds our variable with our value is
+ours. So processes to end are found by this mark, which children inherit, and are signalled through a pidfd.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 Find = Callable[[], list[int]]
 
-# Popen objects of processes meant to outlive us: kept so that their end is reaped and nobody warns of it.
+# Popen objects of processes that outlive us. They are kept, so Python reaps them and prints no warning.
 _started: list["subprocess.Popen[bytes]"] = []
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # daemons live here, and an ordinary PATH lacks them
 
@@ -38,7 +38,7 @@ def start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) 
             start_new_session=True,
         )
     _started.append(process)
-    # In the middle of its exec a process has no environment yet, and nobody could tell that it is ours.
+    # During its exec a process has no environment yet, so nothing shows that it is ours.
     while process.poll() is None and not _environment(process.pid):
         time.sleep(0.001)
     return process.pid
@@ -57,7 +57,7 @@ def is_marked(pid: int, **variables: str) -> bool:
 
 
 def marked(**variables: str) -> list[int]:
-    """Every process of this user that `is_marked` with `variables`, but for ourselves."""
+    """Every process of this user that `is_marked` with `variables`, except ourselves."""
     return [pid for pid in _pids() if pid != os.getpid() and is_marked(pid, **variables)]
 
 
@@ -79,7 +79,9 @@ def descendants(roots: Iterable[int]) -> list[int]:
 
 
 def stop(find: Find, *, grace: float, first: signal.Signals = signal.SIGTERM) -> list[int]:
-    """Send `first` to all that `find` returns, SIGKILL after `grace` seconds; returns what is left even then."""
+    """Send `first` to all that `find` returns, SIGKILL after `grace` seconds; returns what is still alive after
+    that.
+    """
     send(find, first)
     if wait(find, grace):
         send(find, signal.SIGKILL)
@@ -87,7 +89,7 @@ def stop(find: Find, *, grace: float, first: signal.Signals = signal.SIGTERM) ->
 
 
 def send(find: Find, signum: signal.Signals) -> None:
-    """Send `signum` to all that `find` returns, and to nobody who only got one of their pids."""
+    """Send `signum` to all that `find` returns, and to no process that has reused one of their pids."""
     handles: dict[int, int] = {}
     for pid in find():
         with suppress(OSError):

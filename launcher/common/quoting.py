@@ -1,7 +1,8 @@
-"""How a value becomes text in a script: text that means exactly that value, or a refusal that names the field.
+"""How a value becomes text in a script: the text means exactly that value, or the value is refused by its field's
+name.
 
-Nothing reaches a rendered script without passing through one of these; quoting can't help a newline on a directive
-line, so control characters are refused where values come in.
+Every value in a rendered script passes one of these functions. Quoting can't protect an #SBATCH line from a
+newline, so control characters are refused at once.
 """
 
 import re
@@ -34,7 +35,7 @@ def checked(value: str, field: str) -> str:
 
 
 def short(value: str, field: str) -> str:
-    """`value` itself, unless it is longer than any real one."""
+    """`value` itself, unless it is longer than any real value."""
     size = len(value.encode(errors="surrogateescape"))
     if size > LONGEST:
         raise UsageError(f"{field}: {size} bytes long; at most {LONGEST}")

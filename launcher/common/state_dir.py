@@ -1,4 +1,4 @@
-"""What mixlaunch keeps for its user on this machine between commands: the folder, as XDG has it, and nothing else.
+"""The folder in which mixlaunch keeps files between commands on this machine, by the XDG rules.
 
 Copies of runs, the sandbox, lines typed in `chat` and the runs of `local` lie below it.
 """
@@ -10,7 +10,7 @@ from launcher.errors import UsageError
 
 
 def state() -> Path:
-    """`mixlaunch` in the user's state folder; `UsageError` where it is nobody's."""
+    """`mixlaunch` in the user's state folder; `UsageError` if there is no absolute path for it."""
     folder = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"), "mixlaunch")
     if not folder.is_absolute():
         raise UsageError(f"{folder} isn't absolute; set HOME or XDG_STATE_HOME")

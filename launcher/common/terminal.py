@@ -1,4 +1,4 @@
-"""What people see in the terminal: one place for colour, tables and progress.
+"""Terminal output: colour, tables and progress.
 
 rich leaves colour out when NO_COLOR is set or the output isn't a terminal. Nothing that came from users is read as
 markup. Everything that is printed passes here, and loses the characters that would steer the terminal.

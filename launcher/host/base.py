@@ -17,16 +17,16 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class LostError(Fault):
-    """The connection didn't hold: what was to be done may be done or not."""
+    """The connection was lost: the command may or may not have run."""
 
 
 class MissingError(Fault):
-    """What to copy isn't there."""
+    """The file to copy doesn't exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A script's end: exit code and what it printed, without what a shell's start-up files print."""
+    """A finished script: its exit code and its output, without the output of start-up files."""
 
     code: int
     out: str

@@ -1,7 +1,7 @@
-"""Runs of a cluster behind a login node, seen from here: a copy of each run directory's small files.
+"""Copies of run directories on a cluster behind a login node; they hold only small files.
 
-A path says by itself where its original lies, so whoever reads run directories needn't know. Copies are made anew
-whenever runs are looked for; weights, checkpoints and secrets are never among them.
+The path of a copy tells where its original is, so readers of run directories need no other information. Copies are
+updated whenever runs are looked up. Weights, checkpoints and secrets are never copied.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def read(login: Login, path: Path) -> bytes:
 
 @contextlib.contextmanager
 def submitting(run: Path) -> Iterator[None]:
-    """While this lasts the copy `run` isn't taken for one whose original was removed."""
+    """During this block the copy `run` isn't treated as one whose original was removed."""
     run.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.locked(run.parent, shared=True):
         yield

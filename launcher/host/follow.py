@@ -1,6 +1,6 @@
-"""The logs and events of a run behind a login node as they grow: one stream that keeps the copy up to date.
+"""Follows logs and events of a run behind a login node: one stream keeps the copy up to date.
 
-Whoever follows a run reads its copy as it would read the run itself; the stream writes what is new into it.
+Readers use the copy like the run itself, and the stream appends new data to it.
 """
 
 import atexit
@@ -42,7 +42,7 @@ done
 
 
 class Stream:
-    """Runs until `settle` or the end of this process; a stream that breaks is made anew."""
+    """Runs until `settle` or the end of this process; a broken stream is opened again."""
 
     def __init__(self, login: Login, run: Path) -> None:
         self._login, self._run = login, run
@@ -52,7 +52,7 @@ class Stream:
         atexit.register(self._stop)
 
     def check(self) -> None:
-        """Go on after a stream that broke, from what the copy holds by now; `Fault` without a connection."""
+        """Open a broken stream again, from what the copy holds by now; `Fault` without a connection."""
         if not self._broken:
             return
         ssh.end(self._process)
@@ -60,7 +60,7 @@ class Stream:
         self._failures += 1
         if self._failures == TRIES:
             raise LostError(
-                f"login node {self._login.host}: no connection holds, or {self._run.name} is gone there"
+                f"login node {self._login.host}: no connection lasts, or {self._run.name} was removed there"
             )
         self._begin()
 

@@ -61,7 +61,7 @@ class Local:
         return done.stdout
 
     def require_conf(self) -> None:
-        """`Fault` where the configuration isn't there: Slurm's commands would look for it for a minute."""
+        """`Fault` if the configuration doesn't exist: Slurm's commands would look for it for a minute."""
         if self.slurm_conf and not os.path.exists(self.slurm_conf):
             raise Fault(
                 f"slurm_conf: {self.slurm_conf} isn't on this machine; "

@@ -85,7 +85,7 @@ class LoginNode:
             return INTERRUPTED
         finally:
             ssh.end(process)
-        raise LostError(f"login node {self.name}: the connection was lost; what was fetched is kept")
+        raise LostError(f"login node {self.name}: the connection was lost; the files that were downloaded are kept")
 
     def exist(self, paths: Sequence[str]) -> list[bool]:
         tests = "\n".join(f"[ -e {shlex.quote(path)} ]; echo $?" for path in paths)

@@ -1,7 +1,7 @@
 """A login node over OpenSSH: scripts run by its /bin/sh, files copied by rsync, all through one shared connection.
 
-What is to be done travels as a script on the far shell's stdin. So no value is in an argument list at either end,
-none is read by whatever login shell the user has there, and what its start-up files print is told apart.
+Each command travels as a script on the remote shell's stdin. So no value is in an argument list at either end, the
+user's login shell reads none, and the output of start-up files is told apart from the script's.
 """
 
 import contextlib
@@ -32,23 +32,26 @@ RETRY = 10  # before a host that didn't answer is tried again
 ALIVE = 15  # seconds between signs of life; three missing ones end a dead connection
 TIMEOUT = 60
 NOT_FOUND = 127
-VANISHED = 24  # rsync's word for files that were there when it looked and gone when it copied
+VANISHED = 24  # rsync's exit code for files that vanished before it copied them
 SHELL = "exec /bin/sh"
 UNCLEAN = "is your shell clean"  # rsync's word where start-up files print something
-# What a user's own configuration may say for sessions, and what no command of ours can do with.
+# Session settings of a user's own configuration that none of our commands can work with.
 NEUTRAL = {"RequestTTY": "no", "RemoteCommand": "none", "ClearAllForwardings": "yes"}
 # A non-interactive shell often has no Slurm on its PATH; the login shell's PATH is asked for then.
 FIND = (
     "command -v {program} >/dev/null 2>&1 || "
     'PATH=$PATH:$("${{SHELL:-/bin/sh}}" -lc \'echo "$PATH"\' </dev/null 2>/dev/null | tail -n 1)'
 )
-HINTS = (  # what ssh says, and what that means for somebody who can't see its settings
+HINTS = (  # ssh's messages, and what they mean for somebody who can't see its settings
     (
         r"IDENTIFICATION HAS CHANGED",
-        "its key isn't the one in known_hosts: ask its administrators before you trust it",
+        "its host key differs from the one in known_hosts: ask the administrators before you trust it",
     ),
-    (r"Host key verification failed|host key is known", "its key isn't known here: connect once by `ssh {host}`"),
-    (r"Permission denied", "`ssh {host}` must work without a question, or mixlaunch be run on a terminal"),
+    (
+        r"Host key verification failed|host key is known",
+        "its host key isn't known here: connect once with `ssh {host}`",
+    ),
+    (r"Permission denied", "`ssh {host}` must work without a question, or mixlaunch must run on a terminal"),
     (r"Could not resolve", "login.host of the profile is what `ssh` takes: a name, user@name, or an alias"),
     (r"timed out|refused|unreachable|No route", "is it up, and does this machine's network reach it?"),
 )
@@ -56,7 +59,7 @@ HINTS = (  # what ssh says, and what that means for somebody who can't see its s
 
 @dataclass(frozen=True)
 class Login:
-    """A login node as ssh is told: host or alias, and options as NAME=VALUE."""
+    """A login node in ssh's terms: host or alias, and options as NAME=VALUE."""
 
     host: str
     options: tuple[str, ...] = ()
@@ -72,7 +75,7 @@ class Login:
 
 
 def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The script that becomes `argv`; each word arrives as it is."""
+    """The script that runs `argv`; each word arrives unchanged."""
     return "\n".join([exports(environment), FIND.format(program=argv[0]), f"exec {shlex.join(argv)}"])
 
 
@@ -82,7 +85,7 @@ def exports(variables: Mapping[str, str]) -> str:
 
 
 def run(login: Login, body: str, *, timeout: float = TIMEOUT) -> Done:
-    """Run `body` there to its end; `LostError` if it isn't known to have ended."""
+    """Run `body` on the login node to its end; `LostError` if its end isn't known."""
     connect(login)
     mark = secrets.token_hex(8)
     script = f"echo {mark}; echo {mark} >&2\n(\n{body}\n) </dev/null\necho {mark} $?\n"
@@ -102,13 +105,15 @@ def run(login: Login, body: str, *, timeout: float = TIMEOUT) -> Done:
 
 
 def stream(login: Login, body: str) -> "subprocess.Popen[bytes]":
-    """Start `body` and hand over the process whose stdout is what it prints; `end` ends it here, and soon there."""
+    """Start `body` and return the process whose stdout is its output; `end` ends it here, and soon on the login
+    node.
+    """
     connect(login)
     mark = secrets.token_hex(8)
     process = _start(login, stderr=subprocess.DEVNULL)
     assert process.stdin
     assert process.stdout
-    with contextlib.suppress(BrokenPipeError):  # what is read then says that nobody is there
+    with contextlib.suppress(BrokenPipeError):  # reading then shows that nobody is there
         process.stdin.write(f"echo {mark}\n(\n{body}\n) </dev/null\n".encode())
         process.stdin.close()
     while (line := process.stdout.readline()) and line != f"{mark}\n".encode():
@@ -117,7 +122,7 @@ def stream(login: Login, body: str) -> "subprocess.Popen[bytes]":
 
 
 def rsync(login: Login, *arguments: str) -> None:
-    """One rsync, where `far` makes the paths that lie there; `Fault` with what it said."""
+    """One rsync; `far` makes the paths on the login node. `Fault` has rsync's message."""
     connect(login)
     program = _program("rsync")
     # -s: paths go through rsync's own protocol, not through the far shell.
@@ -134,7 +139,7 @@ def rsync(login: Login, *arguments: str) -> None:
     if re.search(r"(change_dir|link_stat) .* No such file", done.stderr):
         raise MissingError(f"login node {login.host}: rsync: {said}")
     if done.returncode == NOT_FOUND or re.search(r"rsync: (command )?not found", done.stderr):
-        raise Fault(f"login node {login.host}: it has no rsync on its PATH; mixlaunch copies files with it")
+        raise Fault(f"login node {login.host}: it has no rsync on its PATH; mixlaunch needs it to copy files")
     if unclean:
         said += f"; what does `ssh {login.host} true` print? It must print nothing"
     if done.returncode == 255 or "connection unexpectedly closed" in done.stderr:
@@ -144,7 +149,7 @@ def rsync(login: Login, *arguments: str) -> None:
 
 
 def _rsync_word(word: str) -> str:
-    """Quoted in rsync's way, which isn't a shell's: a quote inside is doubled."""
+    """Quoted for rsync, not for a shell: a quote inside is doubled."""
     return "'" + word.replace("'", "''") + "'"
 
 
@@ -167,7 +172,7 @@ def unforward(login: Login, port: int, host: str, far_port: int) -> None:
 
 
 def behind(login: Login, node: str) -> Login:
-    """A node that only the login node sees: its connection goes through the one that is open already."""
+    """A node that only the login node sees: ssh to it goes through the open connection."""
     user, at, _ = login.host.rpartition("@")
     through = [word.replace("%", "%%") for word in words(login)]
     return Login(f"{user}{at}{node}", (f"ProxyCommand={shlex.join(through)} -W %h:%p {login.host}",))
@@ -185,7 +190,7 @@ def tunnel(login: Login, host: str, far_port: int) -> Iterator[int]:
 
 
 def _free_port(preferred: int) -> int:
-    """The server's own number where that is free here."""
+    """The server's own port number if it is free here, else another free one."""
     for port in (preferred, 0):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
@@ -207,7 +212,9 @@ def _control(login: Login, how: str, route: str) -> "subprocess.CompletedProcess
 
 
 _open: set[Login] = set()
-_silent: dict[Login, tuple[float, Fault]] = {}  # when and why: nobody waits twice for the same dead host
+_silent: dict[
+    Login, tuple[float, Fault]
+] = {}  # when and why it failed, so nobody waits twice for the same dead host
 
 
 def connect(login: Login) -> None:
@@ -227,7 +234,7 @@ def connect(login: Login) -> None:
 
 
 def forget(login: Login) -> None:
-    """Ask anew before the next use."""
+    """Ask again before the next use."""
     _open.discard(login)
 
 
@@ -265,7 +272,7 @@ def _refusal(login: Login, complaint: str) -> str:
 
 
 def _last_line(text: str, preferred: str = "") -> str:
-    """What matters of a complaint, which may come below a banner."""
+    """The last line of an error message, which may come after a banner."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next(
         (line for line in reversed(lines) if re.search(preferred, line)), lines[-1] if lines else "no reason"
@@ -273,14 +280,14 @@ def _last_line(text: str, preferred: str = "") -> str:
 
 
 def _start(login: Login, *, stderr: int) -> "subprocess.Popen[bytes]":
-    # A session of its own: the terminal's Ctrl-C is for us, who decide what becomes of the far side. It can't ask
-    # for a password then; `connect` has.
+    # It gets a session of its own, so Ctrl-C reaches only us and we decide what happens on the login node. It can't
+    # ask for a password then; `connect` has done that.
     argv, pipe = [*words(login), "-o", "BatchMode=yes", login.host, SHELL], subprocess.PIPE
     return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Leave a command, whether it has ended or not."""
+    """End a command that may still be running."""
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
@@ -351,7 +358,9 @@ def _program(name: str) -> str:
     if path := shutil.which(name):
         return path
     package = {"ssh": "openssh-client"}.get(name, name)
-    raise Fault(f"{name}: not found on this machine's PATH; the login node is reached with it (Debian: {package})")
+    raise Fault(
+        f"{name}: not found on this machine's PATH; mixlaunch needs it to reach the login node (Debian: {package})"
+    )
 
 
 def _on_terminal() -> bool:

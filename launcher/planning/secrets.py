@@ -26,7 +26,7 @@ def named(profile: ClusterProfile, asked: Iterable[str] = ()) -> tuple[str, ...]
             )
         quoting.variable(name, "--env")
         if name in OF_RANKS:
-            raise UsageError(f"--env: {name} is the launcher's own: by it a rank knows its place")
+            raise UsageError(f"--env: {name} is set by the launcher: it gives a rank its number")
         if name in profile.environment:
             raise UsageError(f"--env: {name} has a value in the profile's environment, which isn't secret")
     return tuple(dict.fromkeys([*profile.secrets, *asked]))

@@ -34,7 +34,7 @@ def roots_of(cluster: str | None) -> list[Path]:
 
 
 def every(roots: Iterable[Path]) -> list[Run]:
-    """All runs below `roots`, newest first; folders that are no runs are passed over."""
+    """All runs below `roots`, newest first; other folders are skipped."""
     roots = list(roots)
     _pull(roots)
     found = []
@@ -47,20 +47,20 @@ def every(roots: Iterable[Path]) -> list[Run]:
 
 
 def _pull(roots: Sequence[Path]) -> None:
-    """Bring copies up to date. One login node that doesn't answer is no reason to hide the runs of others."""
+    """Update the copies. If one login node doesn't answer, the runs of the others are still shown."""
     for root in roots:
         try:
             login_node.of(root).pull(root)
         except Fault as fault:
             if len(roots) == 1:
                 raise
-            printable.out(f"warning: {fault}\n  its runs are shown as they were", err=True)
+            printable.out(f"warning: {fault}\n  its runs are shown as they last were", err=True)
 
 
 def run(reference: str, roots: Iterable[Path]) -> Run:
     """The run that `reference` means: a path, a name, a job's id, "newest", or a prefix (its newest run).
 
-    Of a run behind a login node, every log is brought here.
+    All logs of a run behind a login node are copied here.
     """
     if "/" in reference:
         return record.read(Path(os.path.expanduser(reference)).absolute())

@@ -1,6 +1,6 @@
-"""A run as it goes on: its events and log lines as they come, whether it is still active, an event in a few words.
+"""Follows a run: its events and log lines as they come, whether it is still active, and events in words.
 
-Reading only: what is printed of it, and when, is for the command line to say.
+It only reads; the command line decides what to print.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ ALL = "all"
 
 
 def active(run: Run) -> Callable[[], bool]:
-    """Whether the run still goes on, asking its scheduler no more often than is polite."""
+    """Whether the run is still active; the scheduler is asked only every few seconds."""
     asked, answer = 0.0, True
     grown = run.host.follow(run.path)
     every = ASK_HERE_EVERY if run.is_local else ASK_SLURM_EVERY
@@ -42,7 +42,7 @@ def active(run: Run) -> Callable[[], bool]:
 def log_lines(
     run: Run, *, source: int | str, attempt: int | None, follow: bool, pattern: re.Pattern[str] | None = None
 ) -> Iterator[str]:
-    """A log's lines that hold `pattern`, with `follow` as they come; those of all ranks headed by their rank."""
+    """A log's lines that match `pattern`; with `follow` also new ones. Lines of all ranks begin with the rank."""
     if source == ALL:
         width = len(str(run.record["nodes"] * run.record["tasks_per_node"] - 1))
         pairs = ((f"[{rank:>{width}}] ", line) for rank, line in _all_lines(run, attempt, follow))
@@ -63,7 +63,7 @@ def _all_lines(run: Run, attempt: int | None, follow: bool) -> Iterator[tuple[in
 
 
 def events(run: Run) -> Iterator[dict[str, Any]]:
-    """Events as they are written, with an empty one whenever there is time to look up, until the run has ended."""
+    """Events as they are written, until the run has ended; an empty event lets the caller do other work."""
     going_on, position, path = active(run), 0, run.path / rundir.EVENTS
     while True:
         going = going_on()
@@ -82,7 +82,7 @@ def events(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def describe(event: dict[str, Any]) -> str:
-    """One event in a few words; nothing for those that people needn't see."""
+    """One event in a few words; empty for events that people don't need."""
     match event:
         case {"event": "step", "step": step, "steps": steps, "loss": float(loss), "tokens_per_s": speed}:
             return f"step {step}/{steps}  loss {loss:.3f}  {words.count(speed)} tok/s"

@@ -1,6 +1,6 @@
-"""What a run wrote: one file a rank and attempt, the batch script's own, and the events of training.
+"""Reads a run's logs: one file for each rank and attempt, the batch script's log, and the events.
 
-Reading never waits for the whole file: tails are cut from the end, `follow` goes on into the next attempt.
+Large files aren't read whole: a tail is read from the end. `follow` continues with the next attempt.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import UsageError
 from megatron_mixtral.spec import rundir
 
-TAIL = 65_536  # bytes of events.jsonl that hold the newest of each kind
+TAIL = 65_536  # bytes at the end of events.jsonl that hold the newest event of each kind
 BATCH = "batch"
 POLL = 0.3
 TERMINATED = 143
@@ -29,7 +29,7 @@ class Leaver:
 
 
 def attempts(run_dir: Path) -> list[int]:
-    """Numbers of the attempts that left logs, in order."""
+    """Numbers of the attempts that have logs, in order."""
     names = (path.name.removeprefix(rundir.ATTEMPT) for path in (run_dir / rundir.LOGS).glob(f"{rundir.ATTEMPT}*"))
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -45,7 +45,7 @@ def path(run_dir: Path, attempt: int, source: int | str = 0) -> Path:
 
 
 def find(run_dir: Path, *, attempt: int | None = None, source: int | str = 0) -> Path:
-    """The newest attempt's log unless told otherwise; `UsageError` names the attempts and ranks there are."""
+    """The log of an attempt, by default the newest; `UsageError` names the existing attempts and ranks."""
     there = attempts(run_dir)
     if not there:
         raise UsageError(f"{run_dir.name} has no logs yet")
@@ -60,7 +60,7 @@ def find(run_dir: Path, *, attempt: int | None = None, source: int | str = 0) ->
 
 
 def lines(log: Path) -> Iterator[str]:
-    """A log line by line, however long it is; line ends are left out, and what isn't UTF-8 is marked."""
+    """A log line by line, however long it is; without line ends; bytes that aren't UTF-8 are marked."""
     with log.open("rb") as stream:
         for line in stream:
             yield line.rstrip(b"\r\n").decode(errors="replace")
@@ -73,10 +73,10 @@ def ranks(run_dir: Path, attempt: int) -> list[int]:
 
 
 def first_to_leave(run_dir: Path, attempt: int) -> Leaver | None:
-    """Who left an attempt first; None while everyone is there, and where no rank came so far."""
+    """The rank that left an attempt first; None if all are running, or none has started."""
     try:
         code, rank, node = (path(run_dir, attempt).parent / rundir.FIRST_EXIT).read_text().split()
-        # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.
+        # bash reports -1 for a child that ended during a signal handler: the TERM that was passed on ended it.
         return Leaver(code=TERMINATED if int(code) < 0 else int(code), rank=int(rank), node=node)
     except (OSError, ValueError):
         return None
@@ -121,7 +121,7 @@ def _follow(
                 yield source, line
         if came:
             continue
-        if ending:  # what was written between our last read and its end has been read, too
+        if ending:  # this read also gets what was written between our last read and the end
             break
         ending = not active()
         if not ending:
@@ -132,14 +132,14 @@ def _follow(
 
 
 class _Reader:
-    """One source of a run as it grows: whole lines only, and on into a later attempt when there is one."""
+    """One source of a growing run: whole lines only, and then those of the next attempt."""
 
     def __init__(self, run_dir: Path, source: int | str, attempt: int) -> None:
         self._run_dir, self._source, self._attempt = run_dir, source, attempt
         self._position, self._rest = 0, b""
 
     def new(self) -> Iterator[str]:
-        """Lines that came since the last call; an empty chunk at the end of one attempt leads into the next."""
+        """Lines that came since the last call; at the end of one attempt it continues with the next."""
         chunk, self._position = _read_from(path(self._run_dir, self._attempt, self._source), self._position)
         *whole, self._rest = (self._rest + chunk).split(b"\n")
         yield from (line.decode(errors="replace") for line in whole)
@@ -149,7 +149,7 @@ class _Reader:
             yield from self.new()
 
     def rest(self) -> Iterator[str]:
-        """A last line that never got its end."""
+        """A last line without a line end."""
         rest, self._rest = self._rest, b""
         if rest:
             yield rest.decode(errors="replace")
@@ -160,7 +160,7 @@ class _Reader:
 
 
 def events(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The newest events, oldest first; lines that a crash cut in half are passed over."""
+    """The newest events, oldest first; lines that a crash cut in half are skipped."""
     try:
         with (run_dir / rundir.EVENTS).open("rb") as stream:
             size = stream.seek(0, 2)

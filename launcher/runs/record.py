@@ -28,7 +28,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name, which is unique in its place."""
+        """The folder's name, which is unique in its parent folder."""
         return self.path.name
 
     @property
@@ -63,12 +63,12 @@ class Run:
 
     @property
     def job_id(self) -> str | None:
-        """The newest job; None while its submission isn't known to have ended."""
+        """The newest job; None until its submission is known to have finished."""
         return self.job_ids[-1] if self.job_ids else None
 
     @property
     def submitting(self) -> bool:
-        """Whether a submission began of which nobody recorded the end."""
+        """Whether a submission began and its end wasn't recorded."""
         return bool(self.record.get("submitting", not self.job_ids))
 
     @property
@@ -78,7 +78,7 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """The run in `path`; `UsageError` if it is none or made by a newer mixlaunch."""
+    """The run in `path`; `UsageError` if it isn't a run, or a newer mixlaunch made it."""
     try:
         record = json.loads((path / rundir.RECORD).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -97,7 +97,7 @@ def read(path: Path) -> Run:
 
 
 def _whole(record: dict[str, Any]) -> bool:
-    """Whether it has what every command looks at."""
+    """Whether the record has the keys that every command needs."""
     kinds = {"job": str, "created": str, "jobs": list, "host": str, "resumable": bool, "cancelled": bool}
     of_profile = {"name": str, "scheduler": str}
     profile = record.get("profile")
@@ -107,7 +107,7 @@ def _whole(record: dict[str, Any]) -> bool:
 
 
 def reread(run: Run) -> Run:
-    """`run` with its record as it is now; as it was, where that can't be read."""
+    """`run` with its current record; unchanged if the record can't be read."""
     try:
         return read(run.path)
     except UsageError:
@@ -115,19 +115,19 @@ def reread(run: Run) -> Run:
 
 
 def with_job(run: Run, job_id: str) -> Run:
-    """`run` with a job more, whose submission is over; the job's id is told even where it can't be kept."""
+    """`run` with one more job; if the id can't be stored, the error still names it."""
     try:
         return changed(run, jobs=[*run.job_ids, job_id], submitting=False)
     except OSError as error:
         path = run.path / rundir.RECORD
-        raise UncertainError(f"job {job_id} is submitted, but {path} can't say so: {error.strerror}") from error
+        raise UncertainError(f"job {job_id} is submitted, but {path} can't be written: {error.strerror}") from error
 
 
 def changed(run: Run, **values: Any) -> Run:
-    """`run` with some of its record replaced, here and where it is a copy from."""
+    """`run` with changed keys in its record, here and in the original of a copy."""
     changed = replace(run, record={**run.record, **values})
     write(changed)
-    with contextlib.suppress(Fault):  # a login node that has gone silent keeps its own notes of the job
+    with contextlib.suppress(Fault):  # if the login node doesn't answer, it still has sbatch's stored answer
         run.host.put(run.path / rundir.RECORD)
     return changed
 

@@ -1,7 +1,7 @@
-"""What is known of a run as plain values: the one source of the table of runs, their details and `--json`.
+"""A run's report as plain values, for the table of runs, their details and `--json`.
 
-It joins the run's record, its state as the scheduler tells it, the newest events of the job and a server's load.
-The keys are documented in docs/runs.md and stay.
+It joins the run's record, its state from the scheduler, the newest events of the job and a server's load.
+docs/runs.md documents the keys, which never change.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from launcher.runs.servers import Load
 from launcher.runs.states import State
 from launcher.slurm import client, hostlist, reasons
 
-MOVING = ("time_left_s",)  # changes all the time, which is no news
+MOVING = ("time_left_s",)  # changes all the time, so it isn't news
 
 
 class Reporter:
-    """Reports runs again and again; a server's requests a second are counted between two reports."""
+    """Reports runs again and again; a server's requests per second are counted between two reports."""
 
     def __init__(self) -> None:
         self._loads: dict[str, Load] = {}
@@ -39,7 +39,7 @@ class Reporter:
 
 
 def of(run: Run, state: State) -> dict[str, Any]:
-    """The report of one run; what isn't known is null."""
+    """The report of one run; an unknown value is null."""
     newest = logs.newest(run.path)
     step, attempts = newest.get("step", {}), logs.attempts(run.path)
     pending = state.state == "PENDING"
@@ -77,12 +77,12 @@ def of(run: Run, state: State) -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Whether there is something new to tell."""
+    """Whether there is something new to report."""
     return before is None or any(before[key] != value for key, value in now.items() if key not in MOVING)
 
 
 def seconds(text: str) -> int | None:
-    """What Slurm says is left; None for UNLIMITED and the like."""
+    """Slurm's remaining time in seconds; None for UNLIMITED and the like."""
     try:
         return client.seconds(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Find a running server: by address, by its run, or the newest one there is; with the key that opens it.
+"""Finds a running server and its key: by address, by its run, or the newest.
 
 A server says where it is in its run's `server.json`, which exists only while it answers, and how busy it is in
 `/metrics`.
@@ -33,7 +33,7 @@ ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One scrape. `requests` counts answers since the start, questions about its health left out."""
+    """One scrape. `requests` counts answers since the start, without those of health checks."""
 
     at: float
     running: int
@@ -49,12 +49,12 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where to ask, and with what key."""
+    """A server's address and key."""
 
     url: str
     key: str | None = None
     name: str = ""  # of the model, where known
-    run: record.Run | None = None  # whose server it is, where known
+    run: record.Run | None = None  # the server's run, where known
 
     def client(self) -> "httpx.Client":
         """An HTTP client for it; waits for answers as long as they take."""
@@ -100,7 +100,7 @@ def of_run(run: record.Run) -> Server:
 
 
 def state_of(run: record.Run) -> dict[str, Any]:
-    """What a run's server says of itself, asked where it says it; `UsageError` when it says nothing."""
+    """The contents of a run's `server.json`; `UsageError` if there is none."""
     try:
         return dict(json.loads(run.host.read(run.path / rundir.SERVER)))
     except FileNotFoundError:
@@ -111,10 +111,10 @@ def state_of(run: record.Run) -> dict[str, Any]:
 
 
 def newest(roots: Iterable[Path]) -> Server:
-    """The server that was started last; one that was killed left its word behind, so of several one must answer."""
+    """The server that was started last. A killed server leaves its `server.json` behind, so it must also answer."""
     ready = [run for run in find.every(roots) if (run.path / rundir.SERVER).is_file()]
     if not ready:
-        raise UsageError("no server is running; start one with `mixlaunch serve`, or give its host:port")
+        raise UsageError("no server is running; start one with `mixlaunch serve`, or give HOST:PORT")
     first, *others = ready
     server = of_run(first)
     if not others or answers(server):
@@ -146,7 +146,7 @@ def load_of(run: record.Run) -> Load | None:
 
 
 def load(text: str, at: float | None = None) -> Load:
-    """Parse Prometheus text; what isn't there counts as nothing."""
+    """Parse Prometheus text; a missing metric counts as zero."""
     sums = {"requests_running": 0.0, "requests_queued": 0.0, "http_requests_total": 0.0}
     for line in LINE.finditer(text):
         if line["name"] in sums and not NOT_WORK.search(line["labels"] or ""):
@@ -204,7 +204,7 @@ def _key_of(run: record.Run) -> str | None:
 
 
 def http_error(response: "httpx.Response") -> str:
-    """What a server's refusal says, in one line."""
+    """The message of a server's error, in one line."""
     try:
         body: Any = response.json()
         return str(body["error"]["message"])

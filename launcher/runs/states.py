@@ -1,6 +1,6 @@
 """What runs are doing: asked of Slurm or this machine's processes, and of their own logs where both are mute.
 
-Ending a job is here too, because both need to know which processes are a run's.
+Ending a job is here too, because it also needs to know which processes belong to a run.
 """
 
 import json
@@ -34,12 +34,12 @@ SUBMITTED = re.compile(r"^Submitted batch job (\d+)", re.MULTILINE)
 SUBMITTING = "SUBMITTING"  # nobody recorded how its submission ended
 UNKNOWN = "UNKNOWN"  # nobody answers
 NEVER = "DependencyNeverSatisfied"  # Slurm's reason for a job that waits for one that failed
-GONE = "ENDED"  # nobody has it any more, and it left no last word
+GONE = "ENDED"  # the scheduler has forgotten it, and its log has no end
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """`state` in Slurm's words, for local jobs too; `source` says who told: slurm, processes or logs."""
+    """`state` in Slurm's words, also for local jobs; `source` says where it comes from: slurm, processes or logs."""
 
     state: str
     source: str
@@ -51,7 +51,7 @@ class State:
 
     @property
     def active(self) -> bool:
-        """Whether the job may still do something, as far as anyone knows."""
+        """Whether the job may still do something, as far as it is known."""
         return self.state != GONE and self.state not in client.ENDED
 
     @property
@@ -66,13 +66,13 @@ def of_run(run: Run) -> State:
 
 
 def of_runs(runs: Sequence[Run]) -> dict[Path, State]:
-    """What each run is doing, with one question to each cluster."""
+    """The state of each run, with one query for each cluster."""
     found: dict[Path, State] = {}
     hosts: dict[Host, dict[Path, str]] = {}
     for run in runs:
         current = _adopted(run) if run.submitting else run
         if current.submitting or current.job_id is None:
-            found[run.path] = State(state=SUBMITTING, source="record", reason="its submission didn't end")
+            found[run.path] = State(state=SUBMITTING, source="record", reason="its submission never finished")
         elif run.is_local:
             host, cancelled = str(run.record["host"]), bool(run.record["cancelled"])
             found[run.path] = of_local(run.path, host, cancelled=cancelled)
@@ -84,7 +84,7 @@ def of_runs(runs: Sequence[Run]) -> dict[Path, State]:
 
 
 def _cancelled(run: Run, state: State) -> State:
-    """A run that we cancelled and Slurm has forgotten was cancelled, whatever its logs say."""
+    """A run that we cancelled counts as cancelled when Slurm has forgotten it, whatever its logs say."""
     forgotten = run.record["cancelled"] and state.source == "logs" and not state.active
     return replace(state, state="CANCELLED") if forgotten and state.state != "COMPLETED" else state
 
@@ -124,8 +124,8 @@ def cancel(run: Run) -> bool:
 
 
 def _adopted(run: Run) -> Run:
-    """A run whose submission was cut off: its job, if Slurm has one, is found by its script's path."""
-    run = record.reread(run)  # somebody may have found it already
+    """A run whose submission was interrupted: if Slurm has a job, it is found by its script's path."""
+    run = record.reread(run)  # another command may have found it already
     if run.is_local or not run.submitting:
         return run
     try:
@@ -144,26 +144,28 @@ def _noted(run: Run) -> str | None:
 
 
 def of_slurm(jobs: Mapping[Path, str], host: Host) -> dict[Path, State]:
-    """State of every run directory's job on one cluster; from logs alone where Slurm has forgotten or is silent."""
+    """State of every run directory's job on one cluster; from its logs if Slurm has forgotten it or doesn't answer."""
     try:
         known = client.states(jobs.values(), host)
     except Fault as fault:
-        return {run: from_logs(run, UNKNOWN, f"Slurm is silent: {fault}") for run in jobs}
+        return {run: from_logs(run, UNKNOWN, f"Slurm doesn't answer: {fault}") for run in jobs}
     return {run: _merged(run, job, known.get(job)) for run, job in jobs.items()}
 
 
 def of_local(run_dir: Path, host: str, *, cancelled: bool = False) -> State:
-    """State of a local run: its processes are looked for on this machine, its end is in its log."""
+    """State of a local run: from its processes on this machine, or from the end of its log."""
     if host == socket.gethostname() and is_running(run_dir):
         return State(state="RUNNING", source="processes", nodes=host)
     if host != socket.gethostname():
         return from_logs(run_dir, UNKNOWN, f"it was started on {host}")
-    found = from_logs(run_dir, "FAILED", "it was killed: its log has no last word")
+    found = from_logs(run_dir, "FAILED", "it was killed: its log stops before its end")
     return replace(found, state="CANCELLED") if cancelled else found
 
 
 def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
-    """What the newest attempt's last word says, a finished job's exit code; without one, `otherwise` and `why`."""
+    """The state at the end of the newest attempt's log, with the exit code; without such an end, `otherwise` and
+    `why`.
+    """
     batches = [logs.path(run_dir, attempt, logs.BATCH) for attempt in logs.attempts(run_dir)]
     written = [log for log in batches if log.exists()]
     lines = written[-1].read_text(errors="replace").splitlines() if written else []
@@ -178,7 +180,7 @@ def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
 
 
 def from_output(run_dir: Path, job_id: str) -> str | None:
-    """How Slurm ended the job's last attempt, from what it wrote into the job's own output; None if it didn't."""
+    """How Slurm ended the job's last attempt, from its message in the job's output; None without a message."""
     try:
         text = (run_dir / rundir.LOGS / f"slurm-{job_id}.out").read_text(errors="replace")
     except OSError:
@@ -194,7 +196,9 @@ def is_running(run_dir: Path) -> bool:
 
 
 def find_job(script: Path, host: Host) -> str | None:
-    """The id of the job of `script` that its run doesn't know yet, if Slurm has one; `Fault` if it's silent."""
+    """The id of a job of `script` that isn't in its run's record, if Slurm has one; `Fault` if Slurm doesn't
+    answer.
+    """
     path, known = str(host.original(script)), _recorded(script, host)
     queue = client.queue(host, timeout=LOOK_TIMEOUT).values()
     found = [job.id for job in queue if job.command == path and job.id.isdecimal() and job.id not in known]
@@ -215,7 +219,7 @@ def cancel_slurm(job_ids: Iterable[str], host: Host) -> None:
 
 
 def cancel_local(run_dir: Path, job_id: str) -> None:
-    """End a local run: its script first, which lets the ranks leave, then by force whatever is left of it."""
+    """End a local run: first its script, which lets the ranks end, then the remaining processes by force."""
 
     def everything() -> list[int]:
         return processes.marked(**{MARK: str(run_dir)})
@@ -231,7 +235,7 @@ def _merged(run_dir: Path, job_id: str, job: client.JobState | None) -> State:
         ended = from_output(run_dir, job_id)
         return replace(found, state=ended) if ended and found.state != "COMPLETED" else found
     code = None if job.active else from_logs(run_dir, GONE, "").exit_code
-    if code is None and job.exit_code:  # Slurm's own is the lesser source: it makes 9 of a script's 137
+    if code is None and job.exit_code:  # Slurm's own code is less exact: it reports 9 for a script's 137
         code = int(job.exit_code.split(":")[0])
     return State(
         state=job.state,

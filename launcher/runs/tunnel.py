@@ -1,6 +1,6 @@
-"""A port of this machine that leads to a server on a node: through the login node, or from there straight on.
+"""A tunnel: a port of this machine that leads through the login node to a server on a node.
 
-A server that listens on its node's own loopback is reached by ssh to that node; any other from the login node.
+A server that listens on its node's loopback is reached by ssh to that node, and any other from the login node.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Questions to Slurm's own commands about jobs, and what its words mean; each failure is a `Fault`.
 
-Nothing is cached, and output is asked for in explicit formats, never read from tables made for people. A job may
-hold any text in its arguments, and a site may print notices of its own: what isn't a record is no record.
+Nothing is cached. Output is requested in explicit formats, and never parsed from tables for people. A job may hold
+any text in its arguments, and a site may print notices of its own: what isn't a record is no record.
 """
 
 import re
@@ -14,7 +14,7 @@ from launcher.errors import Fault, UsageError
 from launcher.host.base import TIMEOUT, Host
 from launcher.slurm import hostlist
 
-# Everything else (PENDING, COMPLETING, SIGNALING, REQUEUED, ...) may still turn into something.
+# Every other state (PENDING, COMPLETING, SIGNALING, REQUEUED, ...) may still change.
 ENDED = {
     "COMPLETED",
     "FAILED",

@@ -1,4 +1,4 @@
-"""Slurm's way to write many names in one: `gpu[01-04,7],login` and back to single names, and together again (pure).
+"""Slurm's notation for many nodes, `gpu[01-04,7],login`: expanded to names, and compressed again (pure).
 
 Only what squeue, sacct and people write: pairs of brackets, numbers in them with or without leading zeros.
 """

@@ -1,4 +1,4 @@
-"""What a Slurm says about itself: partitions, kinds of nodes, version, and what its user is allowed.
+"""What a Slurm reports about itself: partitions, kinds of nodes, version, and what its user may use.
 
 Questions go to this machine's Slurm or to a login node's. Parsing the answers is pure, and skips what is no record.
 """
@@ -88,7 +88,7 @@ class Association:
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """One Slurm. Where it keeps no accounts, there are no associations and nothing can be said about them."""
+    """One Slurm. Without accounting there are no associations, and nothing is known about them."""
 
     config: Mapping[str, str]
     partitions: tuple[Partition, ...]
@@ -139,7 +139,7 @@ class Inventory:
 
 
 def ask(host: Host) -> Inventory:
-    """Everything that a profile can be held against; `Fault` if the controller doesn't answer."""
+    """Everything that a profile can be compared with; `Fault` if the controller doesn't answer."""
     config = dict(_config(host.call("scontrol", "show", "config")))
     shown = host.call("scontrol", "--all", "--oneliner", "show", "partition")
     listed = host.call("sinfo", "--all", "--exact", "--noheader", "--format=%R|%D|%G|%c|%m|%T|%f")

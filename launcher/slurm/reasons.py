@@ -1,4 +1,4 @@
-"""Why a job waits, in words, from the reason that Slurm gives: what it waits for, and whether that can ever come.
+"""Why a job waits, in words, from Slurm's reason: what it waits for, and whether that can ever happen.
 
 The names are those of Slurm 22.05 to 25.11, with the sentences that its controller writes in place of some. One
 that isn't here is shown as Slurm says it.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """`name` is a regular expression over Slurm's word; `advice` where waiting alone isn't all one can do."""
+    """`name` is a regular expression for Slurm's reason; `advice` says what helps besides waiting."""
 
     name: str
     words: str
@@ -34,7 +34,7 @@ REASONS = (
     Reason(
         name="DependencyNeverSatisfied",
         words="the job that it depends on failed, so it can never start",
-        advice="cancel it, mend what failed, and submit again",
+        advice="cancel it, correct what failed, and submit again",
     ),
     Reason(
         name="JobHeldUser",
@@ -49,7 +49,7 @@ REASONS = (
     Reason(
         name="JobHoldMaxRequeue|MaxRequeue|.*requeued held|launch failed requeued held",
         words="held, because it was requeued too often or a node failed to start it",
-        advice="`mixlaunch explain` names the node; leave it out and release the job, or cancel and resume the run",
+        advice="`mixlaunch explain` names the node; exclude it and release the job, or cancel and resume the run",
     ),
     Reason(
         name="ReqNodeNotAvail.*",  # the nodes' names may follow
@@ -121,7 +121,7 @@ REASONS = (
             "|Job's (account|QOS|group) not permitted to use this partition.*"
         ),
         words="its account or QoS isn't allowed where it was sent",
-        advice="`sacctmgr show assoc user=$USER` lists what is; mend the profile",
+        advice="`sacctmgr show assoc user=$USER` lists what is allowed; correct the profile",
     ),
     Reason(name="Licenses|BurstBuffer.*", words="waits for a licence or a burst buffer"),
     Reason(name="NvidiaImexChannels|MpiPortsBusy", words="waits for channels or ports that other jobs have"),

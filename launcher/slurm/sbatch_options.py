@@ -1,6 +1,6 @@
-"""What sbatch of each Slurm version takes: its long options, from 22.05, the oldest supported, on.
+"""The long options of sbatch in each Slurm version, from 22.05 on, the oldest supported.
 
-After SchedMD's change logs and manual pages; tests/slurm holds the table to the sbatch that is installed.
+They come from SchedMD's change logs and manual pages. tests/slurm compares them with the installed sbatch.
 """
 
 import re

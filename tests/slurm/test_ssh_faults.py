@@ -120,7 +120,7 @@ def minimal(laptop, more: str) -> None:
     ("harm", "said"),
     [
         (no_key, r"login node 127.0.0.1: .*Permission denied \(publickey\).*\n.*without a question"),
-        (changed_host, r"(?s)login node 127.0.0.1: .*verification failed.*isn't the one"),
+        (changed_host, r"(?s)login node 127.0.0.1: .*verification failed.*differs from the one"),
         (unknown_host, r"(?s)login node 127.0.0.1: .*isn't known here: connect once"),
         (nobody, r"login node 127.0.0.1: .*port 1: Connection refused"),
         (mute, r"login node 127.0.0.1: .*timed out.*\n.*does this machine's network reach it"),

@@ -57,7 +57,7 @@ def refused(*words, code=2):
         ([*EXPORT, "-o", "extra.exclude=n[1-999999]"], "extra: 'n[1-999999]': '1-999999' isn't a range of at most"),
         ([*EXPORT, "-o", "extra.exclude=n[9-1]"], "extra: 'n[9-1]': '9-1' isn't a range"),
         ([*EXPORT, "-o", "extra={mail-type: [END]}"], "extra.mail-type: input should be a valid string"),
-        ([*EXPORT, "-o", "environment.UID=5"], "UID is bash's own"),
+        ([*EXPORT, "-o", "environment.UID=5"], "UID is set by bash"),
         ([*EXPORT, "-o", "templates.job=/dev/null"], "begins with `#!`"),
         ([*EXPORT, "--time", "٣٠"], "--time: '٣٠' isn't a time limit"),
         ([*EXPORT, "--time", MANY], "--time: "),
@@ -84,7 +84,7 @@ def refused(*words, code=2):
         (["chat", "10.0.0.256:5000"], "isn't a server's address"),
         (["chat", "localhost:99999"], "isn't a server's address"),
         (["chat", "localhost:5000", "-p", "x", "--temperature", "nan"], "--temperature: nan"),
-        (["logs", "~nobody-here/x"], "no run directory"),
+        (["logs", "~nobody-here/x"], "not a run directory"),
     ],
 )
 def test_a_value_that_cant_be(words, said, home):

@@ -63,7 +63,7 @@ def test_a_list_that_cant_be_read_is_no_empty_list(cluster):
     bad_nodes.path(cluster).parent.mkdir()
     for text in ("{", "[]", '{"nodes": [{"node": 1}]}'):
         bad_nodes.path(cluster).write_text(text)
-        with pytest.raises(Fault, match=r"bad_nodes.json: not a list of nodes .*; mend or remove it"):
+        with pytest.raises(Fault, match=r"bad_nodes.json: not a list of nodes .*; correct or remove it"):
             bad_nodes.read(cluster)
 
 

@@ -53,7 +53,7 @@ def test_an_unknown_nested_key_is_found_too(write_profile):
         ("container: {runtime: pyxis, image: a, mounts: [data]}", "'data' isn't HOST"),
         ("environment: {A: true}", "environment.A"),
         ("environment: {A-B: 1}", "'A-B' isn't the name of an environment variable"),
-        ("extra: {nodes: 3}", "'nodes' is the launcher's own"),
+        ("extra: {nodes: 3}", "'nodes' is set by the launcher"),
         ("extra: {--nice: 3}", "isn't a long sbatch option"),
         ("extra: {nyce: 3}", "extra: sbatch of Slurm 22.05 has no --nyce; did you mean 'nice'?"),
         ("extra: {oom-kill-step: 1}\nslurm_version: 23.11", "extra: sbatch of Slurm 23.11 has no --oom-kill-step"),

@@ -147,7 +147,7 @@ def test_runs_are_found_by_name_id_prefix_and_age(plan):
 def test_what_is_no_run_is_named(plan, tmp_path):
     with pytest.raises(UsageError, match="there are no runs in"):
         find.run("newest", [tmp_path / "nowhere"])
-    with pytest.raises(UsageError, match=r"no run directory \(it has no run.json\)"):
+    with pytest.raises(UsageError, match=r"not a run directory \(it has no run.json\)"):
         find.run(str(tmp_path), [])
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "run.json").write_text(json.dumps({"schema": 99}))
