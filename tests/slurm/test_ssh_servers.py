@@ -62,7 +62,7 @@ def test_a_server_is_asked_through_a_tunnel(laptop, stub, host):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
-    assert "goes on; the tunnel is closed" in out
+    assert "continues; the tunnel is closed" in out
     assert key not in said + out + err
     with pytest.raises(httpx.ConnectError):
         httpx.post(f"{url}/v1/chat/completions", json=body)

@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_named_on_all_ranks_before_the_first_step(traine
             assert name in words
             assert seconds < 30
     for copy, (_, words, _) in zip(copies, said, strict=True):
-        assert "to go on from iter_0000002 instead, remove" in words
+        assert "to continue from iter_0000002 instead, remove" in words
         assert (copy / "events.jsonl").read_bytes() == (folder / "events.jsonl").read_bytes(), "something was done"
         assert contents(copy / "checkpoints/iter_0000002") == contents(folder / "checkpoints/iter_0000002")
 
