@@ -1,4 +1,4 @@
-"""What a run trains on: one prefix of prepared data, or several and how much of each, PREFIX:WEIGHT (pure)."""
+"""A run's training data: one prefix of prepared data, or several with weights, PREFIX:WEIGHT (pure)."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""What a plan and its outlook say, to people and to programs: equation, batch, bubble, fabric, memory.
+"""Describes a plan and its outlook for people and for programs: equation, batch, bubble, fabric, memory.
 
-`require` is the last word before a submission: what memory can't hold is refused, unless the user knows better.
+`require` is the last check before a submission: a job that memory can't hold is refused, unless it is forced.
 """
 
 import os
@@ -52,7 +52,7 @@ def _with_value(name: str) -> str:
 
 
 def facts(outlook: Outlook) -> Facts:
-    """Names and values, a line each; what there is nothing to say of is left out."""
+    """Names and values, one a line; lines without content are left out."""
     if outlook.request.work is None:
         return [*_equation(outlook), *_whole_model(outlook)]
     return [*_equation(outlook), *_batch(outlook), *_fabric(outlook), *_memory(outlook)]
@@ -75,7 +75,7 @@ def _equation(outlook: Outlook) -> Facts:
 
 
 def _whole_model(outlook: Outlook) -> Facts:
-    """The weights, which is all there is to tell of a layout that is only written down."""
+    """The weights: nothing else matters for a layout that is only written to files."""
     layout, shape = outlook.request.layout, outlook.request.shape
     if shape is None:
         return []
@@ -114,7 +114,7 @@ def _fabric(outlook: Outlook) -> Facts:
 
 
 def exchange_text(exchange: Exchange) -> str:
-    """Where one axis' traffic goes, and what it costs where that is the fabric."""
+    """Where the traffic of one axis goes, and what it costs if it crosses the fabric."""
     group = f"each group of {exchange.ranks} ranks"
     if exchange.islands == 1:
         return f"{group} inside one NVLink domain"
@@ -173,7 +173,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
 
 
 def refusal_json(error: LayoutError) -> dict[str, Any]:
-    """What can't be at all, and the nearest that can."""
+    """An impossible layout, and the nearest possible ones."""
     if isinstance(error, suggest.Refused):
         return {"error": error.reason, "nearest": list(map(suggestion_json, error.suggestions))}
     return {"error": str(error), "nearest": []}
@@ -192,7 +192,7 @@ def suggestion_json(suggestion: suggest.Suggestion) -> dict[str, Any]:
 
 
 def remarks(plan: JobPlan) -> Iterator[str]:
-    """What somebody should hear who isn't stopped by it."""
+    """Warnings that don't stop a submission."""
     outlook = plan.outlook
     if outlook is None or outlook.request.work is None:
         return
@@ -214,5 +214,5 @@ def require(plan: JobPlan, *, force: bool) -> None:
     outlook = plan.outlook
     if outlook is None or not outlook.shortage or force:
         return
-    forced = "This is an estimate: --force submits all the same."
+    forced = "This is an estimate: --force submits anyway."
     raise suggest.Refused(f"it doesn't fit: {outlook.shortage}", suggest.find(outlook.request), forced)

@@ -1,7 +1,7 @@
-"""Whether a job can run where it is meant to, before the queue says no: arithmetic, memory, bubble, fabric (pure).
+"""Whether a job can run on its cluster: arithmetic, memory, bubble and fabric (pure).
 
-`study` raises `LayoutError` with the equation for what can't be; what only the memory estimate speaks against is in
-`Outlook.shortage`, which a user may overrule.
+`study` raises `LayoutError` with the equation for an impossible layout. If only the memory estimate is too large,
+`Outlook.shortage` says so, and the user may overrule it.
 """
 
 from collections.abc import Iterator
@@ -35,11 +35,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """One axis whose ranks talk in every layer, and what of that leaves an NVLink domain."""
+    """One axis whose ranks communicate in every layer, and the part of it that leaves an NVLink domain."""
 
     axis: str
     ranks: int
-    islands: int  # NVLink domains that one group touches; 1 is as it should be
+    islands: int  # NVLink domains that one group touches; 1 is best
     token_bytes: float = 0.0  # over the fabric, a token and layer
     step_bytes: float = 0.0  # over the fabric, a GPU and step
     step_seconds: float | None = None  # None: the profile doesn't say how fast the fabric is
@@ -47,7 +47,7 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """All that can be told of a request that its arithmetic allows."""
+    """The result for a request whose arithmetic works."""
 
     request: Request
     placement: Placement
@@ -144,7 +144,7 @@ def _serving(outlook: Outlook, work: ServingWork) -> Outlook:
 
 
 def gpu_bytes(request: Request) -> float | None:
-    """One GPU's memory; makers write GB for what is nearly GiB."""
+    """One GPU's memory; the GB in a GPU's name are nearly GiB."""
     size = request.cluster.node.gpu_memory_gb
     return size * GIB if size else None
 
@@ -162,7 +162,7 @@ def _with_verdict(outlook: Outlook) -> Outlook:
     needed = fullest.total + OUTSIDE
     said = (
         f"stage {fullest.stage + 1} of {outlook.request.layout.pipeline} needs {fullest.total / GIB:.1f} GiB "
-        f"({itemized(fullest)}) and {OUTSIDE / GIB:g} GiB go to CUDA and NCCL; a GPU has {gpu / GIB:g}"
+        f"({itemized(fullest)}) and {OUTSIDE / GIB:g} GiB are for CUDA and NCCL; a GPU has {gpu / GIB:g}"
     )
     if needed > gpu:
         return replace(outlook, shortage=said)
@@ -170,12 +170,12 @@ def _with_verdict(outlook: Outlook) -> Outlook:
 
 
 def _with_room(outlook: Outlook, work: ServingWork, room: int, gpu: float) -> Outlook:
-    """A server takes what the weights leave: it must be one request at its longest, and should be all of them."""
+    """A server's cache gets what the weights leave. It must hold one request at its longest, better all."""
     one = (work.pages + 1) * PAGE
     if room < one:
         weights = max(usage.parts["weights"] for usage in outlook.usage)
-        said = f"weights take {weights / GIB:.1f} of a GPU's {gpu / GIB:g} GiB, and what they leave "
-        said += f"holds {room} tokens" if room > 0 else "holds no cache"
+        said = f"weights take {weights / GIB:.1f} of a GPU's {gpu / GIB:g} GiB, and the rest "
+        said += f"holds {room} tokens" if room > 0 else "has no room for a cache"
         return replace(outlook, shortage=f"{said}; one request of {work.max_tokens} tokens takes {one}")
     if room < work.cache_tokens:
         wanted = f"{work.max_batch} requests of {work.max_tokens} tokens at once"
@@ -189,7 +189,9 @@ def itemized(usage: Usage) -> str:
 
 
 def _exchanges(outlook: Outlook, work: Work) -> Iterator[Exchange]:
-    """What experts and tensor parallelism move, per layer and token: forward, and in training backward too."""
+    """Bytes that expert and tensor parallelism move for each layer and token: forward, and in training also
+    backward.
+    """
     layout, shape = outlook.request.layout, outlook.request.shape
     width = shape.hidden_size * memory.BYTES[work.precision] if shape else 0
     trains, again = isinstance(work, TrainingWork), 1.0
@@ -206,7 +208,7 @@ def _exchanges(outlook: Outlook, work: Work) -> Iterator[Exchange]:
 
 
 def _exchange(outlook: Outlook, work: Work, axis: str, ranks: int, token_bytes: float) -> Exchange:
-    """`token_bytes` per layer and kept token; what stays in the domain costs next to nothing."""
+    """`token_bytes` for each layer and kept token; traffic inside an NVLink domain counts as free."""
     node = outlook.request.cluster.node
     nvlink = node.nvlink_domain or node.gpus or ranks
     islands = outlook.placement.islands(ranks, nvlink)

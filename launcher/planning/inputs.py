@@ -1,4 +1,4 @@
-"""What a plan needs from the cluster's file system: the shape of its model, and that its inputs are there.
+"""What a plan asks of the cluster's file system: the model's shape, and whether the inputs exist.
 
 The only part of planning that reads files; it writes none.
 """
@@ -29,7 +29,7 @@ def shape(profile: ClusterProfile, model: str) -> MixtralShape | None:
         return None  # its name tells, and planning needs no network
     try:
         for text in profile.host.texts(folders, CONFIGS):
-            # Not a model's: the job itself says what is wrong.
+            # This isn't a model's configuration; the job itself will say what is wrong.
             with contextlib.suppress(SpecError, ValueError, TypeError, AttributeError, RecursionError):
                 return MixtralShape.from_hf(json.loads(text))
     except Fault as fault:
@@ -38,7 +38,7 @@ def shape(profile: ClusterProfile, model: str) -> MixtralShape | None:
 
 
 def servable(profile: ClusterProfile, model: str) -> str:
-    """`model`, or the folder that it was downloaded into where it hasn't been converted: either can be served."""
+    """`model`, or its download if it isn't converted: both can be served."""
     if "/" not in model or places.is_path(model):
         return model
     downloaded, converted = places.hub_folder(profile, model), places.weights(profile, model)
@@ -59,7 +59,7 @@ def is_converted(profile: ClusterProfile, folder: str) -> bool:
 
 
 def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
-    """Whether `folder` holds all of a model in the hub's layout. Of a login node's folder it isn't known."""
+    """Whether `folder` holds a whole model in the hub's layout; unknown for a folder behind a login node."""
     if profile.host.known([f"{folder}/config.json"]) != [True]:
         return False
     try:
@@ -73,7 +73,7 @@ def is_downloaded(profile: ClusterProfile, folder: str) -> bool:
 
 
 def require(plan: JobPlan) -> None:
-    """`UsageError` naming every input that isn't there and how one gets it."""
+    """`UsageError` naming every missing input, and how to get it."""
     name = plan.profile.host.name
     where = f" on {name}" if name else ""
     if absent := missing(plan):
@@ -82,7 +82,7 @@ def require(plan: JobPlan) -> None:
 
 
 def require_file_system(plan: JobPlan) -> None:
-    """`UsageError` unless this machine has the cluster's shared folders: a laptop's disk isn't Lustre."""
+    """`UsageError` unless this machine has the cluster's shared folders; a laptop doesn't."""
     folders = [os.path.dirname(path) for path in plan.outputs]
     seen = zip(folders, plan.profile.host.known(folders), strict=True)
     absent = [folder for folder, there in seen if there is False]

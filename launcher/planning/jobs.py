@@ -1,6 +1,7 @@
-"""What to run, where and with which configuration: one pure function per job, from options and a profile to a plan.
+"""From options and a profile to a plan, one pure function for each job: what to run, where, and with which
+configuration.
 
-Nothing here looks at Slurm or the file system; what must exist is listed in the plan and checked before submission.
+Nothing here asks Slurm or the file system. The plan lists its inputs, and they are checked before the submission.
 """
 
 import os.path
@@ -108,7 +109,9 @@ def plan_convert(
     shape: MixtralShape | None = None,
     values: Mapping[str, Any] = {},
 ) -> JobPlan:
-    """Weights between the hub's layout and Megatron's. Ranks share the work; their number is free of the layout."""
+    """Convert weights between the hub's layout and Megatron's. Ranks share the work; their number doesn't depend on
+    the layout.
+    """
     chosen = _chosen("convert", values, to=to)
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r} isn't one of {', '.join(PRESETS)}")
@@ -225,7 +228,7 @@ def plan_serve(
     hint = paths.hint("download" if by_vllm else "convert --model", model)
     host = quoting.checked(host or profile.serve.host or ("127.0.0.1" if profile.is_local else "0.0.0.0"), "--host")
     config = {"model": weights, "layout": asdict(layout), "host": host, "port": port or profile.serve.port}
-    config["other_port"] = port is None  # a port that was asked for is that one or none
+    config["other_port"] = port is None  # a port given by --port is used, or the job fails
     plan = JobPlan(
         **_common("serve", profile, ask),
         placement=outlook.placement,
@@ -297,7 +300,9 @@ def _common(job: str, profile: ClusterProfile, ask: Ask) -> dict[str, Any]:
 
 
 def _processes(profile: ClusterProfile, given: int | None) -> int:
-    """Processes a node that copy weights: one feeds this machine's disk, several a parallel file system."""
+    """Processes a node that copy weights: one is enough for this machine's disk, and a parallel file system needs
+    several.
+    """
     if given is not None and given < 1:
         raise UsageError(f"--processes: {given} must be at least 1")
     return given or (1 if profile.is_local else CONVERTERS)

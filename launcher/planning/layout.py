@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from launcher.errors import LayoutError
 from megatron_mixtral.spec.layout import Layout
 
-MOST_RANKS = 100_000  # beyond any cluster: a slip of the finger, and arithmetic over ranks that takes minutes
+MOST_RANKS = 100_000  # larger than any cluster: a typing error, and arithmetic that takes minutes
 MOST_STAGES = 1_000  # more than any model has layers
 
 
@@ -25,7 +25,7 @@ class Placement:
     def islands(self, size: int, nvlink: int) -> int:
         """The most NVLink domains of `nvlink` GPUs that a group of `size` neighbouring ranks touches.
 
-        Domains of several nodes are taken to begin at the job's first node.
+        Domains of several nodes are assumed to begin at the job's first node.
         """
         per_node = -(-self.tasks_per_node // nvlink)
 

@@ -13,7 +13,7 @@ LAYOUTS = tuple(Layout(tensor=size, expert=8) for size in (1, 2, 4, 8))
 
 
 def layout(request: Request, over: Callable[[Layout], Layout]) -> Layout:
-    """The first of LAYOUTS, `over` which lies what was typed, that a GPU's memory has room for; else the first."""
+    """The first of LAYOUTS, with the typed axes in place, that fits a GPU's memory; if none fits, the first."""
     for candidate in map(over, LAYOUTS):
         try:
             if not fit.study(replace(request, layout=candidate)).shortage:

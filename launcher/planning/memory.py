@@ -1,4 +1,4 @@
-"""What one GPU of a job has to hold, stage by stage, by arithmetic alone (pure); docs/memory.md has every term.
+"""The memory that a job needs on one GPU of each stage, by arithmetic alone (pure). docs/memory.md has every term.
 
 Bytes everywhere. Letters: H hidden, Q width of all queries, K width of all keys, F expert width, k experts a token,
 V vocabulary, T the tokens of one micro batch that one rank keeps.
@@ -17,7 +17,7 @@ from megatron_mixtral.spec.shape import MixtralShape
 GIB = 2**30
 BYTES = {"bf16": 2, "fp32": 4}
 OUTSIDE = 2 * GIB  # CUDA's context, NCCL's buffers, and the gaps between what torch has taken from the driver
-TIGHT = 0.9  # of a GPU: beyond it the estimate's own error decides
+TIGHT = 0.9  # share of a GPU above which the estimate's error matters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def parameters(shape: MixtralShape, layout: Layout, stage: int, stages: tuple[in
 
 
 def adapters(shape: MixtralShape, layout: Layout, work: TrainingWork, layers: int) -> tuple[int, int]:
-    """The same of adapters: each matrix [out, in] has a pair of rank x in and out x rank, cut as it is."""
+    """The same for adapters: each matrix [out, in] has a pair, rank x in and out x rank, divided like it."""
     hidden, tensor = shape.hidden_size, layout.tensor
     queries, keys = shape.query_width, shape.key_width
     attention = 3 * hidden + (queries + 2 * keys) // tensor + queries // tensor + hidden
@@ -126,7 +126,7 @@ def _training_stage(
         held = (held[0] + trained[0], held[1] + trained[1])
     shards = trained[0] / (world // (layout.tensor * layout.pipeline))
     shards += trained[1] / (world // (layout.expert_tensor * layout.expert * layout.pipeline))
-    state = 8 if work.precision == "fp32" else 12  # two moments; bf16 weights have a twin in fp32 as well
+    state = 8 if work.precision == "fp32" else 12  # two moments; bf16 weights also have a copy in fp32
     data = world // (layout.tensor * layout.pipeline * layout.context)
     under_way = in_flight(layout, work.global_batch // (work.micro_batch * data), work.virtual_pipeline, stage)
     kept, working = _activations(shape, layout, work, layers[stage], under_way)
@@ -139,7 +139,7 @@ def _training_stage(
     }
     if stage == layout.pipeline - 1:
         logits = tokens_kept(layout, work) * size * (layout.padded_vocabulary(shape) + 2 * shape.hidden_size)
-        # Their memory serves again when the last layer is computed once more.
+        # Recomputing the last layer uses their memory again.
         parts["logits"] = max(0, logits - working) if work.recompute == "full" else logits
     return Usage(stage=stage, parts=parts)
 
@@ -166,7 +166,7 @@ def _activations(
     """(kept for the backward pass, in use during it besides) of a stage with so many micro batches in flight."""
     a_number = tokens_kept(layout, work) * BYTES[work.precision]
     layers = layers // work.virtual_pipeline * under_way
-    sent = under_way if work.virtual_pipeline > 1 else 0  # what a chunk hands on stays until it comes back
+    sent = under_way if work.virtual_pipeline > 1 else 0  # a chunk's output is kept until its backward pass
     hidden, width, chosen = shape.hidden_size, shape.intermediate_size, shape.num_experts_per_tok
     queries, keys = shape.query_width, shape.key_width
     # Both norms' inputs, q, k, v, attention's output and the norm's.
@@ -175,7 +175,7 @@ def _activations(
     experts = hidden + chosen * (hidden * layout.expert_tensor + kept * width)  # the norm's output, rows
     backward = chosen * width * (5 if work.lora_experts else 1) + 2 * hidden  # plain torch keeps every step of it
     if layout.expert * layout.expert_tensor > 1:
-        backward += 2 * chosen * hidden  # rows on their way to and from other ranks
+        backward += 2 * chosen * hidden  # rows sent to and received from other ranks
     whole = attention + experts
     if work.recompute == "full":
         return a_number * (layers + sent) * hidden, a_number * (whole + backward)
@@ -217,7 +217,7 @@ def cache_bytes(shape: MixtralShape, layout: Layout, precision: str, stage: int)
 
 
 def cache_room(shape: MixtralShape, layout: Layout, work: ServingWork, gpu: float) -> int:
-    """Tokens that the cache holds on the fullest GPU of `gpu` bytes; less than none where weights don't fit."""
+    """Tokens that the cache holds on the fullest GPU of `gpu` bytes; negative if the weights don't fit."""
     return min(
         int((gpu - OUTSIDE - usage.parts["weights"] - usage.parts["a step"]) * CACHE_SHARE)
         // cache_bytes(shape, layout, work.precision, usage.stage)

@@ -23,7 +23,7 @@ SERVE_BY_NVLINK = Layout(tensor=2, expert_tensor=2)  # on an H200 two to three t
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A path that must exist before the job can run, and how one gets it."""
+    """A path that must exist before the job can run, and how to get it."""
 
     path: str
     what: str
@@ -42,7 +42,7 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The parts of a layout that were given; the rest comes from the job's preset."""
+    """The axes of a layout that were given; the job's preset has the others."""
 
     tensor: int | None = None
     pipeline: int | None = None
@@ -60,7 +60,7 @@ class Axes:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineStep:
-    """A job's place in a pipeline: which step of how many, and the runs and jobs that must end well before it."""
+    """A job's step in a pipeline: its number, and the runs and jobs that must succeed before it."""
 
     pipeline: str
     step: int
@@ -93,7 +93,7 @@ class JobPlan:
 
     @property
     def queue_options(self) -> list[str]:
-        """What sbatch is told besides the script, which can be submitted again without it."""
+        """Options of sbatch besides the script; the script can be submitted again without them."""
         if self.link is None or not self.link.jobs:
             return []
         return [f"--dependency=afterok:{':'.join(self.link.jobs)}", "--kill-on-invalid-dep=yes"]
@@ -130,7 +130,7 @@ class JobPlan:
 
     @property
     def retried(self) -> bool:
-        """Whether it starts again after a fault. A server doesn't: its clients were told already."""
+        """Whether it starts again after a fault. A server doesn't, because its clients have already got errors."""
         return self.resumable and self.job != "serve"
 
     @property

@@ -1,6 +1,6 @@
-"""Secrets by name: which variables of the environment a run carries, and secrets.env, the place of their values.
+"""Secrets: which environment variables a run carries, and the file secrets.env with their values.
 
-Their values go into no script, record, argument or message, and not into the environment that Slurm keeps.
+A value never goes into a script, record, argument or message, nor into the environment that Slurm keeps.
 """
 
 import os
@@ -11,7 +11,7 @@ from launcher.common import quoting
 from launcher.errors import UsageError
 from launcher.planning.plan import JobPlan
 
-# What a job makes use of by itself, where it is set.
+# Variables that a job uses without being asked, if they are set.
 WELCOME = {"download": ("HF_TOKEN",), "serve": ("MIXLAUNCH_API_KEY",)}
 
 

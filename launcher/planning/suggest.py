@@ -1,6 +1,7 @@
-"""The layouts nearest to one that doesn't fit: fewest changes first, then in the order of docs/memory.md (pure).
+"""Searches the layouts nearest to one that doesn't fit: fewest changes first, then in the order of docs/memory.md
+(pure).
 
-A change is an option that one would type; each suggestion is a request that `fit.study` lets through with room.
+A change is a command-line option. Each suggestion is a request that `fit.study` accepts.
 """
 
 import itertools
@@ -31,7 +32,7 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """What to change, and what comes of it."""
+    """What to change, and the result."""
 
     changes: Changes
     outlook: Outlook
@@ -59,7 +60,7 @@ class Suggestion:
 
 
 class Refused(LayoutError):
-    """What can't be and why, with the nearest that can; `more` goes below them."""
+    """A refused request with its reason and the nearest possible layouts; `more` is printed below them."""
 
     def __init__(self, reason: str, suggestions: list[Suggestion], *more: str) -> None:
         super().__init__("\n".join([reason, *_lines(suggestions), *more]))
@@ -68,7 +69,7 @@ class Refused(LayoutError):
 
 
 def outlook(request: Request) -> Outlook:
-    """What `request` comes to; the refusal of what can't be names the nearest layouts that can."""
+    """The outlook of `request`; an impossible layout is refused with the nearest possible ones."""
     try:
         return fit.study(request)
     except LayoutError as error:
@@ -89,7 +90,7 @@ def _lines(suggestions: list[Suggestion]) -> Iterator[str]:
 
 
 def find(request: Request) -> list[Suggestion]:
-    """The nearest that fit, best first; none when nothing near does."""
+    """The nearest layouts that fit, best first."""
     values, found, left = _alternatives(request), list[Suggestion](), MOST_WORK
     for count in range(1, MOST_CHANGES + 1):
         more, enough = list[Suggestion](), [suggestion.changes.items() for suggestion in found]
@@ -144,7 +145,7 @@ def _rank(asked: Request, suggestion: Suggestion) -> tuple[float, ...]:
 
 
 def _distance(asked: Request, suggestion: Suggestion) -> float:
-    """How far the numbers moved, in doublings."""
+    """How far the numbers changed, in powers of two."""
     before = _values(asked)
     moved = 0.0
     for name, value in suggestion.changes.items():
@@ -178,7 +179,7 @@ def _nodes(request: Request) -> list[int]:
 
 
 def _of_layout(request: Request) -> dict[str, list[int]]:
-    """What divides the model; of an unknown model only parts of what was asked for."""
+    """Sizes that divide the model; for an unknown model, divisors of the sizes that were asked for."""
     layout, shape = request.layout, request.shape
     if shape is None:
         return {name: _divisors(size) for name, size in vars(layout).items()}

@@ -1,6 +1,7 @@
-"""Text of this machine that a job behind a login node reads: where it goes over there, and its way.
+"""Brings text files from this machine to a cluster behind a login node.
 
-It lies below the data folder under this machine's name and its own path: brought again, only changes travel.
+A file's place is in the data folder, under this machine's name and its own path. So a second upload sends only
+changes.
 """
 
 import os.path
@@ -18,14 +19,14 @@ WHOLE = ("output", "data")  # options that are paths and nothing else
 
 
 def redirect(profile: ClusterProfile, files: Sequence[str]) -> tuple[str, ...]:
-    """`files` as the job will see them: those that this machine has where they will be brought."""
+    """`files` as the job will see them; files of this machine get the path that they are brought to."""
     if profile.host.is_here:
         return tuple(files)
     return tuple(_destination(profile, file) for file in files)
 
 
 def require_whole_paths(profile: ClusterProfile, given: dict[str, Any]) -> None:
-    """`UsageError` for a path that starts from a folder of this machine, which the cluster hasn't got."""
+    """`UsageError` for a path that is relative to a folder of this machine."""
     if profile.host.is_here:
         return
     for name in ("model", *WHOLE):
@@ -33,7 +34,7 @@ def require_whole_paths(profile: ClusterProfile, given: dict[str, Any]) -> None:
         for value in (values,) if isinstance(values, str) else values:
             if value.startswith((".", "~")) or (name in WHOLE and not value.startswith("/")):
                 raise UsageError(
-                    f"--{name}: {value!r} starts from a folder of this machine; give a path of {profile.host.name}"
+                    f"--{name}: {value!r} is relative to this machine; give an absolute path of {profile.host.name}"
                 )
 
 
@@ -45,7 +46,7 @@ def source(profile: ClusterProfile, path: str) -> Path | None:
 
 
 def bring(plan: JobPlan) -> None:
-    """Copy what `plan` reads of this machine's; what is there already costs one look."""
+    """Copy the files of this machine that `plan` reads; unchanged files cost one comparison."""
     sources = ((source(plan.profile, given.path), given.path) for given in plan.inputs)
     plan.profile.host.bring([(file, there) for file, there in sources if file])
 

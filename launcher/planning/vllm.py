@@ -1,7 +1,8 @@
-"""`serve --engine vllm`: one process on one node that gets all of the job's GPUs; vLLM spreads itself (pure).
+"""`serve --engine vllm`: one process on one node gets all of the job's GPUs, and vLLM starts its own workers
+(pure).
 
-The layout is told in our own words: tensor and pipeline parallelism are vLLM's, and experts are either cut like all
-else or, with --ep equal to --tp, whole on their GPUs.
+Our options give the layout: tensor and pipeline parallelism are vLLM's. Experts are divided by TP, or with --ep
+equal to --tp each expert is whole on one GPU.
 """
 
 from dataclasses import replace
@@ -20,13 +21,15 @@ MOST_TENSOR = 8  # a Mixtral has as many query groups
 def layout(profile: ClusterProfile, axes: Axes) -> Layout:
     """What was asked for; without that, tensor parallelism over the GPUs of a node."""
     if axes.context or axes.expert_tensor:
-        raise UsageError("--cp, --etp: not with --engine vllm; it has --tp, --pp and --ep")
+        raise UsageError("--cp, --etp: --engine vllm has only --tp, --pp and --ep")
     gpus = profile.node.gpus or 1
     widest = max(size for size in (1, 2, 4, MOST_TENSOR) if size <= gpus)
     tensor = axes.tensor or max(1, widest // (axes.pipeline or 1))
     expert = axes.expert or 1
     if expert not in (1, tensor):
-        raise LayoutError(f"EP {expert}: with --engine vllm it is TP, here {tensor}, or 1, which cuts every expert")
+        raise LayoutError(
+            f"EP {expert}: with --engine vllm it must be TP (here {tensor}) or 1, which divides every expert"
+        )
     return Layout(tensor=tensor, pipeline=axes.pipeline or 1, expert=expert, expert_tensor=tensor // expert)
 
 
@@ -37,7 +40,7 @@ def weights(profile: ClusterProfile, model: str) -> str:
 
 
 def adapted(plan: JobPlan) -> JobPlan:
-    """`plan` of as many ranks as vLLM takes GPUs, as the one process that starts them."""
+    """`plan`, which has a rank for each GPU, as one process that has all GPUs."""
     if plan.nodes > 1:
         raise LayoutError(
             f"--engine vllm runs on one node: {plan.world} GPUs = TP x PP are more than the "

@@ -39,7 +39,7 @@ GONE = "ENDED"  # the scheduler has forgotten it, and its log has no end
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """`state` in Slurm's words, also for local jobs; `source` says where it comes from: slurm, processes or logs."""
+    """`state` in Slurm's words, also for local jobs; `source` is slurm, processes or logs."""
 
     state: str
     source: str
@@ -144,7 +144,7 @@ def _noted(run: Run) -> str | None:
 
 
 def of_slurm(jobs: Mapping[Path, str], host: Host) -> dict[Path, State]:
-    """State of every run directory's job on one cluster; from its logs if Slurm has forgotten it or doesn't answer."""
+    """State of every run directory's job on one cluster; from its logs if Slurm doesn't know it or answer."""
     try:
         known = client.states(jobs.values(), host)
     except Fault as fault:

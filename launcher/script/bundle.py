@@ -1,6 +1,6 @@
-"""A job as a folder to hand on: its script, the configuration it reads, and a README of what it does.
+"""A job as a folder to share: its script, its configuration, and a README.
 
-Plain `sbatch job.sbatch` in the folder runs it, on a cluster that has never heard of mixlaunch's command line.
+Plain `sbatch job.sbatch` in the folder runs it, on a cluster without mixlaunch's command line.
 """
 
 import shlex

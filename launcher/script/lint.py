@@ -1,4 +1,4 @@
-"""What a rendered script must satisfy before it is submitted: valid bash, directives where Slurm reads them.
+"""Checks a rendered script before it is submitted: valid bash, and directives where Slurm reads them.
 
 `check(text)` raises one `LintError` with every finding; it runs on each submission and, in tests, on every job.
 """
@@ -43,7 +43,7 @@ def _control_characters(text: str) -> Iterator[str]:
 
 
 def _directives(text: str, slurm_version: str) -> Iterator[str]:
-    """Slurm silently stops reading directives at the first line of code, and dies on one it doesn't know."""
+    """Slurm silently stops reading directives at the first line of code, and refuses unknown ones."""
     code = False
     known = known_options(slurm_version)
     for number, line in enumerate(text.split("\n"), 1):
@@ -66,7 +66,7 @@ def _syntax(text: str) -> Iterator[str]:
 
 
 def _frozen_variables(text: str) -> Iterator[str]:
-    """`'$NAME'` reaches the program as it stands: nearly always a variable that was meant to expand."""
+    """`'$NAME'` isn't expanded. Nearly always that is a mistake."""
     for script in (text, *_bodies(text)):
         for word in _single_quoted(_without_heredocs(script)):
             for name in re.findall(r"\$\{?[A-Za-z_]\w*", word):

@@ -1,6 +1,6 @@
-"""JobPlan -> the text of its script: a pure function of the plan and of the templates that its profile names.
+"""From a JobPlan to the text of its script: a pure function of the plan and of its profile's templates.
 
-What a template may print, and whose templates these are, is the affair of `fragments`.
+`templates` decides what a template may print, and finds the user's own templates.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from launcher.slurm import hostlist
 
 
 def render(plan: JobPlan, run_dir: str | None = None, *, bundled: bool = False) -> str:
-    """The script of `plan` for the run directory; without one, the form that makes its own when it runs.
+    """The script of `plan` for the run directory; without one, the script makes a run directory when it runs.
 
-    `bundled`: its configuration is the file beside it, not a text inside it.
+    `bundled`: the configuration is a file beside the script, not a text inside it.
     """
     return templates.render(plan.profile.templates, {**_variables(plan, run_dir), "bundled": bundled})
 
@@ -56,7 +56,9 @@ def _binding(plan: JobPlan) -> dict[str, str]:
 
 
 def _numa(plan: JobPlan) -> tuple[int, ...]:
-    """The NUMA node of each rank of a node, where the job has all its GPUs: of some nobody knows which they are."""
+    """The NUMA node of each rank on a node, if the job has all GPUs. Otherwise it isn't known which GPUs the job
+    gets.
+    """
     whole = plan.gpus_per_node == len(plan.profile.binding.numa)
     return plan.profile.binding.numa if whole else ()
 
@@ -107,9 +109,9 @@ def _gpu_request(plan: JobPlan) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(plan: JobPlan, run_dir: str | None) -> Iterator[str]:
-    """HOST:CONTAINER[:ro] of the profile's mounts, the shared paths, and whatever of the job lies outside both."""
+    """HOST:CONTAINER[:ro] of the profile's mounts, of the shared paths, and of the job's other paths."""
     paths = plan.profile.paths
-    covered: list[str] = []  # what the container sees where the host does, and may write
+    covered: list[str] = []  # paths that are the same in the container, and writable
     for mount in plan.profile.container.mounts:
         host, inside, mode = [*mount.split(":"), "", ""][:3]
         if inside in ("", host) and not mode:

@@ -1,6 +1,6 @@
-"""The parts of a job's script: those that come with mixlaunch, and files of the user's own in their place.
+"""Renders a job's script from its parts: those that come with mixlaunch, or the user's own in their place.
 
-A user's template runs in Jinja's sandbox like ours, and what is wrong in it is told with its file and line.
+A user's template runs in Jinja's sandbox, and an error in it names its file and line.
 """
 
 import traceback
@@ -18,7 +18,7 @@ from launcher.errors import UsageError
 from launcher.templates import FOLDER, SUFFIX
 
 BASE = "job"
-STOCK = "stock"  # `{% include "stock/rank.sh.j2" %}` is ours, whatever stands in its place
+STOCK = "stock"  # `{% include "stock/rank.sh.j2" %}` is ours, even if the profile replaces it
 CONFIG_END = "END_OF_CONFIG"
 
 
@@ -47,7 +47,7 @@ def _read(name: str, path: str) -> str:
 
 
 def _place(error: Exception, paths: list[str]) -> str:
-    """FILE:LINE of the innermost of the user's templates that was at work."""
+    """FILE:LINE of the user's template that was being rendered."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename in paths:
             return f"{frame.filename}:{frame.lineno}"
@@ -105,7 +105,7 @@ def environment(own: jinja2.BaseLoader | None = None) -> jinja2.Environment:
 
 
 def _only_quoted(value: Any) -> Any:
-    """What a template prints: proof that it went through a filter, or a number."""
+    """What a template may print: a value that went through a filter, or a number."""
     if isinstance(value, jinja2.Undefined):
         str(value)  # says which name isn't defined
     if isinstance(value, Quoted) or (isinstance(value, int) and not isinstance(value, bool)):

@@ -12,7 +12,7 @@ UNREACHABLE = re.compile(r"\(connect failure\)|[Cc]onnection refused")
 
 
 def job_of(code: int, output: str, complaint: str, script: Path, host: Host) -> str:
-    """What sbatch's answer means; where it isn't plain, Slurm is asked whether there is a job of this script."""
+    """Reads sbatch's answer. If it isn't clear, Slurm is asked whether there is a job of this script."""
     match = states.SUBMITTED.search(output)
     if code == 0 and match:
         return match[1]
@@ -24,7 +24,7 @@ def job_of(code: int, output: str, complaint: str, script: Path, host: Host) -> 
     except Fault as fault:
         raise UncertainError(
             f"{said}\nWhether there is a job isn't known, because Slurm doesn't answer ({fault}). "
-            f"`mixlaunch status {script.parent.name}` finds it once Slurm does; don't submit again before."
+            f"`mixlaunch status {script.parent.name}` finds it once Slurm does; don't submit again before then."
         ) from fault
     if found is None:
         raise SubmitError(f"{said}\nNothing was submitted.")
@@ -32,14 +32,14 @@ def job_of(code: int, output: str, complaint: str, script: Path, host: Host) -> 
 
 
 def decided_by(text: str) -> set[str]:
-    """Variables by which sbatch would be told something else than the script says."""
+    """Environment variables that would override the script's directives."""
     options = re.findall(r"^#SBATCH --([a-z0-9-]+)", text, re.MULTILINE)
     decided = {"SBATCH_" + option.upper().replace("-", "_") for option in options}
-    # Not every variable is called after its option.
+    # Some variables aren't named after their option.
     others = {"SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_OPEN_MODE"}
     return decided | others
 
 
 def interrupted(job_id: str) -> Interrupted:
-    """What to say when Ctrl-C came too late."""
+    """The error for a Ctrl-C after the submission."""
     return Interrupted(f"interrupted, but Slurm has the job: {job_id}; `scancel {job_id}` ends it", job_id)

@@ -1,6 +1,6 @@
-"""A job of one process run here and now, in the terminal's foreground: `download` on a login node.
+"""Runs a job of one process in the terminal's foreground: `download` on a login node.
 
-It reads its configuration from a folder that is gone afterwards; there is no run directory and nothing to look up.
+Its configuration is in a temporary folder. It has no run directory.
 """
 
 import os
@@ -13,7 +13,7 @@ from megatron_mixtral.spec.rundir import CONFIG
 
 
 def run(plan: JobPlan) -> int:
-    """Run `plan`'s job where its host is, and return its exit code. Ctrl-C goes to it; what it fetched stays."""
+    """Run `plan`'s job where its host is, and return its exit code. Ctrl-C reaches the job; its files stay."""
     inputs.require_file_system(plan)
     secrets.require(plan)
     host = plan.profile.host

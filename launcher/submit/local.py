@@ -23,7 +23,7 @@ def submit(plan: JobPlan, text: str, run_dir: Path, *, caller: Mapping[str, str]
 
 
 class DetachedExecutor(local.LocalExecutor):
-    """submitit's local executor, its controller in a session of its own and running our script as it stands."""
+    """submitit's local executor; its controller has a session of its own and runs our script unchanged."""
 
     def __init__(self, run_dir: Path, text: str, caller: Mapping[str, str], *, seconds: int, lead: int) -> None:
         (run_dir / "submitit").mkdir(exist_ok=True)

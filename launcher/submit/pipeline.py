@@ -1,7 +1,7 @@
-"""The whole chain in one request: download -> convert, prepare -> finetune -> export, each after what it needs.
+"""Submits the whole chain: download -> convert, prepare -> finetune -> export, each step after its inputs.
 
-Every step is planned and checked before the first is submitted; when a submission fails, those before it are taken
-back. `steps` is pure but for looking at what is there already.
+Every step is planned and checked before the first is submitted. If a submission fails, the earlier ones are
+cancelled.
 """
 
 import datetime
@@ -63,7 +63,7 @@ def plan(
     weights = draft.weights(model)
     if files:
         if isinstance(data, tuple):
-            raise UsageError("--data: FILES are prepared into one prefix; give one, or prepare them before")
+            raise UsageError("--data: FILES are prepared into one prefix; give one --data, or prepare them before")
         prepared = jobs.plan_prepare(profile, files=files, model=model, output=data, ask=draft.ask("prepare"))
         draft.add("prepare", prepared, makes=f"{prepared.config['output']}.idx")
     trained = jobs.plan_finetune(
@@ -83,7 +83,7 @@ def plan(
 
 
 class _Draft:
-    """A chain in the making: its steps share the end of their runs' names."""
+    """A chain that is being planned; its runs share the end of their names."""
 
     def __init__(self, profile: ClusterProfile, asked: Ask) -> None:
         self._profile, self._asked = profile, asked
@@ -92,7 +92,7 @@ class _Draft:
         self._there: list[tuple[str, str]] = []
 
     def ask(self, step: str) -> Ask:
-        """A step's name, and what holds for every step."""
+        """A step's name, and the options of every step."""
         name = step if self._asked.name is None else f"{self._asked.name}-{step}"
         return Ask(name=name, secrets=self._asked.secrets)
 
@@ -178,7 +178,7 @@ def _taken_back(error: BaseException, job: PipelineJob, started: Sequence[Run]) 
             states.cancel(run)
             told.append(f"{run.name}, job {run.job_id}, is cancelled again")
         except Fault as fault:
-            told.append(f"{run.name}, job {run.job_id}, may go on ({fault}); `scancel {run.job_id}` ends it")
+            told.append(f"{run.name}, job {run.job_id}, may continue ({fault}); `scancel {run.job_id}` ends it")
     message = "\n".join(told)
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return Interrupted(message, "")

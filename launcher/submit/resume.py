@@ -1,7 +1,7 @@
-"""A run goes on: a new job in the same run directory, with the script it had, as its next attempt.
+"""Continues a run: a new job in the same run directory, with the same script, as its next attempt.
 
-It takes the way of every submission: an id, or an error that says whether there is a job; two commands at once make
-one. Only the time limit and the nodes to leave out may change; the ranks stay as they are.
+As every submission it returns an id, or an error that says whether there is a job. Two commands at once make one
+job. Only the time limit and the excluded nodes can change, not the number of ranks.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from megatron_mixtral.spec.rundir import RECORD, SCRIPT
 
 
 def resume(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> Run:
-    """Go on with a run that ended before it was done; `UsageError` if there is nothing to go on with."""
+    """Continue a run that ended before it was done; `UsageError` if it can't be continued."""
     if not run.record["resumable"]:
         raise UsageError(
-            f"{run.name}: {run.job} keeps nothing to go on from; `mixlaunch retry {run.name}` begins anew"
+            f"{run.name}: {run.job} saves nothing to resume from; `mixlaunch retry {run.name}` starts it again"
         )
     return _again(run, "resume", time=time, exclude=exclude)
 
@@ -43,7 +43,7 @@ def retry(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> 
 def _again(run: Run, how: str, *, time: str | None, exclude: Sequence[str]) -> Run:
     with _alone(run):
         if not os.access(run.path / RECORD, os.W_OK):
-            raise UsageError(f"{run.name}: its run directory isn't yours to write; only its owner goes on with it")
+            raise UsageError(f"{run.name}: you can't write its run directory; only its owner can continue it")
         run = record.read(run.path)
         _require_ended(run, how)
         limit = _limit(run, time)
@@ -58,7 +58,7 @@ def _again(run: Run, how: str, *, time: str | None, exclude: Sequence[str]) -> R
 
 
 def _submit(changed: Run, before: Run, text: str, limit: str) -> None:
-    """Make the job and record it; without a job, script and record are as they were."""
+    """Make the job and record it; if there is no job, script and record stay as they were."""
 
     script = changed.path / SCRIPT
     old, counts = script.read_text(), _reset(changed.path)
@@ -82,7 +82,7 @@ def _submit(changed: Run, before: Run, text: str, limit: str) -> None:
 
 
 def _reset(path: Path) -> dict[Path, str]:
-    """The script's counts as they were; they begin anew."""
+    """Reset the script's counters; returns their old values."""
     counts = {path / name: (path / name).read_text() for name in requeue.COUNTS if (path / name).exists()}
     for count in counts:
         count.write_text(requeue.COUNTS[count.name])
@@ -93,7 +93,7 @@ def _require_ended(run: Run, how: str) -> None:
     state = states.of_run(run)
     run = record.read(run.path)
     if state.state == states.SUBMITTING and run.submitting and not run.is_local:
-        states.find_job(run.path / SCRIPT, run.host)  # raises if Slurm is silent: there may be a job
+        states.find_job(run.path / SCRIPT, run.host)  # raises if Slurm doesn't answer, because there may be a job
         return
     if state.state == states.UNKNOWN:
         raise Fault(f"{run.name}: whether it has ended isn't known: {state.reason}")
@@ -103,7 +103,7 @@ def _require_ended(run: Run, how: str) -> None:
     if state.state == "COMPLETED":
         raise UsageError(f"{run.name} is done; there is nothing to {how}")
     if how == "retry" and state.state == "CANCELLED" and run.record["resumable"]:
-        raise UsageError(f"{run.name} was cancelled, it didn't fail; `mixlaunch resume {run.name}` goes on with it")
+        raise UsageError(f"{run.name} was cancelled, it didn't fail; `mixlaunch resume {run.name}` continues it")
 
 
 def _limit(run: Run, time: str | None) -> str:
@@ -146,7 +146,7 @@ def _with_option(text: str, option: str, value: str | None) -> str:
 
 
 def _plan(run: Run, limit: str) -> JobPlan:
-    """As much of the run's plan as a submission needs."""
+    """The part of the run's plan that a submission needs."""
 
     placement = Placement(nodes=run.record["nodes"], tasks_per_node=run.record["tasks_per_node"])
     return JobPlan(
@@ -164,7 +164,7 @@ def _alone(run: Run) -> Iterator[None]:
     """One command at a time goes on with a run; on a file system without locks the check of its state must do."""
     with run.host.submitting(run.path), files.locked(run.path, wait=False) as alone:
         if alone is False:
-            raise UsageError(f"{run.name}: another command is going on with it at this moment")
+            raise UsageError(f"{run.name}: another command is continuing it at this moment")
         yield
 
 

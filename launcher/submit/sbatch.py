@@ -24,12 +24,12 @@ def submit(plan: JobPlan, text: str, run_dir: Path, *, host: Local, caller: Mapp
     """Submit `text` as `run_dir`'s next job from the environment `caller`, and return its id."""
     host.require_conf()
     executor = VerbatimExecutor(plan, text, run_dir, host, caller)
-    # What submitit records as the job's function: the script, run by hand.
+    # submitit records this as the job's function: running the script by hand.
     return executor.submit(helpers.CommandFunction(["bash", str(run_dir / rundir.SCRIPT)])).job_id
 
 
 class VerbatimExecutor(slurm.SlurmExecutor):
-    """submitit's Slurm executor with our text in place of the one it would write."""
+    """submitit's Slurm executor with our script in place of its own."""
 
     def __init__(self, plan: JobPlan, text: str, run_dir: Path, host: Local, caller: Mapping[str, str]) -> None:
         for program in ("sbatch", "srun"):
@@ -65,7 +65,7 @@ def _sbatch(argv: list[str], script: Path, variables: Mapping[str, str], host: H
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,  # the terminal's Ctrl-C is for us: sbatch must end in a job or in none
+        start_new_session=True,  # Ctrl-C reaches only us: sbatch must finish with a job or without one
     )
     was_interrupted = False
     try:

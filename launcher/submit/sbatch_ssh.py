@@ -1,7 +1,8 @@
-"""Submission through a login node: the same script, brought there by rsync and given to sbatch by a POSIX shell.
+"""Submission through a login node: rsync copies the script there, and a POSIX shell gives it to sbatch.
 
-Nothing of ours is needed over there, so submitit isn't either. What sbatch says is kept beside the script: when the
-connection is lost, the next one reads it there, or claims the submission before sbatch could and so ends it.
+The login node needs nothing of ours, so submitit isn't used. sbatch's answer is stored beside the script. If the
+connection is lost, the next one reads the answer. If sbatch hasn't started, it takes the lock, so sbatch never
+starts.
 """
 
 import contextlib
@@ -31,7 +32,8 @@ mkdir -p {parent} || exit
 mkdir {run} || exit
 mkdir -p {run}/logs {run}/submission
 """
-# Whoever makes the folder of this submission first decides about it: sbatch here, or a settlement that gave it up.
+# mkdir of this folder is the lock: the one who makes it decides, either sbatch here or a second connection that
+# gives up.
 SBATCH = """
 cd {run} || exit
 {find}
@@ -77,7 +79,7 @@ exit "$(cat submission/{claim}/code)"
 def submit(host: LoginNode, text: str, run: Path, *, options: Sequence[str] = ()) -> str:
     """Submit the copy `run` and return its job's id, or say in an error whether there is one.
 
-    When a run's first submission comes to nothing, what was made over there is removed.
+    If a run's first submission fails, its folder on the login node is removed.
     """
     login = host.login
     (run / rundir.SCRIPT).write_text(text)
@@ -90,7 +92,7 @@ def submit(host: LoginNode, text: str, run: Path, *, options: Sequence[str] = ()
         _upload(login, run, there, first=first)
     except Fault as fault:
         raise SubmitError(f"{fault}\nNothing was submitted.") from fault
-    claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # one that was refused is no bar to the next
+    claim = f"{len(record['jobs'])}-{secrets.token_hex(2)}"  # a refused submission doesn't block the next one
     try:
         done = _sbatch(host, text, there, claim, options)
         return answer.job_of(done.code, done.out, done.err, there / rundir.SCRIPT, host)
@@ -106,14 +108,14 @@ def _make(login: Login, there: Path) -> None:
     try:
         done = ssh.run(login, MAKE.format(parent=shlex.quote(str(there.parent)), run=shlex.quote(str(there))))
     except LostError:
-        _remove(login, there)  # it may have been made; nobody else's has its name
+        _remove(login, there)  # the folder may exist now; its name is unique
         raise
     if done.code:
         raise SubmitError(f"run directory {login.host}:{there}: {done.said}")
 
 
 def _upload(login: Login, run: Path, there: Path, *, first: bool) -> None:
-    """Modes travel with new files: secrets stay their owner's. Once they are there, none is left here."""
+    """New files keep their mode, so only the owner can read secrets. After the copy no secret is left here."""
     files = [str(run / name) for name in UPLOADS if (run / name).exists()]
     try:
         ssh.rsync(login, "-t", *files, ssh.far(login, f"{there}/"))
@@ -126,13 +128,13 @@ def _upload(login: Login, run: Path, there: Path, *, first: bool) -> None:
 
 def _remove(login: Login, there: Path) -> None:
     with contextlib.suppress(Fault):  # whatever failed before is what matters
-        # The script first: whatever may still be under way over there finds nothing to submit.
+        # The script goes first, so a command that is still running there finds nothing to submit.
         run = shlex.quote(str(there))
         ssh.run(login, f"rm -f {run}/{rundir.SCRIPT}; exec rm -rf {run}")
 
 
 def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequence[str]) -> Done:
-    """What sbatch said, over a second connection if the first is lost."""
+    """sbatch's answer, over a second connection if the first is lost."""
     body = SBATCH.format(
         run=shlex.quote(str(there)),
         find=ssh.FIND.format(program="sbatch"),
@@ -166,7 +168,9 @@ def _sbatch(host: LoginNode, text: str, there: Path, claim: str, options: Sequen
 
 
 def _settled(host: LoginNode, there: Path, claim: str, why: str) -> Done:
-    """What became of a submission whose answer was lost: from its notes, from Slurm; it can't begin any more."""
+    """The outcome of a submission whose answer was lost: from the stored answer, or from Slurm. After this it can
+    no longer start.
+    """
     body = SETTLE.format(
         run=shlex.quote(str(there)),
         claim=claim,
@@ -184,7 +188,7 @@ def _settled(host: LoginNode, there: Path, claim: str, why: str) -> Done:
     except Fault as fault:
         raise UncertainError(
             f"{why}\nWhether there is a job isn't known ({fault}). "
-            f"`mixlaunch status {there.name}` finds it later; don't submit again before."
+            f"`mixlaunch status {there.name}` finds it later; don't submit again before then."
         ) from fault
     if found:
         return Done(code=0, out=f"Submitted batch job {found}", err="")

@@ -134,7 +134,7 @@ def submit(plan: JobPlan, text: str, run_dir: Path) -> str:
         left_out = re.search(r"^#SBATCH --exclude=(.*)$", text, re.MULTILINE)
         if type(error) is not SubmitError or left_out is None or not TOO_FEW.search(str(error)):
             raise
-        hint = f"It was to run without {left_out[1]}; `mixlaunch nodes` shows the list of bad ones."
+        hint = f"It excludes {left_out[1]}; `mixlaunch nodes` shows the list of bad nodes."
         raise SubmitError(f"{error}\n{hint}") from error
 
 
@@ -164,7 +164,7 @@ def write_secrets(plan: JobPlan, run_dir: Path) -> None:
 
 
 def without_secrets(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
-    """`environment` less the run's secrets: Slurm keeps what sbatch hands it in files of its own."""
+    """`environment` without the run's secrets, because Slurm stores the environment of sbatch."""
     try:
         lines = (run_dir / rundir.SECRETS).read_bytes().splitlines()
     except OSError:
@@ -184,7 +184,7 @@ def keep_off(plan: JobPlan, exclude: Iterable[str], *, health_check: bool) -> Jo
 
 
 def leave_out(plan: JobPlan, listed: Iterable[BadNode]) -> JobPlan:
-    """`plan` that keeps off the nodes on its cluster's list."""
+    """`plan` without the nodes on its cluster's list."""
     return replace(plan, bad_nodes=tuple(entry.node for entry in listed))
 
 
@@ -199,5 +199,5 @@ def require_port(plan: JobPlan) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        hint = "; without --port it takes the next free one" if error.errno == errno.EADDRINUSE else ""
+        hint = "; without --port the server takes the next free port" if error.errno == errno.EADDRINUSE else ""
         raise UsageError(f"--port: {host}:{port}: {error.strerror}{hint}") from None

@@ -129,7 +129,7 @@ def check_options(config: Any, given: Collection[str] | None = None) -> None:
 
 def _convert(config: ConvertConfig) -> None:
     if config.format == "legacy" and config.to != "megatron":
-        raise SpecError("{format}: legacy goes with {to} megatron alone")
+        raise SpecError("{format}: legacy needs {to} megatron")
     if not config.max_shard_gb:
         raise SpecError("{max_shard_gb}: {} isn't a size", config.max_shard_gb)
 
@@ -138,18 +138,18 @@ def _finetune(config: FinetuneConfig) -> None:
     if config.min_lr > config.lr:
         raise SpecError("{lr}: {:g} is below {min_lr}, {:g}, where it ends", config.lr, config.min_lr)
     if config.fp8 != "none" and config.precision != "bf16":
-        raise SpecError("{fp8}: goes with {precision} bf16, not {}", config.precision)
+        raise SpecError("{fp8}: needs {precision} bf16, not {}", config.precision)
     if config.fp8 != "none" and config.lora:
-        raise SpecError("{fp8}: adapters are computed by our own layers, which have none; leave out {lora}")
+        raise SpecError("{fp8}: our layers compute adapters without FP8; remove {lora}")
     if config.lora_dropout == 1:
-        raise SpecError("{lora_dropout}: 1 leaves nothing to learn from; must be below 1")
+        raise SpecError("{lora_dropout}: must be below 1")
     if config.lora_experts and config.lora_dropout:
-        raise SpecError("{lora_dropout}: adapters of experts have none, in PEFT neither; leave out {lora_experts}")
+        raise SpecError("{lora_dropout}: adapters of experts have no dropout, as in PEFT; remove {lora_experts}")
 
 
 def _serve(config: ServeConfig) -> None:
     if config.engine == "vllm" and config.fp8_experts:
-        raise SpecError("{fp8_experts}: goes with {engine} megatron alone")
+        raise SpecError("{fp8_experts}: needs {engine} megatron")
 
 
 CONTRADICTIONS: dict[type, Callable[[Any], None]] = {
@@ -184,7 +184,7 @@ def check_packing(packing: str, context: int) -> None:
 def check_answers(layout: Layout) -> None:
     """`LayoutSpecError` for a server that would split sequences."""
     if layout.context > 1:
-        raise LayoutSpecError("{context}: {}, but answers are made token by token: use 1", layout.context)
+        raise LayoutSpecError("{context}: {}, but an answer is generated token by token: use 1", layout.context)
 
 
 def check_chunks(layout: Layout, work: Trains, layers: int | None = None) -> None:
@@ -196,7 +196,7 @@ def check_chunks(layout: Layout, work: Trains, layers: int | None = None) -> Non
         raise LayoutSpecError("{virtual_pipeline}: {}, but PP 1 has nothing to interleave; use 1", chunks)
     if work.first_stage_layers or work.last_stage_layers:
         raise LayoutSpecError(
-            "{virtual_pipeline}: its chunks are of one length; leave out {first_stage_layers}, {last_stage_layers}"
+            "{virtual_pipeline}: its chunks have equal lengths; remove {first_stage_layers}, {last_stage_layers}"
         )
     if layers is not None and layers % (stages * chunks):
         raise LayoutSpecError(
@@ -206,7 +206,7 @@ def check_chunks(layout: Layout, work: Trains, layers: int | None = None) -> Non
 
 
 def sequence_parts(layout: Layout) -> int:
-    """Pieces of a sequence: TP ranks share out its tokens; CP ranks take two each, one early and one late."""
+    """Segments of a sequence: TP ranks share its tokens, and each CP rank has an early and a late segment."""
     return layout.tensor * (2 * layout.context if layout.context > 1 else 1)
 
 
@@ -222,7 +222,7 @@ def check_sequence(layout: Layout, work: Trains) -> None:
 
 
 def rounds(layout: Layout, work: Trains) -> int:
-    """Micro batches come in multiples of so many: stages take up their next chunk after PP of them."""
+    """Micro batches must be a multiple of this: a stage starts its next chunk after PP of them."""
     return layout.pipeline if work.virtual_pipeline > 1 else 1
 
 
@@ -255,7 +255,9 @@ def blend(data: str | Sequence[str]) -> list[tuple[str, float | None]]:
     if not parts:
         raise SpecError("{data}: no prefix of prepared data")
     if len({weight is None for _, weight in parts}) > 1:
-        raise SpecError("{data}: {}: give every part a weight, as PREFIX:WEIGHT, or none", ", ".join(entries))
+        raise SpecError(
+            "{data}: {}: give a weight to each data set (PREFIX:WEIGHT), or to none", ", ".join(entries)
+        )
     distinct([prefix for prefix, _ in parts])
     return parts
 

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_mixtral.spec.layout import Layout
 from megatron_mixtral.spec.options import LARGEST_SEED, option, options, planned
 
-MISTRAL = "mistral"  # Mixtral's own way to write conversations, in place of a chat template
+MISTRAL = "mistral"  # mistral-common's format, in place of a chat template
 # How the server reads prompts and keeps its cache: planning reckons with what the engine does.
 PAGE = 256  # tokens of the cache that come and go together
 PROMPT_STEP = 2048  # tokens that are read at once; longer prompts are read in parts
@@ -17,7 +17,7 @@ CACHE_SHARE = 0.85  # of what the weights leave of a GPU's memory
 
 PRECISION: dict[str, Any] = {"choices": ("bf16", "fp32"), "help": "Precision of the arithmetic."}
 DTYPES = ("bfloat16", "float16", "float32")
-BASE: dict[str, Any] = {"default": None, "help": "Where the base of a run of adapters is, if not where it was."}
+BASE: dict[str, Any] = {"default": None, "help": "Base weights of a run of adapters, if they were moved."}
 CAPACITY = ("capacity_factor", "experts have no capacity unless {capacity_factor} gives them one")
 LEGACY = ("format", "goes with {format} legacy alone")
 LORA = ("lora", "goes with {lora} RANK alone")
@@ -27,7 +27,7 @@ LORA = ("lora", "goes with {lora} RANK alone")
 class TinyConfig:
     """Make a small Mixtral with random weights in the hub's own layout."""
 
-    output: str = planned("Folder to make.")
+    output: str = planned("Folder to write.")
     layers: int = option(4, least=1, help="Transformer layers.")
     hidden: int = option(256, least=1, help="Width of the model.")
     intermediate: int = option(512, least=1, help="Width of an expert.")
@@ -57,13 +57,13 @@ class PrepareConfig:
     inputs: list[str] = planned("Files of text or conversations.", "FILES")
     output: str = planned("Prefix of the two files, OUTPUT.bin and OUTPUT.idx.")
     tokenizer: str = planned("A folder in the hub's layout, or a tokenizer.model.", "--model")
-    workers: int = option(0, help="Processes that tokenize; 0 is one a core.")
+    workers: int = option(0, help="Processes that tokenize; 0 means one for each core.")
     text_key: str = option("text", help="Key of plain text in a JSON line.")
     messages_key: str = option("messages", help="Key of a conversation.")
-    prompt_key: str = option("prompt", help="Key of a prompt, whose answer is learnt.")
-    completion_key: str = option("completion", help="Key of that answer.")
+    prompt_key: str = option("prompt", help="Key of a prompt that has a completion.")
+    completion_key: str = option("completion", help="Key of the completion.")
     chat_template: str | None = option(
-        None, help="Jinja file that writes conversations, or mistral; the model's own unless given."
+        None, help="Chat template: a Jinja file, or mistral. The default is the model's own."
     )
     format: str | None = option(
         None,
@@ -71,8 +71,8 @@ class PrepareConfig:
         help="Format of the rows; recognised unless given.",
     )
     ignore_fields: str = option("", help="Fields to leave out of every row, separated by commas.")
-    max_bad: int = option(0, help="Bad lines to leave out before giving up.")
-    show: int = option(0, help="Documents to print with their mask.")
+    max_bad: int = option(0, help="Number of bad lines that are skipped before the job fails.")
+    show: int = option(0, help="Number of documents to print with their loss mask.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,29 +83,29 @@ class ConvertConfig:
     output: str = planned("Where to.")
     to: str = planned("Layout to write.", default="megatron", choices=("megatron", "hf", "peft"))
     layout: Layout = planned("Of legacy files, which there is one of for each rank.", "--tp ...", default=Layout)
-    dtype: str | None = option(None, choices=DTYPES, help="Precision to write; the source's unless given.")
+    dtype: str | None = option(None, choices=DTYPES, help="Data type to write. The default is the source's.")
     format: str = option(
         "torch_dist",
         choices=("torch_dist", "legacy"),
         typed="--layout",
-        help="Megatron's files: for every layout, or mp_rank_XX of one.",
+        help="Megatron's format: torch_dist loads at every parallel layout, legacy (mp_rank_XX) at one.",
     )
     names: str = option(
         "te-grouped",
         choices=("te-grouped", "te", "local"),
         needs=LEGACY,
-        help="Whose parameters legacy files name.",
+        help="Layers whose parameter names legacy files have.",
     )
     make_vocab_size_divisible_by: int = option(
-        128, least=1, needs=LEGACY, help="What legacy files pad the vocabulary to, times TP."
+        128, least=1, needs=LEGACY, help="Legacy files pad the vocabulary to a multiple of this times TP."
     )
     base: str | None = option(**BASE)
-    verify: bool = option(False, help="Read what was written back and compare.")
+    verify: bool = option(False, help="Read the output back and compare it with the source.")
     check_finite: bool = option(False, help="Refuse NaN and infinity.")
-    check_logits: bool = option(False, help="Compare the logits of a prompt with transformers'.")
+    check_logits: bool = option(False, help="Compare the logits of a prompt with those of transformers.")
     prompt: str = option("The mixture of experts sends every token to two of eight.", help="That prompt.")
-    tolerance: float = option(1e-3, help="Largest difference, in sizes of the largest logit.")
-    max_shard_gb: float = option(5.0, help="Largest file of the hub's layout, GB.")
+    tolerance: float = option(1e-3, help="Largest accepted difference, relative to the largest logit.")
+    max_shard_gb: float = option(5.0, help="Size limit of a file in the hub's layout, GB.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,20 +124,20 @@ class FinetuneConfig:
     layout: Layout = planned("How the model lies over the ranks.", "--tp ...", default=Layout)
     steps: int = option(500, least=1, help="Optimizer steps.")
     sequence_length: int = option(4096, least=1, help="Tokens a sequence.")
-    micro_batch: int = option(1, least=1, help="Sequences a rank takes at once.")
+    micro_batch: int = option(1, least=1, help="Sequences that a rank computes at once.")
     global_batch: int = option(256, least=1, help="Sequences a step, over all ranks.")
     lr: float = option(1e-4, help="Peak learning rate.")
     min_lr: float = option(1e-5, help="Learning rate at the end.")
     warmup_steps: int = option(20, help="Steps of linear warm-up.")
     weight_decay: float = option(0.1, help="AdamW's weight decay.")
-    clip_grad: float = option(1.0, help="Largest gradient norm; 0 doesn't clip.")
+    clip_grad: float = option(1.0, help="Largest gradient norm; 0 turns clipping off.")
     precision: str = option("bf16", **PRECISION)
-    fp8: str = option("none", choices=("none", "hybrid", "e4m3"), help="Products in FP8 by Transformer Engine.")
+    fp8: str = option("none", choices=("none", "hybrid", "e4m3"), help="Matmuls in FP8 by Transformer Engine.")
     fp8_recipe: str = option(
         "delayed",
         choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
         needs=("fp8", "goes with {fp8} alone"),
-        help="How its scales are found.",
+        help="How FP8 scales are computed.",
     )
     aux_loss: float = option(1e-2, help="Weight of the load-balancing loss.")
     validation: float = option(0.01, most=1, help="Share of the documents kept for validation.")
@@ -149,32 +149,39 @@ class FinetuneConfig:
     log_interval: int = option(1, least=1, help="Steps between lines of the log.")
     seed: int = option(1234, most=LARGEST_SEED, help="Seed of the data's order.")
     recompute: str = option(
-        "none", choices=("none", "selective", "full"), help="Activations to compute again, not keep."
+        "none",
+        choices=("none", "selective", "full"),
+        help="Activations to recompute in the backward pass instead of keeping them.",
     )
     virtual_pipeline: int = option(
-        1, least=1, help="Chunks of layers that each pipeline stage works on in turn: interleaving."
+        1, least=1, help="Chunks of layers for each pipeline stage (interleaved schedule)."
     )
-    first_stage_layers: int = option(0, help="Layers of the first pipeline stage; 0 is as many as the others.")
-    last_stage_layers: int = option(0, help="Layers of the last one.")
+    first_stage_layers: int = option(0, help="Layers of the first pipeline stage; 0 means as many as the others.")
+    last_stage_layers: int = option(0, help="Layers of the last pipeline stage; 0 means as many as the others.")
     overlap_grad_reduce: bool = option(True, help="Sum gradients while the backward pass still runs.")
     overlap_param_gather: bool = option(True, help="Gather parameters while the forward pass already runs.")
     capacity_factor: float = option(
-        0.0, help="Tokens an expert takes, in even shares; the rest is dropped; 0 is all."
+        0.0,
+        help="Most tokens of an expert, relative to its even share; further tokens are dropped; 0 means no limit.",
     )
-    pad_to_capacity: bool = option(False, needs=CAPACITY, help="Give every expert always as many tokens.")
+    pad_to_capacity: bool = option(
+        False, needs=CAPACITY, help="Pad every expert's tokens to its capacity, so that shapes never change."
+    )
     drop_policy: str = option(
         "probs",
         choices=("probs", "position"),
         needs=CAPACITY,
-        help="Whom an expert drops: the least probable, or by position.",
+        help="Which tokens a full expert drops: the least probable ones, or the last ones.",
     )
     z_loss: float = option(0.0, help="Weight of the router's z-loss.")
     router_fp32: bool = option(False, help="Route in fp32.")
-    freeze_router: bool = option(False, help="Leave the routers as they are.")
-    max_skipped: int = option(5, least=1, help="Updates skipped in a row before the run gives up.")
-    spike: float = option(0.0, help="Skip an update whose gradient norm is so many times the usual one; 0 is none.")
+    freeze_router: bool = option(False, help="Don't train the routers.")
+    max_skipped: int = option(5, least=1, help="Updates skipped in a row before the run ends.")
+    spike: float = option(
+        0.0, help="Skip an update whose gradient norm is this many times the usual one; 0 turns this off."
+    )
     replica_check_interval: int = option(
-        100, help="Steps between comparisons of data-parallel replicas; 0 is none."
+        100, help="Steps between comparisons of data-parallel replicas; 0 turns them off."
     )
     setup_timeout: int = option(1800, least=1, help="Seconds that loading and the first step may take.")
     step_timeout: int = option(600, least=1, help="Seconds that a step may take.")
@@ -187,10 +194,14 @@ class FinetuneConfig:
         help="How documents make sequences: end to end, whole without seeing each other (chats unless given), or "
         "one each.",
     )
-    lora: int = option(0, help="Rank of adapters to train in place of the whole model; 0 is none.")
-    lora_alpha: float = option(0.0, needs=LORA, help="Their weight is this over the rank; 0 is twice the rank.")
+    lora: int = option(
+        0, help="Rank of the adapters to train instead of the whole model; 0 trains the whole model."
+    )
+    lora_alpha: float = option(
+        0.0, needs=LORA, help="Scale of the adapters: their weight is alpha / rank. 0 means twice the rank."
+    )
     lora_experts: bool = option(False, needs=LORA, help="Adapt the experts as well as the attention.")
-    lora_dropout: float = option(0.0, most=1, needs=LORA, help="Dropout of what goes into an adapter.")
+    lora_dropout: float = option(0.0, most=1, needs=LORA, help="Dropout of an adapter's input.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,17 +214,19 @@ class ServeConfig:
     port: int = planned("Port to listen on; 0 takes any free one.", default=5000, most=65535)
     other_port: bool = planned("Take the next free one where that one is taken.", "no --port", default=False)
     engine: str = option(
-        "megatron", choices=("megatron", "vllm"), help="What answers: our own, or `vllm serve` in its place."
+        "megatron", choices=("megatron", "vllm"), help="The engine: ours on megatron-core, or `vllm serve`."
     )
     precision: str = option("bf16", **PRECISION)
-    fp8_experts: bool = option(False, help="Keep experts' weights in FP8: half the memory, at some loss.")
+    fp8_experts: bool = option(
+        False, help="Keep the experts' weights in FP8: half the memory, with rounding errors."
+    )
     max_batch: int = option(64, least=1, help="Requests answered at once.")
-    max_tokens: int = option(4096, least=2, help="Longest prompt and answer together.")
-    queue: int = option(256, help="Requests that may wait beyond those.")
-    queue_tokens: int = option(524288, help="Tokens that those may come to.")
-    drain_seconds: float = option(20.0, help="How long answers may take to end when the server is told to.")
+    max_tokens: int = option(4096, least=2, help="Most tokens of a prompt and its answer together.")
+    queue: int = option(256, help="Further requests that may wait.")
+    queue_tokens: int = option(524288, help="Most tokens of all waiting requests.")
+    drain_seconds: float = option(20.0, help="Seconds that running answers get to finish when the server stops.")
     name: str | None = option(
-        None, typed="--served-name", help="What clients call the model; its folder's name unless given."
+        None, typed="--served-name", help="Name of the model for clients. The default is its folder's name."
     )
     base: str | None = option(**BASE)
     exports: str | None = planned("Where vLLM's exports in the hub's layout go.", "the models folder", default=None)

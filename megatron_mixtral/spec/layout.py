@@ -1,4 +1,4 @@
-"""How one model is cut over ranks: the arithmetic of tensor, pipeline, context, expert and data parallelism.
+"""How a model is divided over ranks: the arithmetic of tensor, pipeline, context, expert and data parallelism.
 
 world = TP x PP x CP x DP, and ETP x EP divides world / PP (experts borrow ranks of the data and tensor axes).
 """
@@ -12,7 +12,7 @@ from megatron_mixtral.spec.shape import MixtralShape
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the axes that cut the model; what is left over is data parallelism."""
+    """Sizes of the axes that divide the model; the remaining ranks are data parallel."""
 
     tensor: int = option(1, least=1, typed="--tp", help="Tensor parallel size.")
     pipeline: int = option(1, least=1, typed="--pp", help="Pipeline parallel size.")
@@ -22,7 +22,7 @@ class Layout:
 
     @property
     def unit(self) -> int:
-        """The fewest ranks this layout can stand on; every world it fits is a multiple."""
+        """The fewest ranks that this layout needs; every valid number of ranks is a multiple."""
         return self.pipeline * math.lcm(self.tensor * self.context, self.expert_tensor * self.expert)
 
     def data_parallel(self, world: int) -> int:
@@ -35,7 +35,7 @@ class Layout:
         return world // (self.tensor * self.pipeline * self.context)
 
     def equation(self, world: int) -> str:
-        """Names and values of what must come out whole, a line each, marked where it doesn't."""
+        """The divisions that must be whole, one a line; those that aren't are marked."""
         dense = self.tensor * self.pipeline * self.context
         sparse = self.expert_tensor * self.expert * self.pipeline
         dense_axes = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context}"
@@ -60,9 +60,9 @@ class Layout:
         )
         bad = [f"{what} = {whole} / {parts} isn't whole" for what, whole, parts in divisions if whole % parts]
         if shape.num_hidden_layers < self.pipeline:
-            bad.append(f"layers / PP = {shape.num_hidden_layers} / {self.pipeline} leaves stages without a layer")
+            bad.append(f"layers / PP = {shape.num_hidden_layers} / {self.pipeline} leaves stages without layers")
         if bad:
-            raise LayoutSpecError("this model can't be cut so: {}", ", ".join(bad))
+            raise LayoutSpecError("this model can't be divided like this: {}", ", ".join(bad))
 
     def padded_vocabulary(self, shape: MixtralShape) -> int:
         """Rows of the embedding: the vocabulary, and as few more as make it divide over TP."""

@@ -206,7 +206,7 @@ def test_a_run_of_this_machine_is_explained_and_tried_again(tmp_path, monkeypatc
     told = json.loads(typed("explain", "--json"))
     assert (told["cause"], told["rank"], told["attempt"]) == ("host_memory", 0, 0)
     assert not any("--mark-bad" in advice or "sacct" in advice for advice in told["advice"])
-    assert "keeps nothing to go on from" in typed("resume", told["name"])
+    assert "saves nothing to resume from" in typed("resume", told["name"])
     assert "done" in typed("retry", told["name"], "--wait")
     assert "is done; there is nothing to retry" in typed("retry", told["name"])
 
@@ -299,7 +299,7 @@ def test_of_two_at_once_one_goes_on(failed, sbatch, site):
         thread.start()
     for thread in threads:
         thread.join()
-    refused = [end for end in ends if "another command is going on with it" in end or "is PENDING" in end]
+    refused = [end for end in ends if "another command is continuing it" in end or "is PENDING" in end]
     assert len(refused) == 2, ends
     assert jobs_of(site, failed) == record.read(failed.path).job_ids
     assert len(jobs_of(site, failed)) == 2

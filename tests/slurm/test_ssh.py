@@ -156,7 +156,7 @@ def test_text_of_the_laptop_is_brought_to_the_job(laptop, stub, finish):
         job = "prepare" if option == "--output" else "finetune"
         files = ["a.jsonl"] if job == "prepare" else []
         said = laptop.types(job, *files, "--model", str(hub), option, "./out", code=2)
-        assert f"{option}: './out' starts from a folder of this machine" in said
+        assert f"{option}: './out' is relative to this machine" in said
 
 
 def test_a_download_runs_on_the_login_node(laptop, stub):

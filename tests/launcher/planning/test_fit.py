@@ -147,7 +147,7 @@ def test_a_server_that_cannot_hold_one_request_is_refused():
 ONE_ANSWER = ServingWork(max_batch=1, max_tokens=64)
 REFUSED = [  # what is asked, what is said, what is near
     (request(nodes=3, **TRAIN), "expert DP = 24 / (ETP 1 x EP 8 x PP 4) = 0.75, not whole", "--nodes 4"),
-    (request(nodes=4, pipeline=64, expert=8), "layers / PP = 32 / 64 leaves stages without a layer", "--pp 4"),
+    (request(nodes=4, pipeline=64, expert=8), "layers / PP = 32 / 64 leaves stages without layers", "--pp 4"),
     (request(nodes=4, pipeline=4, expert=3), "experts / EP = 8 / 3 isn't whole", "--ep 8"),
     (request(nodes=4, pipeline=4, expert=16), "experts / EP = 8 / 16 isn't whole", "--ep 8"),
     (request(nodes=5, gpus=4, **TRAIN), "5 nodes x 4 GPUs = 20 ranks don't fit", "--nodes 8"),
@@ -227,7 +227,7 @@ def test_whatever_is_asked_ends_in_an_outlook_or_a_refusal(model, nodes, gpus, l
 
 def test_a_plan_that_memory_cannot_hold_is_refused_unless_forced():
     plan = jobs.plan_finetune(SELENE, model="mistralai/Mixtral-8x22B-v0.1", ask=jobs.Ask(nodes=4))
-    with pytest.raises(suggest.Refused, match="--force submits all the same"):
+    with pytest.raises(suggest.Refused, match="--force submits anyway"):
         describe.require(plan, force=False)
     describe.require(plan, force=True)
     describe.require(jobs.plan_finetune(SELENE, ask=jobs.Ask(nodes=4)), force=False)

@@ -67,7 +67,7 @@ def test_data_is_a_prefix_or_several_to_blend(cluster):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (("/a:1", "/b"), "give every part a weight"),
+        (("/a:1", "/b"), "give a weight to each data set"),
         (("/a:-1", "/b:1"), "a weight is a number above 0"),
         (("/a:inf", "/b:1"), "a weight is a number above 0"),
         (("/a:1", "/a:2"), "/a is there twice"),
@@ -100,9 +100,9 @@ def test_legacy_files_are_named_by_their_layout_and_cut_experts_as_upstream_does
     assert plan.config["layout"]["expert_tensor"] == 2
     assert planned(tensor=2, expert_tensor=1).config["output"].endswith("-legacy-TP2PP1EP1ETP1")
     assert planned(values={"names": "te"}).config["names"] == "te"
-    with pytest.raises(UsageError, match="--layout: legacy goes with --to megatron alone"):
+    with pytest.raises(UsageError, match="--layout: legacy needs --to megatron"):
         jobs.plan_convert(cluster, to="hf", values={"format": "legacy"})
-    with pytest.raises(UsageError, match="--names: goes with --layout legacy alone"):
+    with pytest.raises(UsageError, match="--names: has an effect only with --layout legacy"):
         jobs.plan_convert(cluster, values={"names": "te"})
 
 
@@ -229,12 +229,12 @@ def test_a_layout_of_adapters_can_be_asked_for():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lora_experts": True}, "--lora-experts: goes with --lora RANK alone"),
-        ({"lora_alpha": 32}, "--lora-alpha: goes with --lora RANK alone"),
+        ({"lora_experts": True}, "--lora-experts: has an effect only with --lora RANK"),
+        ({"lora_alpha": 32}, "--lora-alpha: has an effect only with --lora RANK"),
         ({"lora": -1}, "--lora: -1 must be at least 0"),
         ({"lora": 8, "lora_dropout": 1.5}, "--lora-dropout: 1.5 must be between 0 and 1"),
         ({"lora": 8, "lora_dropout": 1}, "must be below 1"),
-        ({"lora": 8, "lora_experts": True, "lora_dropout": 0.1}, "adapters of experts have none"),
+        ({"lora": 8, "lora_experts": True, "lora_dropout": 0.1}, "adapters of experts have no dropout"),
     ],
 )
 def test_what_makes_no_adapter_is_refused(values, message):

@@ -57,7 +57,7 @@ def test_what_vllm_cannot_do_is_said(cluster):
         planned(cluster, axes=jobs.Axes(tensor=8, expert=2))
     with pytest.raises(LayoutError, match="one node: 16 GPUs"):
         planned(cluster, axes=jobs.Axes(tensor=8, pipeline=2))
-    with pytest.raises(UsageError, match="--fp8-experts: goes with --engine megatron alone"):
+    with pytest.raises(UsageError, match="--fp8-experts: needs --engine megatron"):
         jobs.plan_serve(cluster, values={**VLLM, "fp8_experts": True})
 
 

@@ -29,7 +29,7 @@ def typed(*argv):
         (("retry", "--time", "soon"), "--time: 'soon'"),
         (("retry", "--exclude", "a;b"), "--exclude: 'a;b'"),
         (("retry", "--exclude", "gpu1"), "this run is on this machine only"),
-        (("resume",), "tiny keeps nothing to go on from; `mixlaunch retry"),
+        (("resume",), "tiny saves nothing to resume from; `mixlaunch retry"),
     ],
 )
 def test_mistakes_end_with_2_and_touch_nothing(failed, home, argv, said):

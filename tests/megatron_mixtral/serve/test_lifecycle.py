@@ -123,7 +123,7 @@ def basic(key):
         ({"layout": {"pipeline": 2}}, "world 1"),
         ({"max_batch": 0}, "max_batch"),
         ({"precision": "fp8"}, "precision"),
-        ({"engine": "vllm", "fp8_experts": True}, "fp8_experts: goes with engine megatron alone"),
+        ({"engine": "vllm", "fp8_experts": True}, "fp8_experts: needs engine megatron"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(served_model, tmp_path, config, says):

@@ -23,12 +23,12 @@ def planned(axes=None, **values):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"pad_to_capacity": True}, "--pad-to-capacity: experts have no capacity unless --capacity-factor gives"),
-        ({"drop_policy": "position"}, "--drop-policy: experts have no capacity"),
+        ({"pad_to_capacity": True}, "--pad-to-capacity: has an effect only with --capacity-factor"),
+        ({"drop_policy": "position"}, "--drop-policy: has an effect only with"),
         ({"capacity_factor": 5, "pad_to_capacity": True}, "at most 8 experts / 2 a token = 4"),
-        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe: goes with --fp8 alone"),
-        ({"fp8": "hybrid", "precision": "fp32"}, "--fp8: goes with --precision bf16, not fp32"),
-        ({"fp8": "e4m3", "lora": 8}, "leave out --lora"),
+        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe: has an effect only with --fp8"),
+        ({"fp8": "hybrid", "precision": "fp32"}, "--fp8: needs --precision bf16, not fp32"),
+        ({"fp8": "e4m3", "lora": 8}, "remove --lora"),
         ({"fp8": "e5m2"}, "--fp8: 'e5m2' isn't one of none, hybrid, e4m3"),
         ({"virtual_pipeline": 0}, "--virtual-pipeline: 0 must be at least 1"),
         ({"lr": 1e-6}, "--lr: 1e-06 is below --min-lr, 1e-05"),
@@ -66,7 +66,7 @@ def test_settings_that_belong_together_are_handed_on():
             "240 = micro batch 1 x DP 8 x 30 micro batches, and 30 / PP 4 = 7.5, not whole",
             "--global-batch 256",
         ),
-        ({}, {"virtual_pipeline": 2, "first_stage_layers": 5}, "its chunks are of one length", ""),
+        ({}, {"virtual_pipeline": 2, "first_stage_layers": 5}, "its chunks have equal lengths", ""),
     ],
 )
 def test_chunks_that_do_not_come_out_are_refused_with_what_would(axes, values, words, instead):
@@ -136,15 +136,18 @@ def by_hand(kind=FinetuneConfig, **keys):
         ({"lr": 1e-6}, "lr: 1e-06 is below min_lr, 1e-05, where it ends"),
         (
             {"pad_to_capacity": True},
-            "pad_to_capacity: experts have no capacity unless capacity_factor gives them one",
+            "pad_to_capacity: has an effect only with capacity_factor",
         ),
-        ({"fp8_recipe": "mxfp8"}, "fp8_recipe: goes with fp8 alone"),
-        ({"lora_experts": True}, "lora_experts: goes with lora RANK alone"),
-        ({"lora_alpha": 8.0}, "lora_alpha: goes with lora RANK alone"),
+        ({"fp8_recipe": "mxfp8"}, "fp8_recipe: has an effect only with fp8"),
+        ({"lora_experts": True}, "lora_experts: has an effect only with lora RANK"),
+        ({"lora_alpha": 8.0}, "lora_alpha: has an effect only with lora RANK"),
         ({"lora": -1}, "lora: -1 must be at least 0"),
         ({"lora": 4, "lora_alpha": float("nan")}, "lora_alpha: nan isn't a number"),
-        ({"lora": 4, "lora_dropout": 1.0}, "lora_dropout: 1 leaves nothing to learn from; must be below 1"),
-        ({"lora": 4, "lora_dropout": 0.1, "lora_experts": True}, "lora_dropout: adapters of experts have none"),
+        ({"lora": 4, "lora_dropout": 1.0}, "lora_dropout: must be below 1"),
+        (
+            {"lora": 4, "lora_dropout": 0.1, "lora_experts": True},
+            "lora_dropout: adapters of experts have no dropout",
+        ),
         ({"layout": {"context": 2}, "packing": "none"}, "packing: none, but context 2 splits whole sequences"),
         (
             {"layout": {"context": 2}, "sequence_length": 30},
@@ -167,7 +170,7 @@ def test_what_lacks_a_key_or_is_no_mapping_is_named():
 
 
 def test_a_server_splits_no_sequence():
-    with pytest.raises(errors.LayoutError, match="x: context: 2, but answers are made token by token: use 1"):
+    with pytest.raises(errors.LayoutError, match="x: context: 2, but an answer is generated token by token: use 1"):
         by_hand(ServeConfig, layout={"context": 2})
 
 
@@ -198,7 +201,7 @@ def test_weights_of_a_blend_are_written_behind_the_prefixes():
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (["/a:1", "/b"], "data: /a:1, /b: give every part a weight"),
+        (["/a:1", "/b"], "data: /a:1, /b: give a weight to each data set"),
         (["/a:0", "/b:1"], "above 0"),
         (["/a:nan", "/b:1"], "above 0"),
         (["/a:1", "/a:2"], "data: /a is there twice"),

@@ -48,7 +48,7 @@ def test_a_world_fits_exactly_when_both_quotients_are_whole(layout, world):
     ("layout", "said"),
     [
         (Layout(expert=3), "experts / EP = 8 / 3"),
-        (Layout(pipeline=33), "layers / PP = 32 / 33 leaves stages without a layer"),
+        (Layout(pipeline=33), "layers / PP = 32 / 33 leaves stages without layers"),
         (Layout(tensor=16), "query groups / TP = 8 / 16"),
         (Layout(expert_tensor=5), "expert width / ETP = 14336 / 5"),
     ],

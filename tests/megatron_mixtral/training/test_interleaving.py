@@ -150,7 +150,7 @@ def test_as_many_chunks_wait_as_the_launcher_reckons_with(trained):
         ("uneven", "virtual_pipeline: 4 layers / (PP 2 x 3 chunks) = 0.667, not whole"),
         ("short", "x 3 micro batches, and 3 / PP 2 = 1.5, not whole"),
         ("alone", "virtual_pipeline: 2, but PP 1 has nothing to interleave"),
-        ("own_lengths", "virtual_pipeline: its chunks are of one length"),
+        ("own_lengths", "virtual_pipeline: its chunks have equal lengths"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_its_equation(trained, name, words):
