@@ -50,8 +50,8 @@ def test_every_reason_has_words(name):
     ("told", "words", "advice"),
     [
         (BUSY, "next in line, waits for nodes to become free", "the cluster is busy"),
-        (ACCOUNT, f"its account or QoS isn't allowed where it was sent ({ACCOUNT})", "mend the profile"),
-        (QOS, f"its account or QoS isn't allowed where it was sent ({QOS})", "mend the profile"),
+        (ACCOUNT, f"its account or QoS isn't allowed where it was sent ({ACCOUNT})", "correct the profile"),
+        (QOS, f"its account or QoS isn't allowed where it was sent ({QOS})", "correct the profile"),
         ("QOSMinGRES", "asks for less than a job of its QoS must have", "more --nodes"),
         ("MaxGRESPerAccount", "the limit of jobs or resources per account is reached", "account's jobs"),
         ("QOSMaxGRESPerNode", "asks for more than one job may have under its account or QoS", "cancel it"),
