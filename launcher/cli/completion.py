@@ -13,6 +13,7 @@ import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
 
 from launcher.cluster import catalog, yaml_layers
+from launcher.common import printable
 from launcher.errors import MixlaunchError
 from megatron_mixtral.spec import rundir
 
@@ -55,7 +56,8 @@ def runs(incomplete: str) -> Iterable[str]:
         key=lambda record: record.parent.stat().st_mtime,
         reverse=True,
     )
-    return dict.fromkeys(record.parent.name for record in newest[:MOST])
+    names = (record.parent.name for record in newest[:MOST])
+    return dict.fromkeys(name for name in names if printable.line(name) == name)  # the shell prints it as it is
 
 
 @_offer

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, NEWEST
+from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, NEWEST, OTHERS
 from launcher.common import printable, terminal, words
 from launcher.diagnose import explain as diagnosis
 from launcher.diagnose.explain import Explanation
@@ -27,16 +27,17 @@ from launcher.slurm import hostlist
     help="How long they stay on the list.  [default: 7d]",
 )
 @AS_JSON
+@OTHERS
 @IN_CLUSTER
 def explain(
-    name: str, attempt: int | None, mark_bad: bool, lasting: str, as_json: bool, cluster: str | None
+    name: str, attempt: int | None, mark_bad: bool, lasting: str, as_json: bool, others: bool, cluster: str | None
 ) -> None:
     """Say why a run ended, or what it is doing.
 
     It shows the first rank and node that failed, the cause, the lines that show it, and what to do. RUN is a name,
     a prefix or a job id. The default is the newest run.
     """
-    explanation = diagnosis.explain(find.run(name, find.roots_of(cluster)), attempt=attempt)
+    explanation = diagnosis.explain(find.run(name, find.roots_of(cluster), others=others), attempt=attempt)
     if mark_bad:
         diagnosis.mark_bad(explanation, lasting)
         printable.out(f"jobs on {explanation.run.cluster} keep off {', '.join(explanation.bad_nodes)}", err=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from launcher.cli.run_arguments import IN_CLUSTER, NEWEST, run_argument
+from launcher.cli.run_arguments import IN_CLUSTER, NEWEST, OTHERS, run_argument
 from launcher.common import printable
 from launcher.errors import Fault, UsageError
 from launcher.runs import find
@@ -45,6 +45,7 @@ class Regex(click.ParamType):  # type: ignore[type-arg]
 @click.option("--batch", is_flag=True, help="Print the batch script's own log.")
 @click.option("--attempt", type=int, metavar="N", help="Attempt whose log to print.  [default: the newest]")
 @click.option("--grep", "pattern", type=Regex(), metavar="REGEX", help="Print only lines that match.")
+@OTHERS
 @IN_CLUSTER
 def logs(
     name: str,
@@ -53,6 +54,7 @@ def logs(
     batch: bool,
     attempt: int | None,
     pattern: re.Pattern[str] | None,
+    others: bool,
     cluster: str | None,
 ) -> None:
     """Print a run's log.
@@ -60,7 +62,7 @@ def logs(
     RUN is a name, a prefix or a job id. The default is the newest run. With --rank all, each line begins with its
     rank.
     """
-    run = find.run(name, find.roots_of(cluster))
+    run = find.run(name, find.roots_of(cluster), others=others)
     source = "batch" if batch else rank
     for line in going_on.log_lines(run, source=source, attempt=attempt, follow=follow, pattern=pattern):
         printable.out(line)

@@ -10,6 +10,7 @@ from launcher.cli import completion
 Decorator = Callable[[Any], Any]
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="For programs; the keys are in docs/runs.md.")
+OTHERS = click.option("--others", is_flag=True, help="RUN may be another user's, by its full name.")
 IN_CLUSTER = click.option(
     "--cluster",
     metavar="NAME|FILE.yaml",

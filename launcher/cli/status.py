@@ -16,9 +16,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY
+from launcher.cli.run_arguments import AS_JSON, IN_CLUSTER, MANY, OTHERS
 from launcher.common import printable, terminal, words
 from launcher.runs import find, follow, logs, report
+from launcher.runs.find import Broken
 from launcher.runs.record import Run
 from launcher.slurm import hostlist
 
@@ -44,24 +45,29 @@ Find = Callable[[], Sequence[Run]]
     help="Keep watching. A terminal gets a live table; other output gets a line for each change.",
 )
 @AS_JSON
+@OTHERS
 @IN_CLUSTER
-def status(names: tuple[str, ...], everything: bool, watch: bool, as_json: bool, cluster: str | None) -> None:
+def status(
+    names: tuple[str, ...], everything: bool, watch: bool, as_json: bool, others: bool, cluster: str | None
+) -> None:
     """Show what runs are doing.
 
     Without RUN it lists all runs, newest first. RUN is a name, a prefix or a job id, and shows the details.
     """
     roots = find.roots_of(cluster)
+    unreadable: list[Broken] = []
 
     def asked() -> Sequence[Run]:
         if names:
-            return [find.run(name, roots) for name in names]
-        return find.every(roots)[: None if everything else NEWEST]
+            return [find.run(name, roots, others=others) for name in names]
+        runs, unreadable[:] = find.look(roots)
+        return runs[: None if everything else NEWEST]
 
     if watch:
         _watch(asked, until_ended=bool(names), as_json=as_json)
         return
     found = asked()
-    facts = report.Reporter()(found)
+    facts = report.Reporter()(found) + [report.of_broken(one) for one in unreadable]
     if as_json:
         terminal.as_json(facts)
     elif names:
@@ -88,8 +94,8 @@ def row(run: dict[str, Any]) -> tuple[str, ...]:
     server = run["server"] or {}
     return (
         run["name"],
-        run["job"],
-        run["cluster"],
+        run["job"] or "",
+        run["cluster"] or "",
         run["job_id"] or "",
         run["state"],
         str(len(run["nodes"])) if run["nodes"] else "",
@@ -99,13 +105,15 @@ def row(run: dict[str, Any]) -> tuple[str, ...]:
         _number(server.get("requests_per_s"), ".3g"),
         _number(server.get("queued"), "d"),
         "" if run["time_left_s"] is None else words.duration(run["time_left_s"]),
-        words.age(run["created"]),
+        words.age(run["created"]) if run["created"] else "",
         note(run),
     )
 
 
 def note(run: dict[str, Any]) -> str:
-    """The note in the table: why a run waits and until when, or how it ended."""
+    """The note in the table: whose it is, why a run waits and until when, or how it ended."""
+    if run["whose"] or run["state"] == report.BROKEN:
+        return str(run["whose"] or run["reason"])
     if run["state"] == "PENDING":
         starts = f"starts about {words.moment(run['starts'])}" if run["starts"] else ""
         waits = place_in_pipeline(run) if run["reason"] == "Dependency" else ""
@@ -154,6 +162,7 @@ def _details(found: Sequence[Run], facts: Sequence[dict[str, Any]]) -> None:
         terminal.facts(
             [
                 ("job", f"{run.job} on {run.cluster}{f', id {run.job_id}' if run.job_id else ''}"),
+                ("whose", known["whose"] or ""),
                 ("pipeline", place_in_pipeline(known)),
                 ("why", note(known) if state == "PENDING" else ""),
                 ("reason", "" if state in ("COMPLETED", "PENDING") else known["reason"] or ""),
@@ -171,7 +180,7 @@ def _details(found: Sequence[Run], facts: Sequence[dict[str, Any]]) -> None:
 
 def ended_badly(run: dict[str, Any]) -> bool:
     """Whether there is something to explain."""
-    return not run["active"] and run["state"] not in ("COMPLETED", "CANCELLED")
+    return not run["whose"] and not run["active"] and run["state"] not in ("COMPLETED", "CANCELLED")
 
 
 # --- watching ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.common import printable, terminal
+from launcher.common import printable, shared_files, terminal
 from launcher.errors import UsageError
 from launcher.runs import follow as going_on
 from launcher.runs import logs, servers, states, tunnel
@@ -18,6 +18,7 @@ from launcher.runs.record import Run
 from launcher.slurm import reasons
 
 LAST_LINES = 15
+END = 65_536  # bytes of a log that hold them
 MISTAKE = 2
 POLL = 0.5
 
@@ -58,7 +59,7 @@ def verdict(run: Run) -> int:
     log = _blamed(run)
     if log and log.is_file():
         terminal.facts([("log", run.host.shown(log))])
-        for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
+        for line in shared_files.tail(log, END).decode(errors="replace").splitlines()[-LAST_LINES:]:
             terminal.say(f"  {line}", "dim")
     return MISTAKE if code == MISTAKE else 1
 

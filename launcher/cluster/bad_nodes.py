@@ -42,7 +42,7 @@ class BadNode:
     until: str | None
 
     def expired(self, now: datetime.datetime) -> bool:
-        return self.until is not None and datetime.datetime.fromisoformat(self.until) <= now
+        return self.until is not None and datetime.datetime.fromisoformat(self.until).astimezone() <= now
 
 
 def path(profile: ClusterProfile) -> Path:

@@ -44,18 +44,22 @@ def whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def count(value: Any) -> bool:
+    """An integer from 1 on that can be one of nodes or processes."""
+    return whole(value) and 1 <= value <= 10_000_000
+
+
 def number(value: Any) -> bool:
     """A number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def moment(value: Any) -> bool:
-    """ISO text with a time zone, of a year that a clock may show."""
+    """ISO text of a year that a clock may show; without a time zone it is this machine's time."""
     try:
-        found = datetime.datetime.fromisoformat(value)
+        return FIRST_YEAR <= datetime.datetime.fromisoformat(value).year <= LAST_YEAR
     except (ValueError, TypeError):
         return False
-    return found.tzinfo is not None and FIRST_YEAR <= found.year <= LAST_YEAR
 
 
 def maybe(check: Check) -> Check:

@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 def age(created: str) -> str:
     """How long ago that was, as `duration` says it."""
-    then = datetime.datetime.fromisoformat(created)
+    then = datetime.datetime.fromisoformat(created).astimezone()
     return duration((datetime.datetime.now().astimezone() - then).total_seconds())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.common import shared_files
 from launcher.errors import UsageError
 from launcher.runs import logs, states
 from launcher.runs.logs import Leaver
@@ -66,7 +67,7 @@ def of_attempt(run: Run, attempt: int | None, state: State | None = None) -> Evi
         exit_code=_code(batch) if code is None else code,
         first=logs.first_to_leave(run.path, attempt),
         nodes=_nodes(text, state),
-        tasks_per_node=int(run.record["tasks_per_node"]),
+        tasks_per_node=int(run.record.get("tasks_per_node", 1)),
         host=(*_output(run, attempt), *batch),
         ranks={rank: _tail(logs.path(run.path, attempt, rank)) for rank in logs.ranks(run.path, attempt)},
         last_word=_last_word(batch),
@@ -106,7 +107,7 @@ def _last_word(lines: tuple[Line, ...]) -> str:
 def _tail(log: Path) -> tuple[Line, ...]:
     """The end of a log; a line that begins before it is left out."""
     try:
-        with log.open("rb") as stream:
+        with shared_files.opened(log) as stream:
             start = max(0, stream.seek(0, 2) - TAIL)
             before = _line_ends(log, start)
             stream.seek(start)
@@ -125,7 +126,7 @@ def _line_ends(log: Path, size: int) -> int | None:
     if size > COUNTED:
         return None
     count = 0
-    with log.open("rb") as stream:
+    with shared_files.opened(log) as stream:
         while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
             count += chunk.count(b"\n")
             size -= len(chunk)

@@ -144,12 +144,12 @@ def _written(run: Run) -> Iterable[Path]:
 
 def _finished(run: Run) -> str:
     step = logs.newest(run.path).get("step")
-    return f"it finished: {step['step']} of {step['steps']} steps" if step else "it finished"
+    return f"it finished: {step['step']} of {step.get('steps')} steps" if step else "it finished"
 
 
 def _with_slurms_word(run: Run, found: Finding | None, nodes: Sequence[str]) -> Finding | None:
     """If no log names the node that failed: those `nodes` of the job that Slurm calls down now."""
-    if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local:
+    if found is None or found.cause.name != "node_failure" or found.nodes or run.is_local or run.stranger:
         return found
     down = _down(nodes, run.host)
     return replace(found, nodes=tuple(down), notes=(*found.notes, *down.values()))
@@ -183,6 +183,7 @@ def failed_nodes(run: Run) -> tuple[str, ...]:
 
 def mark_bad(explanation: Explanation, lasting: str) -> None:
     """Put the bad nodes on their cluster's list; `UsageError` if there are none."""
+    record.require_own(explanation.run)  # whose profile says where the list is
     until = bad_nodes.duration(lasting)
     if not explanation.bad_nodes:
         raise UsageError(

@@ -109,6 +109,12 @@ class Host(Protocol):
     def read(self, path: Path) -> bytes:
         """The newest content of the file at this place, which isn't kept; `FileNotFoundError`, `OSError`."""
 
+    def read_mine(self, path: Path) -> bytes:
+        """The same of what only this user can have written; `PermissionError` otherwise."""
+
+    def stranger(self, run: Path) -> str:
+        """Who else can have written a run directory whose files here can't say so, in a few words."""
+
     def put(self, path: Path) -> None:
         """Tell the cluster of a file that was changed at this place."""
 

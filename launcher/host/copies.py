@@ -5,12 +5,15 @@ updated whenever runs are looked up. Weights, checkpoints and secrets are never 
 """
 
 import contextlib
+import functools
 import hashlib
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.common import files, state_dir
+from launcher.errors import Fault
 from launcher.host import ssh
 from launcher.host.base import MissingError
 from launcher.host.ssh import Login
@@ -27,6 +30,15 @@ LIST = (  # what a list of runs shows
         "/*/logs/attempt_*/first_exit",
     ),
 )
+# Folders and records that somebody else owns or may write to, but for the group that is the user's alone.
+STRANGERS = r"""
+cd {root} 2>/dev/null || exit 0
+private=
+[ "$(id -gn)" != "$(id -un)" ] || private="! -group $(id -g)"
+find . -path './*/*' ! -name run.json -prune -o \( -path './*/run.json' -o ! -name . -type d \) \
+  \( ! -user "$(id -u)" -o -perm -0002 -o -perm -0020 $private \) -print0 2>/dev/null
+find . -prune -print0 >/dev/null
+"""
 HEAVY = (f"/{rundir.CHECKPOINTS}/", f"/{rundir.SECRETS}", "/inputs/", "/submission/", "*.distcp", "*.safetensors")
 
 
@@ -54,11 +66,39 @@ def pull(login: Login, root: Path) -> None:
     """Bring the copies of all runs below `root` up to date."""
     rules = [*(f"--include={rule}" for rule in LIST), "--exclude=*"]
     _copy(login, root, rules, root=root)
+    _note_strangers(login, root)
 
 
 def refresh(login: Login, run: Path) -> None:
     """Bring one run's copy up to date, every log of it."""
     _copy(login, run, [f"--exclude={rule}" for rule in HEAVY], root=run.parent)
+    _note_strangers(login, run.parent)
+
+
+def stranger(login: Login, run: Path) -> str:
+    """Who else can have written the original of a copy; empty for a run of one's own."""
+    notes = _strangers(login, run.parent)
+    with contextlib.suppress(OSError):
+        return "another user's" if run.name in _names(notes, notes.stat().st_mtime_ns) else ""
+    return ""
+
+
+@functools.lru_cache(maxsize=8)
+def _names(notes: Path, _changed: int) -> frozenset[str]:
+    return frozenset(json.loads(notes.read_text()))
+
+
+def _note_strangers(login: Login, root: Path) -> None:
+    """Copies are all ours; whose the originals are is noted beside them."""
+    done = ssh.run(login, STRANGERS.format(root=shlex.quote(str(original(root)))))
+    if done.code:
+        raise Fault(f"login node {login.host}: it can't say whose the runs in {original(root)} are: {done.said}")
+    names = sorted({path.split("/")[1] for path in done.out.split("\0") if path.startswith("./")})
+    files.write_json(_strangers(login, root), names)
+
+
+def _strangers(login: Login, root: Path) -> Path:
+    return _folder(login) / f".strangers-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
 
 
 def read(login: Login, path: Path) -> bytes:

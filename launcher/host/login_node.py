@@ -128,6 +128,12 @@ class LoginNode:
     def read(self, path: Path) -> bytes:
         return copies.read(self.login, path)
 
+    def read_mine(self, path: Path) -> bytes:
+        return copies.read(self.login, path)
+
+    def stranger(self, run: Path) -> str:
+        return copies.stranger(self.login, run)
+
     def put(self, path: Path) -> None:
         ssh.rsync(self.login, "-pt", str(path), ssh.far(self.login, copies.original(path)))
 

@@ -1,7 +1,10 @@
 """Runs are found by name, prefix, job id, path or as the newest one, in the folders where they may lie."""
 
+import contextlib
+import datetime
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.cluster import catalog, profile
@@ -33,17 +36,41 @@ def roots_of(cluster: str | None) -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A folder that says it is a run and can't be read as one."""
+
+    path: Path
+    why: str
+
+
 def every(roots: Iterable[Path]) -> list[Run]:
-    """All runs below `roots`, newest first; other folders are skipped."""
+    """All runs below `roots`, newest first; folders that are no runs are passed over."""
+    return look(roots)[0]
+
+
+def look(roots: Iterable[Path]) -> tuple[list[Run], list[Broken]]:
+    """The same, and what is broken."""
     roots = list(roots)
     _pull(roots)
-    found = []
-    for path in {path.resolve() for root in roots for path in root.glob(f"*/{rundir.RECORD}")}:
+    found: list[Run] = []
+    broken: list[Broken] = []
+    folders = {match.parent for root in roots for match in root.resolve().glob(f"*/{rundir.RECORD}")}
+    for path in {_target(folder): None for folder in folders}:
         try:
-            found.append(record.read(path.parent))
-        except UsageError:
-            continue
-    return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
+            found.append(record.read(path))
+        except UsageError as error:
+            broken.append(Broken(path=path, why=str(error).removeprefix(f"{path / rundir.RECORD}: ")))
+    found.sort(key=lambda run: (datetime.datetime.fromisoformat(run.created).astimezone(), run.name), reverse=True)
+    return found, sorted(broken, key=lambda one: one.path.name)
+
+
+def _target(folder: Path) -> Path:
+    """Where a link leads that this user made; anybody else's stays what it is, and leads nowhere."""
+    with contextlib.suppress(OSError):
+        if folder.is_symlink() and folder.lstat().st_uid == os.geteuid():
+            return folder.resolve()
+    return folder
 
 
 def _pull(roots: Sequence[Path]) -> None:
@@ -57,30 +84,40 @@ def _pull(roots: Sequence[Path]) -> None:
             printable.out(f"warning: {fault}\n  its runs are shown as they last were", err=True)
 
 
-def run(reference: str, roots: Iterable[Path]) -> Run:
+def run(reference: str, roots: Iterable[Path], *, others: bool = False) -> Run:
     """The run that `reference` means: a path, a name, a job's id, "newest", or a prefix (its newest run).
 
-    All logs of a run behind a login node are copied here.
+    It is a run of one's own, or with `others` anybody's of that full name. Of a run behind a login node, every log
+    is brought here.
     """
     if "/" in reference:
-        return record.read(Path(os.path.expanduser(reference)).absolute())
-    found = _matching(reference, list(roots))
+        return _allowed(record.read(Path(os.path.expanduser(reference)).absolute()), others)
+    found = _allowed(_matching(reference, list(roots)), others)
     found.host.refresh(found.path)
-    return record.reread(found)
+    return _allowed(record.reread(found), others)
+
+
+def _allowed(run: Run, others: bool) -> Run:
+    if not others:
+        record.require_own(run)
+    return run
 
 
 def _matching(reference: str, roots: Sequence[Path]) -> Run:
-    runs = every(roots)
-    if not runs:
-        raise UsageError(f"there are no runs in {', '.join(map(str, roots))}")
-    if reference == NEWEST:
-        return runs[0]
+    runs, broken = look(roots)
+    mine = [run for run in runs if not run.stranger]
+    if reference == NEWEST and mine:
+        return mine[0]
     for matches in (
+        [run for run in mine if run.name == reference],
         [run for run in runs if run.name == reference],
-        [run for run in runs if reference in run.job_ids],
-        [run for run in runs if run.name.startswith(reference)],
+        [run for run in mine if reference in run.job_ids],
+        [run for run in mine if run.name.startswith(reference)],
     ):
         if matches:
             return matches[0]
-    near = words.nearest(reference, [run.name for run in runs], most=3, cutoff=0.3)
-    raise UsageError(f"no run {reference!r}; nearest: {', '.join(near or [run.name for run in runs[:3]])}")
+    why = "".join(f"\n  {reference}: {one.why}" for one in broken if one.path.name == reference)
+    if not mine:
+        raise UsageError(f"there are no runs in {', '.join(map(str, roots))}{' of yours' if runs else ''}{why}")
+    near = words.nearest(reference, [run.name for run in mine], most=3, cutoff=0.3)
+    raise UsageError(f"no run {reference!r}; nearest: {', '.join(near or [run.name for run in mine[:3]])}{why}")

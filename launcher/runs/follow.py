@@ -4,13 +4,12 @@ It only reads; the command line decides what to print.
 """
 
 import contextlib
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launcher.common import words
+from launcher.common import shared_files, words
 from launcher.runs import logs, states
 from launcher.runs.record import Run
 from megatron_mixtral.spec import rundir
@@ -44,7 +43,7 @@ def log_lines(
 ) -> Iterator[str]:
     """A log's lines that match `pattern`; with `follow` also new ones. Lines of all ranks begin with the rank."""
     if source == ALL:
-        width = len(str(run.record["nodes"] * run.record["tasks_per_node"] - 1))
+        width = len(str(run.record.get("nodes", 1) * run.record.get("tasks_per_node", 1) - 1))
         pairs = ((f"[{rank:>{width}}] ", line) for rank, line in _all_lines(run, attempt, follow))
     elif follow:
         pairs = (("", line) for line in logs.follow(run.path, source=source, attempt=attempt, active=active(run)))
@@ -67,14 +66,14 @@ def events(run: Run) -> Iterator[dict[str, Any]]:
     going_on, position, path = active(run), 0, run.path / rundir.EVENTS
     while True:
         going = going_on()
-        with contextlib.suppress(OSError), path.open("rb") as stream:
+        with contextlib.suppress(OSError), shared_files.opened(path) as stream:
             stream.seek(position)
             for line in stream:
                 if not line.endswith(b"\n"):
                     break
                 position += len(line)
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+                if event := logs.event_of(line):
+                    yield event
         if not going:
             return
         yield {}
@@ -84,7 +83,13 @@ def events(run: Run) -> Iterator[dict[str, Any]]:
 def describe(event: dict[str, Any]) -> str:
     """One event in a few words; empty for events that people don't need."""
     match event:
-        case {"event": "step", "step": step, "steps": steps, "loss": float(loss), "tokens_per_s": speed}:
+        case {
+            "event": "step",
+            "step": step,
+            "steps": steps,
+            "loss": float(loss),
+            "tokens_per_s": int() | float() as speed,
+        }:
             return f"step {step}/{steps}  loss {loss:.3f}  {words.count(speed)} tok/s"
         case {"event": "eval", "step": step, "loss": float(loss)}:
             return f"step {step}: validation loss {loss:.3f}"

@@ -3,19 +3,41 @@
 Large files aren't read whole: a tail is read from the end. `follow` continues with the next attempt.
 """
 
-import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.common import schema, shared_files
 from launcher.errors import UsageError
 from megatron_mixtral.spec import rundir
 
 TAIL = 65_536  # bytes at the end of events.jsonl that hold the newest event of each kind
 BATCH = "batch"
 POLL = 0.3
+LINE = 1 << 20  # bytes; a longer line comes in parts
+WORD = 4096  # bytes of a file that holds one line
+NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
+VALUE = schema.either(schema.number, schema.text)  # `nan` and `inf` come as text
+EVENT = {  # what is read of an event; whoever writes one may add to it
+    "time": schema.number,
+    "step": schema.whole,
+    "steps": schema.whole,
+    "loss": VALUE,
+    "tokens_per_s": VALUE,
+    "done": schema.number,
+    "total": schema.number,
+    "unit": schema.text,
+    "left": schema.maybe(schema.number),
+    "seconds": VALUE,
+    "text": schema.text,
+    "url": schema.text,
+    "node": schema.text,
+    "reason": schema.text,
+}
+OF_KIND = {"step": ("step",), "progress": ("done", "total"), "ready": ("url",)}
 TERMINATED = 143
 
 
@@ -29,9 +51,9 @@ class Leaver:
 
 
 def attempts(run_dir: Path) -> list[int]:
-    """Numbers of the attempts that have logs, in order."""
+    """Numbers of the attempts that left logs, in order."""
     names = (path.name.removeprefix(rundir.ATTEMPT) for path in (run_dir / rundir.LOGS).glob(f"{rundir.ATTEMPT}*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if NUMBER.fullmatch(name))
 
 
 def path(run_dir: Path, attempt: int, source: int | str = 0) -> Path:
@@ -60,23 +82,24 @@ def find(run_dir: Path, *, attempt: int | None = None, source: int | str = 0) ->
 
 
 def lines(log: Path) -> Iterator[str]:
-    """A log line by line, however long it is; without line ends; bytes that aren't UTF-8 are marked."""
-    with log.open("rb") as stream:
-        for line in stream:
+    """A log line by line, however long it is; line ends are left out, and what isn't UTF-8 is marked."""
+    with shared_files.opened(log) as stream:
+        while line := stream.readline(LINE):
             yield line.rstrip(b"\r\n").decode(errors="replace")
 
 
 def ranks(run_dir: Path, attempt: int) -> list[int]:
     """Ranks that left a log in that attempt, in order."""
     names = (path.stem.removeprefix("rank_") for path in path(run_dir, attempt, BATCH).parent.glob("rank_*.log"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if NUMBER.fullmatch(name))
 
 
 def first_to_leave(run_dir: Path, attempt: int) -> Leaver | None:
     """The rank that left an attempt first; None if all are running, or none has started."""
     try:
-        code, rank, node = (path(run_dir, attempt).parent / rundir.FIRST_EXIT).read_text().split()
-        # bash reports -1 for a child that ended during a signal handler: the TERM that was passed on ended it.
+        word = shared_files.read(path(run_dir, attempt).parent / rundir.FIRST_EXIT, most=WORD)
+        code, rank, node = word.decode().split()
+        # bash says -1 of a child that ended while its own signal handler ran: by the TERM that was passed on.
         return Leaver(code=TERMINATED if int(code) < 0 else int(code), rank=int(rank), node=node)
     except (OSError, ValueError):
         return None
@@ -162,19 +185,27 @@ class _Reader:
 def events(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The newest events, oldest first; lines that a crash cut in half are skipped."""
     try:
-        with (run_dir / rundir.EVENTS).open("rb") as stream:
+        with shared_files.opened(run_dir / rundir.EVENTS) as stream:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - TAIL))
-            lines = stream.read().split(b"\n")
+            lines = stream.read(TAIL).split(b"\n")
     except OSError:
         return
     for line in lines if size <= TAIL else lines[1:]:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
+        if event := event_of(line):
             yield event
+
+
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None for a line that is cut, and for values that no job writes."""
+    try:
+        event = shared_files.parsed(line)
+    except ValueError:
+        return None
+    if schema.misfit(event, {"event": schema.text}, EVENT):
+        return None
+    missing = [key for key in OF_KIND.get(event["event"], ()) if key not in event]
+    return None if missing else dict(event)
 
 
 def newest(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -184,7 +215,7 @@ def newest(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 def _read_from(log: Path, position: int) -> tuple[bytes, int]:
     try:
-        with log.open("rb") as stream:
+        with shared_files.opened(log) as stream:
             stream.seek(position)
             chunk = stream.read(1 << 20)
     except OSError:

@@ -1,22 +1,51 @@
 """A run directory's record: what was asked, as which jobs, with which profile.
 
-`run.json` is replaced whole, never edited, and a newer schema than ours is refused.
+`run.json` is replaced whole, never edited, and a newer schema than ours is refused. A record that somebody else can
+have written is theirs: it is shown, and decides nothing.
 """
 
 import contextlib
-import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.cluster.profile import ClusterProfile
-from launcher.common import files
+from launcher.common import files, schema, shared_files
 from launcher.errors import Fault, UncertainError, UsageError
 from launcher.host import login_node
 from launcher.host.base import Host
 from megatron_mixtral.spec import rundir
 
 SCHEMA = 1
+LARGEST = 4 << 20  # bytes
+REQUIRED = {
+    "job": schema.text,
+    "created": schema.moment,
+    "jobs": schema.each(schema.matching(r"[0-9]{1,18}(?:[_+.][0-9]{1,18})?"), most=10_000),
+    "host": schema.text,
+    "resumable": schema.flag,
+    "cancelled": schema.flag,
+    "profile": schema.fields(
+        {"name": schema.text, "scheduler": schema.text}, {"slurm_conf": schema.maybe(schema.text)}
+    ),
+}
+LINK = {
+    "step": schema.whole,
+    "steps": schema.whole,
+    "after": schema.each(schema.text),
+    "jobs": schema.each(schema.text),
+}
+OPTIONAL = {
+    "nodes": schema.count,
+    "tasks_per_node": schema.count,
+    "submitting": schema.flag,
+    "pipeline": schema.maybe(schema.fields(LINK)),
+    "exclude": schema.each(schema.text),
+    "time": schema.maybe(schema.text),
+    "resubmissions": schema.each(schema.object_),
+    "config": schema.object_,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +54,7 @@ class Run:
 
     path: Path
     record: dict[str, Any]
+    stranger: str = ""  # who else can have written it, such as "alice's"; empty for a run of one's own
 
     @property
     def name(self) -> str:
@@ -74,36 +104,49 @@ class Run:
     @property
     def host(self) -> Host:
         """Where its cluster's commands run: this machine, or the login node that it is a copy from."""
-        return login_node.of(self.path, self.record["profile"].get("slurm_conf"))
+        conf = None if self.stranger else self.record["profile"].get("slurm_conf")  # it names code that Slurm loads
+        return login_node.of(self.path, conf)
 
 
 def read(path: Path) -> Run:
     """The run in `path`; `UsageError` if it isn't a run, or a newer mixlaunch made it."""
     try:
-        record = json.loads((path / rundir.RECORD).read_text())
+        data, stranger = _read(path)
+        record = shared_files.parsed(data)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path}: no run directory (it has no {rundir.RECORD})") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path / rundir.RECORD}: {error}") from error
+        raise UsageError(f"{path / rundir.RECORD}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(record, dict):
         raise UsageError(f"{path / rundir.RECORD}: not the record of a run")
     if record.get("schema") != SCHEMA:
         raise UsageError(
             f"{path / rundir.RECORD}: schema {record.get('schema')}, this mixlaunch reads {SCHEMA}; update it"
         )
-    if not _whole(record):
-        raise UsageError(f"{path / rundir.RECORD}: not the record of a run")
-    return Run(path=path, record=record)
+    if wrong := schema.misfit(record, REQUIRED, OPTIONAL):
+        raise UsageError(f"{path / rundir.RECORD}: not the record of a run: {wrong}")
+    return Run(path=path, record=record, stranger=stranger)
 
 
-def _whole(record: dict[str, Any]) -> bool:
-    """Whether the record has the keys that every command needs."""
-    kinds = {"job": str, "created": str, "jobs": list, "host": str, "resumable": bool, "cancelled": bool}
-    of_profile = {"name": str, "scheduler": str}
-    profile = record.get("profile")
-    return all(isinstance(record.get(key), kind) for key, kind in kinds.items()) and (
-        isinstance(profile, dict) and all(isinstance(profile.get(key), kind) for key, kind in of_profile.items())
-    )
+def _read(path: Path) -> tuple[bytes, str]:
+    """The record, and who else can have written it: asked of the very folder and file that are read."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        data, found = shared_files.read_with_owner(rundir.RECORD, most=LARGEST, dir_fd=folder)
+        stranger = shared_files.stranger(os.fstat(folder)) or shared_files.stranger(found)
+    finally:
+        os.close(folder)
+    return data, login_node.of(path).stranger(path) or stranger
+
+
+def require_own(run: Run) -> None:
+    """`UsageError` for a run that somebody else can have written."""
+    if not run.stranger:
+        return
+    hint = "only its owner may do that"
+    if run.stranger.startswith("writable"):
+        hint = f"look through it, and `chmod -R go-w {run.path}` makes it yours alone"
+    raise UsageError(f"{run.name} is {run.stranger}; {hint}")
 
 
 def reread(run: Run) -> Run:

@@ -8,13 +8,48 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import UsageError
+from launcher.host import login_node
 from launcher.runs import logs, record, servers, states
+from launcher.runs.find import Broken
 from launcher.runs.record import Run
 from launcher.runs.servers import Load
 from launcher.runs.states import State
 from launcher.slurm import client, hostlist, reasons
 
-MOVING = ("time_left_s",)  # changes all the time, so it isn't news
+BROKEN = "BROKEN"  # the state of what can't be read
+KEYS = (
+    "name",
+    "job",
+    "cluster",
+    "path",
+    "whose",
+    "created",
+    "job_id",
+    "job_ids",
+    "state",
+    "active",
+    "source",
+    "reason",
+    "reason_in_words",
+    "starts",
+    "started",
+    "time_left_s",
+    "exit_code",
+    "nodes",
+    "pipeline",
+    "attempt",
+    "attempts",
+    "step",
+    "steps",
+    "loss",
+    "tokens_per_s",
+    "validation_loss",
+    "checkpoint_step",
+    "progress",
+    "server",
+    "last_event",
+)
+MOVING = ("time_left_s",)  # changes all the time, which is no news
 
 
 class Reporter:
@@ -30,7 +65,7 @@ class Reporter:
 
     def _report(self, run: Run, state: State) -> dict[str, Any]:
         facts = of(run, state)
-        if run.job == "serve" and facts["server"] and state.active and run.host.is_here:
+        if run.job == "serve" and not run.stranger and facts["server"] and state.active and run.host.is_here:
             now = servers.load_of(run)
             facts["server"] |= _server(now, self._loads.get(run.name))
             if now:
@@ -48,6 +83,7 @@ def of(run: Run, state: State) -> dict[str, Any]:
         "job": run.job,
         "cluster": run.cluster,
         "path": run.host.shown(run.path),
+        "whose": run.stranger or None,
         "created": run.created,
         "job_id": run.job_id,
         "job_ids": run.job_ids,
@@ -74,6 +110,17 @@ def of(run: Run, state: State) -> dict[str, Any]:
         "server": _part(newest.get("ready") if "exit" not in newest else None, ("url",)),
         "last_event": max((event.get("time", 0) for event in newest.values()), default=None),
     }
+
+
+def of_broken(found: Broken) -> dict[str, Any]:
+    """The report of a folder that can't be read as a run: why, and null."""
+    known = {
+        "name": found.path.name,
+        "path": login_node.of(found.path).shown(found.path),
+        "state": BROKEN,
+        "active": False,
+    }
+    return dict.fromkeys(KEYS) | known | {"job_ids": [], "nodes": [], "attempts": 0, "reason": found.why}
 
 
 def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:

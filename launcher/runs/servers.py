@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.common import quoting
+from launcher.common import quoting, schema, shared_files
 from launcher.errors import Fault, MixlaunchError, UsageError
 from launcher.runs import find, record
 from megatron_mixtral.spec import rundir
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 KEY = "MIXLAUNCH_API_KEY"
 PROBE_SECONDS = 2.0
+SAYS = {"url": schema.matching(r"https?://[^\s\x00-\x20]{1,2000}")}
+MAY_SAY = {
+    "host": schema.text,
+    "port": schema.whole,
+    "model": schema.text,
+    "taken": schema.either(schema.whole, schema.text),
+}
 LINE = re.compile(r"^mixlaunch_(?P<name>\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>[-+.\deE]+)$", re.M)
 NOT_WORK = re.compile(r'route="/(?:metrics|health\w*|ready\w*|)"')
 ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
@@ -100,9 +107,16 @@ def of_run(run: record.Run) -> Server:
 
 
 def state_of(run: record.Run) -> dict[str, Any]:
-    """The contents of a run's `server.json`; `UsageError` if there is none."""
+    """What a run's server says of itself, asked where it says it; `UsageError` when it says nothing.
+
+    Whoever can write it is sent the key and the conversation.
+    """
+    record.require_own(run)
     try:
-        return dict(json.loads(run.host.read(run.path / rundir.SERVER)))
+        state: dict[str, Any] = shared_files.parsed(run.host.read_mine(run.path / rundir.SERVER))
+        if wrong := schema.misfit(state, SAYS, MAY_SAY):
+            raise ValueError(wrong)
+        return state
     except FileNotFoundError:
         hint = "it isn't a serve job" if run.job != "serve" else f"see `mixlaunch logs {run.name}`"
         raise UsageError(f"{run.name}: no server is ready there; {hint}") from None
@@ -111,8 +125,8 @@ def state_of(run: record.Run) -> dict[str, Any]:
 
 
 def newest(roots: Iterable[Path]) -> Server:
-    """The server that was started last. A killed server leaves its `server.json` behind, so it must also answer."""
-    ready = [run for run in find.every(roots) if (run.path / rundir.SERVER).is_file()]
+    """The server that was started last; one that was killed left its word behind, so of several one must answer."""
+    ready = [run for run in find.every(roots) if not run.stranger and _says(run)]
     if not ready:
         raise UsageError("no server is running; start one with `mixlaunch serve`, or give HOST:PORT")
     first, *others = ready
@@ -120,6 +134,17 @@ def newest(roots: Iterable[Path]) -> Server:
     if not others or answers(server):
         return server
     return next((other for other in map(of_run, others) if answers(other)), server)
+
+
+def _says(run: record.Run) -> bool:
+    """Whether a server's word is there that can be believed; behind a login node it is asked for later."""
+    if not (run.path / rundir.SERVER).is_file():
+        return False
+    try:
+        shared_files.read_mine(run.path / rundir.SERVER)
+    except OSError:
+        return False
+    return True
 
 
 def answers(server: Server) -> bool:
@@ -191,7 +216,7 @@ def _key_of(run: record.Run) -> str | None:
     """From the run's secrets, which only its owner can read."""
     path = run.path / rundir.SECRETS
     try:
-        lines = run.host.read(path).decode().splitlines()
+        lines = run.host.read_mine(path).decode().splitlines()
     except FileNotFoundError:
         return None
     except OSError as error:

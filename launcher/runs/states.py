@@ -3,7 +3,6 @@
 Ending a job is here too, because it also needs to know which processes belong to a run.
 """
 
-import json
 import re
 import signal
 import socket
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.common import processes
+from launcher.common import processes, shared_files
 from launcher.errors import Fault, UsageError
 from launcher.host.base import Host
 from launcher.runs import logs, record
@@ -22,6 +21,7 @@ from megatron_mixtral.spec import rundir
 MARK = "MIXLAUNCH_RUN"  # in the environment of every process of a local run, with the run directory as its value
 FAREWELL = 35  # seconds that a cancelled local run gets: its script gives the ranks thirty
 LOOK_TIMEOUT = 15
+END = 1 << 20  # bytes at the end of a log that hold its last word
 LAST_WORD = re.compile(r"^mixlaunch: (?P<reason>.*?)(?:; exit (?P<code>\d+)|; (?P<again>requeued|starting again))$")
 ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
 WHY_ENDED = {
@@ -70,6 +70,9 @@ def of_runs(runs: Sequence[Run]) -> dict[Path, State]:
     found: dict[Path, State] = {}
     hosts: dict[Host, dict[Path, str]] = {}
     for run in runs:
+        if run.stranger:
+            found[run.path] = from_logs(run.path, UNKNOWN, f"it is {run.stranger}; no scheduler was asked")
+            continue
         current = _adopted(run) if run.submitting else run
         if current.submitting or current.job_id is None:
             found[run.path] = State(state=SUBMITTING, source="record", reason="its submission never finished")
@@ -91,6 +94,7 @@ def _cancelled(run: Run, state: State) -> State:
 
 def stuck(found: Sequence[Run]) -> list[Run]:
     """Those that can never start: a job that they wait for failed, or can't start itself."""
+    found = [run for run in found if not run.stranger]
     told = of_runs(found)
     waiting = [run for run in found if told[run.path].state == "PENDING"]
     never = [run for run in waiting if told[run.path].reason == NEVER]
@@ -109,6 +113,7 @@ def _waits_for(run: Run) -> set[str]:
 
 def cancel(run: Run) -> bool:
     """End the run's job; False if it has ended already. `Fault` if the scheduler refuses."""
+    record.require_own(run)
     current = _adopted(run) if run.submitting else run
     if current.submitting or current.job_id is None or not of_run(current).active:
         return False
@@ -124,9 +129,9 @@ def cancel(run: Run) -> bool:
 
 
 def _adopted(run: Run) -> Run:
-    """A run whose submission was interrupted: if Slurm has a job, it is found by its script's path."""
-    run = record.reread(run)  # another command may have found it already
-    if run.is_local or not run.submitting:
+    """A run whose submission was cut off: its job, if Slurm has one, is found by its script's path."""
+    run = record.reread(run)  # somebody may have found it already
+    if run.stranger or run.is_local or not run.submitting:
         return run
     try:
         noted = _noted(run)
@@ -168,7 +173,7 @@ def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
     """
     batches = [logs.path(run_dir, attempt, logs.BATCH) for attempt in logs.attempts(run_dir)]
     written = [log for log in batches if log.exists()]
-    lines = written[-1].read_text(errors="replace").splitlines() if written else []
+    lines = _end(written[-1]).splitlines() if written else []
     for line in reversed(lines):
         if match := LAST_WORD.match(line):
             if match["again"]:
@@ -180,14 +185,19 @@ def from_logs(run_dir: Path, otherwise: str, why: str) -> State:
 
 
 def from_output(run_dir: Path, job_id: str) -> str | None:
-    """How Slurm ended the job's last attempt, from its message in the job's output; None without a message."""
-    try:
-        text = (run_dir / rundir.LOGS / f"slurm-{job_id}.out").read_text(errors="replace")
-    except OSError:
-        return None
+    """How Slurm ended the job's last attempt, from what it wrote into the job's own output; None if it didn't."""
+    text = _end(run_dir / rundir.LOGS / f"slurm-{job_id}.out")
     if match := ENDED_BY_SLURM.search(text[text.rfind("mixlaunch: attempt") :]):
         return WHY_ENDED.get(match[1] or "", "CANCELLED")
     return None
+
+
+def _end(log: Path) -> str:
+    """The end of a log; nothing of one that can't be read."""
+    try:
+        return shared_files.tail(log, END).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def is_running(run_dir: Path) -> bool:
@@ -208,8 +218,8 @@ def find_job(script: Path, host: Host) -> str | None:
 def _recorded(script: Path, host: Host) -> list[str]:
     """The jobs in the record beside `script`, or beside its copy."""
     try:
-        return list(json.loads((host.place(script).parent / rundir.RECORD).read_text())["jobs"])
-    except (OSError, ValueError, KeyError):
+        return record.read(host.place(script).parent).job_ids
+    except UsageError:
         return []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from submitit import helpers
 from submitit.local import local
 
-from launcher.common import processes
+from launcher.common import files, processes
 from launcher.planning.plan import JobPlan
 from launcher.runs.states import MARK
 from launcher.slurm import client
@@ -36,7 +36,7 @@ class DetachedExecutor(local.LocalExecutor):
 
     def _submit_command(self, command: str) -> local.LocalJob[Any]:
         script = self._run_dir / rundir.SCRIPT
-        script.write_text(self._text)
+        files.write(script, self._text)
         environment = {
             **self._caller,
             MARK: str(self._run_dir),

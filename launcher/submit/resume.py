@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.cluster import bad_nodes
 from launcher.cluster.profile import time_limit
-from launcher.common import files, quoting
+from launcher.common import files, quoting, shared_files
 from launcher.errors import Fault, Interrupted, UncertainError, UsageError
 from launcher.planning import requeue
 from launcher.planning.layout import Placement
@@ -41,10 +41,12 @@ def retry(run: Run, *, time: str | None = None, exclude: Sequence[str] = ()) -> 
 
 
 def _again(run: Run, how: str, *, time: str | None, exclude: Sequence[str]) -> Run:
+    record.require_own(run)
     with _alone(run):
         if not os.access(run.path / RECORD, os.W_OK):
             raise UsageError(f"{run.name}: you can't write its run directory; only its owner can continue it")
         run = record.read(run.path)
+        record.require_own(run)
         _require_ended(run, how)
         limit = _limit(run, time)
         explicit = sorted({*run.record.get("exclude", []), *exclude})
@@ -61,7 +63,7 @@ def _submit(changed: Run, before: Run, text: str, limit: str) -> None:
     """Make the job and record it; if there is no job, script and record stay as they were."""
 
     script = changed.path / SCRIPT
-    old, counts = script.read_text(), _reset(changed.path)
+    old, counts = shared_files.read_mine(script).decode(), _reset(changed.path)
     try:
         job_id = start.submit(_plan(changed, limit), text, changed.path)
     except Interrupted as interrupted:
@@ -73,7 +75,7 @@ def _submit(changed: Run, before: Run, text: str, limit: str) -> None:
         if isinstance(error, KeyboardInterrupt) and (made := start.job_after_all(changed)):
             record.with_job(changed, made)
             raise answer.interrupted(made) from None
-        script.write_text(old)
+        files.write(script, old)
         for path, text in counts.items():
             path.write_text(text)
         record.changed(before)
@@ -110,7 +112,7 @@ def _limit(run: Run, time: str | None) -> str:
     """The time limit: the one asked for, else what the script says, else the record."""
 
     if time is None:
-        match = re.search(r'^#SBATCH --time="?([^"\s]+)"?$', (run.path / SCRIPT).read_text(), re.M)
+        match = re.search(r'^#SBATCH --time="?([^"\s]+)"?$', _text(run), re.M)
         return match[1] if match else str(run.record.get("time") or run.profile.time)
     try:
         return time_limit(time)
@@ -120,10 +122,7 @@ def _limit(run: Run, time: str | None) -> str:
 
 def _script(run: Run, limit: str | None, explicit: Iterable[str]) -> str:
     """The run's script with another limit and other nodes to leave out."""
-    try:
-        text = (run.path / SCRIPT).read_text()
-    except OSError as error:
-        raise UsageError(f"{run.path / SCRIPT}: {error.strerror}; there is nothing to submit again") from error
+    text = _text(run)
     if run.is_local:
         if explicit:
             raise UsageError("--exclude: this run is on this machine only; there are no nodes to exclude")
@@ -133,6 +132,15 @@ def _script(run: Run, limit: str | None, explicit: Iterable[str]) -> str:
     nodes = {*profile.excluded, *explicit, *listed}
     text = _with_option(text, "exclude", hostlist.compress(nodes) or None)
     return _with_option(text, "time", limit) if limit else text
+
+
+def _text(run: Run) -> str:
+    """The run's script, which nobody else can have written."""
+    try:
+        return shared_files.read_mine(run.path / SCRIPT).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{run.path / SCRIPT}: {why}; there is nothing to submit again") from error
 
 
 def _with_option(text: str, option: str, value: str | None) -> str:

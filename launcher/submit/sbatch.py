@@ -9,7 +9,7 @@ from submitit import helpers
 from submitit.core import core
 from submitit.slurm import slurm
 
-from launcher.common import processes
+from launcher.common import files, processes
 from launcher.errors import SubmitError
 from launcher.host.base import Host
 from launcher.host.local import Local
@@ -47,7 +47,7 @@ class VerbatimExecutor(slurm.SlurmExecutor):
         return self._plan.world
 
     def _submit_command(self, command: str) -> core.Job[Any]:
-        self._script.write_text(self._make_submission_file_text(command, ""))
+        files.write(self._script, self._make_submission_file_text(command, ""))
         sbatch, *rest = self._make_submission_command(self._script)
         argv = [sbatch, *self._plan.queue_options, *rest]
         job_id = _sbatch(argv, self._script, self._variables, self._host)

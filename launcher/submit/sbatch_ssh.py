@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.common import files
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError
 from launcher.host import copies, ssh
 from launcher.host.base import Done, LostError
@@ -82,7 +83,7 @@ def submit(host: LoginNode, text: str, run: Path, *, options: Sequence[str] = ()
     If a run's first submission fails, its folder on the login node is removed.
     """
     login = host.login
-    (run / rundir.SCRIPT).write_text(text)
+    files.write(run / rundir.SCRIPT, text)
     there = copies.original(run)
     record = json.loads((run / rundir.RECORD).read_text())
     first = not record["jobs"] and not record["resubmissions"]

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from secrets import token_hex
 
 from launcher.cluster import bad_nodes
 from launcher.cluster.bad_nodes import BadNode
+from launcher.common import files
 from launcher.errors import Fault, Interrupted, SubmitError, UncertainError, UsageError
 from launcher.host import login_node
 from launcher.host.login_node import LoginNode
@@ -57,7 +59,7 @@ def run(plan: JobPlan, *, asked: Sequence[str] = (), path: Path | None = None) -
 
 def _submitted(plan: JobPlan, text: str, run: Run) -> str:
     """The job of a run directory that has none yet; without one the directory is removed."""
-    (run.path / rundir.CONFIG).write_text(render.config_text(plan))
+    files.write(run.path / rundir.CONFIG, render.config_text(plan))
     try:
         write_secrets(plan, run.path)
         return submit(plan, text, run.path)
@@ -118,6 +120,7 @@ def create(plan: JobPlan, path: Path, *, asked: Sequence[str] = ()) -> Run:
     }
     try:
         path.mkdir(parents=True)
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)  # what is in it decides what runs as its owner
         (path / rundir.LOGS).mkdir()  # Slurm writes its own output there and makes no folders
     except OSError as error:
         raise Fault(f"run directory {path}: {error.strerror}") from error

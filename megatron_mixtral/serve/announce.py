@@ -41,6 +41,7 @@ class Address:
             state["taken"] = self.wanted
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps({**state, "weights": str(weights)}) + "\n")
+        partial.chmod(0o644)  # whoever may write it is sent the keys of those who ask
         partial.rename(self.file)
         log.write("ready", url=url)
         key = ' -H "Authorization: Bearer $MIXLAUNCH_API_KEY"' if self.key else ""

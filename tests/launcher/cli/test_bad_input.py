@@ -235,7 +235,7 @@ def test_a_configuration_of_slurm_that_isnt_here_is_told_at_once(home, monkeypat
 
 
 def test_ctrl_c_is_130(monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("launcher.runs.find.run", interrupted)
