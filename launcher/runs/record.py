@@ -114,7 +114,7 @@ def read(path: Path) -> Run:
         data, stranger = _read(path)
         record = shared_files.parsed(data)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path}: no run directory (it has no {rundir.RECORD})") from None
+        raise UsageError(f"{path}: not a run directory (it has no {rundir.RECORD})") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path / rundir.RECORD}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(record, dict):
