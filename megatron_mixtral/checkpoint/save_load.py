@@ -30,7 +30,6 @@ from megatron_mixtral.weights.folder import (
     FORMAT,
     hub_assets,
     read_marker,
-    refuse_foreign,
     replace_text,
     write_marker,
 )
@@ -57,7 +56,7 @@ class State:
 
 
 def verify(folder: Path, shape: MixtralShape, lora: Lora | None = None) -> None:
-    """`CheckpointError` unless `folder` is ours, whole in its files, and holds exactly the tensors of `shape`.
+    """`CheckpointError` unless `folder` is whole in its files, and holds exactly the tensors of `shape`.
 
     With `lora` those of its adapters instead.
     """
@@ -66,7 +65,6 @@ def verify(folder: Path, shape: MixtralShape, lora: Lora | None = None) -> None:
         raise CheckpointError(f"{folder}: legacy files, for other programs; convert again without --layout legacy")
     if kind == adapters.KIND and not lora:
         raise CheckpointError(f"{folder}: holds only adapters; convert --to hf merges them into their base")
-    refuse_foreign(folder)
     _check_contents(folder, _whole(shape, lora))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_mixtral.mcore import cpu
+from megatron_mixtral.mcore import cpu, pickles
 
 import megatron.core
 from megatron.core.dist_checkpointing import serialization
@@ -105,6 +105,9 @@ PATCHES = (
     Patch("torch.utils.tensorboard",
           "imported with megatron-core, as wandb is, 0.4 s a rank, and never used; back afterwards (by `mcore`)",
           NONE_YET),
+    Patch("torch.distributed.checkpoint.FileSystemReader.read_metadata",
+          "it and DefaultLoadPlanner.load_bytes unpickle what a folder holds, which can run code (by `pickles`)",
+          NONE_YET, True, pickles.guard),
     Patch("megatron.core.tensor_parallel.random._get_cuda_rng_state",
           "the process's generator plays the device's, here and in _set_cuda_rng_state",
           ON_CPU, not cpu.HAVE_GPU, _lend_generator),

@@ -7,7 +7,6 @@ it.
 
 import json
 import os
-import pwd
 import re
 import shutil
 from pathlib import Path
@@ -85,18 +84,6 @@ def read_marker(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}; this version reads {FORMAT}")
     return marker
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Checkpoints hold pickles, which run code when read: only files of this user or root are read."""
-    for path in (folder, *folder.iterdir()):
-        owner = path.stat().st_uid
-        if owner not in (os.getuid(), 0):
-            name = next((p.pw_name for p in pwd.getpwall() if p.pw_uid == owner), f"uid {owner}")
-            raise CheckpointError(
-                f"{path} belongs to {name}: reading a checkpoint can run code in it. "
-                f"If you trust {name}, make a copy of your own (cp -r) and use that"
-            )
 
 
 def hub_assets(folder: Path) -> list[Path]:

@@ -151,8 +151,8 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": "many"}, "steps: 'many' isn't int"),
-        ({"stepz": 3}, "unknown stepz"),
+        ({"steps": "many"}, "steps: 'many' isn't a whole number"),
+        ({"stepz": 3}, "there is no setting 'stepz'; did you mean steps?"),
         ({"data": "/nowhere/data"}, "/nowhere/data.idx: no such file"),
         ({"lr": 1e-6}, "lr: 1e-06 is below min_lr, 1e-05"),
     ],
