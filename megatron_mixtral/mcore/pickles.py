@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader, default_planner, file
 try:
     from numpy._core import multiarray
 except ImportError:  # numpy 1
-    from numpy.core import multiarray
+    from numpy.core import multiarray  # type: ignore[no-redef]
 
 # What only holds values: its construction does nothing else, whatever its arguments are.
 KNOWN = {
@@ -52,7 +52,7 @@ def is_dtype(name: str) -> bool:
 def guard() -> None:
     """Put these readers in the place of torch's, which megatron-core's loading goes through."""
     FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign]
-    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
+    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign, assignment]
 
 
 def _read_metadata(self: Any, *_: Any, **options: Any) -> Any:
@@ -60,9 +60,9 @@ def _read_metadata(self: Any, *_: Any, **options: Any) -> Any:
         found = _Unpickler(file).load()
     if not isinstance(found, metadata.Metadata):
         raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a checkpoint's metadata")
-    if getattr(found, "storage_meta", None) is None:
-        found.storage_meta = metadata.StorageMeta()
-    found.storage_meta.load_id = self.load_id
+    about = getattr(found, "storage_meta", None) or metadata.StorageMeta()
+    about.load_id = self.load_id
+    found.storage_meta = about
     return found
 
 

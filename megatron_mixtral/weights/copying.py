@@ -19,6 +19,8 @@ from megatron_mixtral.errors import InputError, JobError
 from megatron_mixtral.weights.tensors import ITEMSIZE, Rows
 
 BLOCK = 1 << 20  # bytes read at a time: still in the processor's cache when they are digested and written
+# The bits of an exponent that is all ones, which NaN and infinity have, one place to the left.
+EXPONENT = {"bfloat16": 0xFF00, "float16": 0xF800, "float32": 0xFF00_0000}
 BUFFERS = 8
 
 
@@ -220,7 +222,7 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
     import torch
 
     before = torch.frombuffer(data, dtype=getattr(torch, stored))
-    if check_finite and not torch.isfinite(before).all():
+    if check_finite and not all_finite(data, stored):
         raise InputError(f"{name}: holds NaN or infinity")
     if stored == dtype:
         return data
@@ -230,6 +232,18 @@ def converted(data: memoryview, stored: str, dtype: str, *, name: str, check_fin
         largest = torch.finfo(after.dtype).max
         raise InputError(f"{name}: has values beyond {largest:g}, the largest of {dtype}; use {others}")
     return after.view(torch.uint8).numpy().data
+
+
+def all_finite(data: memoryview, dtype: str) -> bool:
+    """Whether no value is NaN or infinite: whether no exponent is all ones.
+
+    torch's `isfinite` of half precision takes sixteen times as long on a CPU.
+    """
+    import numpy as np
+
+    bits = np.frombuffer(data, f"<u{ITEMSIZE[dtype]}")
+    unsigned = np.left_shift(bits, 1)  # drops the sign
+    return not bits.size or int(unsigned.max()) < EXPONENT[dtype]
 
 
 def digests(unit: Unit, path: Path) -> dict[str, str]:
