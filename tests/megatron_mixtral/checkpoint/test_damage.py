@@ -138,7 +138,7 @@ def a_torn_marker(folder):
 
 def a_marker_of_nothing(folder):
     (folder / "mixlaunch.json").write_text('{"format": 1}')
-    return "holds None alone"
+    return "holds only None"
 
 
 DAMAGE = [
@@ -184,6 +184,7 @@ def spoil(folder, pattern, wanted, better):
 
 def test_converted_weights_that_have_changed_are_named_before_the_first_step(world, tmp_path):
     hub_folders.write(tmp_path / "hub", num_hidden_layers=2, max_position_embeddings=32)
+    (tmp_path / "hub" / "tokenizer.model").unlink()  # it isn't one, and training reads it
     for source, to in (("hub", "megatron"), ("megatron", "hf")):
         convert.run(ConvertConfig(source=str(tmp_path / source), output=str(tmp_path / to), to=to), tmp_path)
     row = hub_folders.read(tmp_path / "hub")["model.layers.1.self_attn.v_proj.weight"][5]
