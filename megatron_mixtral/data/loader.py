@@ -145,9 +145,9 @@ def _ends(words: tokenizer.Tokenizer, source: Path) -> dict[str, bytes]:
     changed = {}
     for name in ("config.json", "generation_config.json"):
         file = source / name
-        said = json.loads(file.read_bytes()) if file.is_file() else {}
-        if name == "config.json" and not said:
-            return {}
+        if not file.is_file():
+            continue  # without generation_config.json transformers looks at config.json
+        said = json.loads(file.read_bytes())
         value = said.get("eos_token_id")
         if words.eos not in (value if isinstance(value, list) else [value]):
             ends = list(words.ends) if len(words.ends) > 1 else words.eos
@@ -220,13 +220,13 @@ def _check_tokenizer(prefix: Path, shape: MixtralShape, source: Path) -> str:
         )
     words = tokenizer.find(source)
     if not words:
-        return f"{source} has no tokenizer: whether it is the data's isn't checked"
+        return f"{source} has no tokenizer, so the data's tokenizer isn't checked"
     rendered = described.get("chat_template") is not None
     known = described.get("ids")  # data that was prepared before has the table's digest alone
     if described["tokenizer"] != tokenizer.digest(words) or (
         known is not None and known != tokenizer.ids_digest(words, rendered=rendered)
     ):
-        raise InputError(f"{prefix}: prepared with another tokenizer than the model's in {source}")
+        raise InputError(f"{prefix}: prepared with a tokenizer that differs from the model's in {source}")
     return ""
 
 

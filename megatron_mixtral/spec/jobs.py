@@ -18,9 +18,9 @@ CACHE_SHARE = 0.85  # of what the weights leave of a GPU's memory
 PRECISION: dict[str, Any] = {"choices": ("bf16", "fp32"), "help": "Precision of the arithmetic."}
 DTYPES = ("bfloat16", "float16", "float32")
 BASE: dict[str, Any] = {"default": None, "help": "Base weights of a run of adapters, if they were moved."}
-CAPACITY = ("capacity_factor", "experts have no capacity unless {capacity_factor} gives them one")
-LEGACY = ("format", "goes with {format} legacy alone")
-LORA = ("lora", "goes with {lora} RANK alone")
+CAPACITY = ("capacity_factor", "has an effect only with {capacity_factor}")
+LEGACY = ("format", "has an effect only with {format} legacy")
+LORA = ("lora", "has an effect only with {lora} RANK")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class FinetuneConfig:
     fp8_recipe: str = option(
         "delayed",
         choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
-        needs=("fp8", "goes with {fp8} alone"),
+        needs=("fp8", "has an effect only with {fp8}"),
         help="How FP8 scales are computed.",
     )
     aux_loss: float = option(1e-2, help="Weight of the load-balancing loss.")

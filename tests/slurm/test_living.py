@@ -412,6 +412,6 @@ def test_the_list_is_left_out_of_every_submission(once, stub, cluster, site):
     assert state.nodes == "sandbox[0-1]"
     bad_nodes.add(cluster, {"sandbox7": "sold"}, None)
     with pytest.raises(
-        SubmitError, match=r"(?s)Invalid node name.*without \"sandbox\[2-3,7\]\"; `mixlaunch nodes`"
+        SubmitError, match=r"(?s)Invalid node name.*It excludes \"sandbox\[2-3,7\]\"; `mixlaunch nodes`"
     ):
         start.run(once(stub("exit 0")))

@@ -185,6 +185,6 @@ def test_refusals_and_absences_are_one_line(server, monkeypatch):
 
 
 def test_importing_the_client_takes_no_http_library():
-    heavy = ("httpx", "torch", "megatron_mixtral")
+    heavy = ("httpx", "torch", "megatron_mixtral.serve")
     code = f"import sys, launcher.cli.chat; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from launcher.cli import chat as client
 from launcher.runs.servers import Server
 from megatron_mixtral.serve.http import requests
+from megatron_mixtral.serve.http.bounds import Bounds
 from megatron_mixtral.serve.http.schema import ChatBody
 from megatron_mixtral.tokenization import chat_template, tokenizer
 
@@ -63,7 +64,9 @@ def test_ids_are_the_references(made, tmp_path, kind, reference):
         assert found == ids(talk), talk
         check_mask(words, found, mask, talk)
     form = chat_template.form(words)
-    model = requests.ServedModel(name="m", tokenizer=words, form=form, vocab_size=words.vocab_size, created=0)
+    bounds = Bounds(context=4096, longest=16)
+    names = {"name": "m", "created": 0, "bounds": bounds}
+    model = requests.ServedModel(tokenizer=words, form=form, vocab_size=words.vocab_size, **names)
     for talk in conversations.ALL:
         question = talk[: max(n for n, turn in enumerate(talk) if turn["role"] == "user") + 1]
         wanted = ids(question)
