@@ -180,7 +180,8 @@ def connect(running, receive_buffer=None):
 
 def send(connection, body):
     content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += "Content-Type: application/json\r\nConnection: close\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
 
 
