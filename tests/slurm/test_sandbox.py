@@ -92,7 +92,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_left_alone(folder):
     folder.mkdir()
     (folder / "spare").write_text("mine")
     for action in (lifecycle.up, lifecycle.down):
-        with pytest.raises(UsageError, match="no sandbox"):
+        with pytest.raises(UsageError, match="not a sandbox"):
             action(folder)
     assert (folder / "spare").read_text() == "mine"
 
