@@ -62,9 +62,10 @@ def place(layout: Layout, *, nodes: int | None, gpus: int) -> Placement:
         return Placement(nodes=1, tasks_per_node=unit)
     world = nodes * gpus
     if world % unit:
+        equation = "\n".join(f"  {line}" for line in layout.equation(world))
         raise LayoutError(
             f"{nodes} node{'s' * (nodes != 1)} x {gpus} GPUs = {world} ranks don't fit:\n"
-            f"{layout.equation(world)}\n{_nearest_nodes(layout, nodes, gpus)}"
+            f"{equation}\n{_nearest_nodes(layout, nodes, gpus)}"
         )
     return Placement(nodes=nodes, tasks_per_node=gpus)
 

@@ -30,19 +30,20 @@ class Layout:
         if world % self.unit:
             below = world - world % self.unit
             near = f"{below} or {below + self.unit}" if below else str(self.unit)
-            fit = f"{self.equation(world)}\nNearest that fit: {near} ranks"
-            raise LayoutSpecError("{} ranks don't fit:\n{}", world, fit)
+            who = "1 rank doesn't" if world == 1 else f"{world} ranks don't"
+            equation = "; ".join(self.equation(world))
+            raise LayoutSpecError("{} fit: {}. Nearest that fit: {} ranks", who, equation, near)
         return world // (self.tensor * self.pipeline * self.context)
 
-    def equation(self, world: int) -> str:
-        """The divisions that must be whole, one a line; those that aren't are marked."""
+    def equation(self, world: int) -> tuple[str, str]:
+        """The two divisions that must be whole; one that isn't is marked."""
         dense = self.tensor * self.pipeline * self.context
         sparse = self.expert_tensor * self.expert * self.pipeline
         dense_axes = f"TP {self.tensor} x PP {self.pipeline} x CP {self.context}"
         sparse_axes = f"ETP {self.expert_tensor} x EP {self.expert} x PP {self.pipeline}"
         return (
-            f"  DP = {world} / ({dense_axes}) = {_quotient(world, dense)}\n"
-            f"  expert DP = {world} / ({sparse_axes}) = {_quotient(world, sparse)}"
+            f"DP = {world} / ({dense_axes}) = {_quotient(world, dense)}",
+            f"expert DP = {world} / ({sparse_axes}) = {_quotient(world, sparse)}",
         )
 
     def describe(self, world: int) -> str:

@@ -89,7 +89,7 @@ def test_everything_that_poisons_a_run_is_named_before_it_starts(world, tmp_path
         "NaN": ({"model": str(poisoned)}, "parameter decoder.layers.1.mlp.router.weight holds NaN or infinity"),
         "other tokenizer": ({"data": other, "model": str(with_words)}, "a tokenizer that differs from"),
         "larger vocabulary": ({"data": larger}, "prepared with 32000 tokens, but the model knows 64"),
-        "batch": ({"global_batch": 7}, "global_batch 7 isn't a multiple of micro_batch 2 x data parallel 1 = 2"),
+        "batch": ({"global_batch": 7}, "global_batch: 7 = micro batch 2 x DP 1 x 3.5 accumulated steps"),
         "long": ({"sequence_length": 100000}, "less than one sequence of 100000"),
     }
     base = {**BASE, "model": str(world), "data": str(world / "data")}

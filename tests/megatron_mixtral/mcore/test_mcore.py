@@ -29,7 +29,7 @@ def mistakes():
 
 def test_impossible_places_are_said_before_anything_opens():
     pipeline, expert, environment = ranks(1, mistakes)[0]
-    assert "DP = 1 / (TP 1 x PP 2 x CP 1) = 0.5, not whole" in pipeline[0]
+    assert "1 rank doesn't fit: DP = 1 / (TP 1 x PP 2 x CP 1) = 0.5, not whole" in pipeline[0]
     assert "expert DP = 1 / (ETP 1 x EP 3 x PP 1) = 0.333, not whole" in expert[0]
     assert "WORLD_SIZE is set but not MASTER_PORT" in environment[0]
     assert [code for _, code in (pipeline, expert, environment)] == [2, 2, 1]

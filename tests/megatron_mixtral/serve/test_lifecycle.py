@@ -120,7 +120,7 @@ def basic(key):
         ({"host": "0.0.0.0"}, "MIXLAUNCH_API_KEY"),
         ({"model": "/no/such"}, "/no/such"),
         ({"max_tokens": 100_000}, "512"),
-        ({"layout": {"pipeline": 2}}, "1 ranks don't fit"),
+        ({"layout": {"pipeline": 2}}, "1 rank doesn't fit"),
         ({"max_batch": 0}, "max_batch"),
         ({"precision": "fp8"}, "precision"),
         ({"engine": "vllm", "fp8_experts": True}, "fp8_experts: needs engine megatron"),
@@ -133,7 +133,7 @@ def test_mistakes_end_with_2_and_one_line(served_model, tmp_path, config, says):
         output = job.outputs[0].read_text().strip()
         assert output.startswith("error: ")
         assert says in output
-        assert len(output.splitlines()) == (4 if "layout" in config else 1)  # the equation has a line a term
+        assert "\n" not in output
         assert not (tmp_path / "server.json").exists()
 
 
