@@ -48,11 +48,11 @@ def test_a_server_is_asked_through_a_tunnel(laptop, stub, host):
     laptop.change(python=stub(ANSWER.replace("HOST", host), sys.executable))
     process = laptop.start("serve", "--model", f"{laptop.far}/models/m", "--pp", "1", "--tunnel")
     said = ""
-    while "here it is" not in said:
+    while "on this machine it is" not in said:
         line = process.stdout.readline()
         assert line, process.communicate()
         said += line
-    url = re.search(r"here it is (http://127.0.0.1:\d+)", said)[1]
+    url = re.search(r"on this machine it is (http://127.0.0.1:\d+)", said)[1]
     [run] = laptop.there()
     key = (run.path / "secrets.env").read_text().partition("=")[2].strip()
     body = {"messages": [{"role": "user", "content": "me"}]}
